@@ -1,0 +1,35 @@
+# Every target makes .venv from the requirements files when it is missing or outdated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := train.py eval.py mlvision tools tests
+RUN := runs/demo
+
+.PHONY: demo test check format
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/prepare_data.py scenes out=datasets/scenes
+	rm -rf $(RUN)
+	$(BIN)/python train.py configs/scenes_efficientnet_lite0_baseline.yaml out=$(RUN)
+	$(BIN)/python eval.py $(RUN)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which with make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -e .
+	touch $@
