@@ -1,0 +1,63 @@
+"""Images with labels: one reader per format gives a Manifest; views and loader make batches of it."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from mlvision.data.coco import CocoConfig, read_coco
+from mlvision.data.csv_table import CsvConfig, read_csv
+from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
+from mlvision.errors import InputError
+
+DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
+    "coco": (CocoConfig, read_coco),
+    "csv": (CsvConfig, read_csv),
+}
+
+
+def build_manifest(name: str, *, split: str, **options: Any) -> Manifest:
+    """Reads one split of a data set: `build_manifest("coco", root="coco", split="val2017")`.
+
+    Args:
+        name: a key of `DATASETS`.
+        split: the data set's own name of the split.
+        options: fields of the reader's Config.
+
+    Raises:
+        InputError: an unknown reader, option or split, or data that cannot be used.
+    """
+    config_class, _ = _look_up(name)
+    known = [option.name for option in dataclasses.fields(config_class)]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            raise InputError(
+                f"{option}: no such option of {name!r}; " + (f"did you mean {near[0]}?" if near else ", ".join(known))
+            )
+    return read_split(config_class(name=name, **options), split)
+
+
+def read_split(config: DataConfig, split: str) -> Manifest:
+    """Reads one split with the reader that `config.name` chooses."""
+    _, read = _look_up(config.name)
+    return read(config, split)
+
+
+def _look_up(name: str) -> tuple[type[DataConfig], Callable[[Any, str], Manifest]]:
+    if name not in DATASETS:
+        raise InputError(f"data.name={name}: expected one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+__all__ = [
+    "DATASETS",
+    "Boxes",
+    "CocoConfig",
+    "CsvConfig",
+    "DataConfig",
+    "Manifest",
+    "Record",
+    "build_manifest",
+    "read_split",
+]

@@ -1,0 +1,246 @@
+"""From a manifest to batches: the same images and views for any number of workers and ranks, and after a resume.
+
+Nothing here keeps a random state. The order of an epoch follows from (seed, epoch), a view from (seed, epoch, index), a
+batch from its step: a loader can be set to any step of any epoch at once.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from mlvision.data.images import read_record
+from mlvision.data.manifest import Manifest
+from mlvision.data.transforms import EvalView, TrainView, View
+from mlvision.errors import InputError
+from mlvision.types import Batch, CropBox
+
+# An epoch to the rows of the manifest that it visits, in order and over all ranks; equally many in every epoch.
+EpochOrder = Callable[[int], Int64[np.ndarray, " n"]]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are made."""
+
+    batch_size: Annotated[int, "images per optimizer step, over all ranks"] = 64
+    eval_batch_size: Annotated[int, "images per step of each rank in evaluation"] = 128
+    num_workers: Annotated[int, "loader processes of each rank; 0: its main process loads"] = 2
+    prefetch: Annotated[int, "batches that each loader process keeps ready"] = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"loader.{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The views of one image, and what is known of it: `target` is its row of `Manifest.targets`."""
+
+    views: list[View]
+    target: Float32[Tensor, " C"]
+    index: int
+
+
+class ImageDataset(Dataset):
+    """The images of a manifest, seen through a view.
+
+    An item is (epoch, index): the epoch reaches workers that live through many epochs with the work itself.
+    """
+
+    def __init__(self, manifest: Manifest, view: TrainView | EvalView, seed: int = 0, num_views: int = 1) -> None:
+        self.manifest = manifest
+        self.view = view
+        self.seed = seed
+        self.num_views = num_views
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        image = read_record(self.manifest.records[index])
+        views = [self.view(image, _view_seed(self.seed, epoch, index, number)) for number in range(self.num_views)]
+        return Sample(views, torch.from_numpy(self.manifest.targets[index]), index)
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Sample] | InputError:
+        # What DataLoader calls. A bad file travels to the main process as a value: raised here, it would arrive with
+        # the worker's traceback in its message.
+        try:
+            return [self[item] for item in items]
+        except InputError as error:
+            return error
+
+
+def _view_seed(seed: int, epoch: int, index: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, index, number]).generate_state(1, np.uint64)[0])
+
+
+def shuffled(num_images: int, seed: int) -> EpochOrder:
+    """All images, in an order of their own in each epoch."""
+
+    def order(epoch: int) -> Int64[np.ndarray, " n"]:
+        # The key sets these numbers apart from the views': SeedSequence fills up with zeros, so [seed, epoch] alone
+        # would be [seed, epoch, 0, 0], the first view of the first image.
+        entropy = np.random.SeedSequence([seed, epoch], spawn_key=(0,))
+        return np.random.default_rng(entropy).permutation(num_images)
+
+    return order
+
+
+def rank_slice(rows: Int64[np.ndarray, " n"], rank: int, world_size: int) -> Int64[np.ndarray, " m"]:
+    """This rank's contiguous part; together the ranks have each row once, and their parts differ by one row at most."""
+    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """The batches of one epoch for one rank, as lists of (epoch, index).
+
+    Batch g of all ranks is `order(epoch)[g * batch_size : (g + 1) * batch_size]`; each rank takes its slice of it. With
+    `drop_last` a short last batch is left out, and with it those images for this epoch.
+
+    Raises:
+        InputError: `batch_size` cannot be divided over the ranks, or no batch is full.
+    """
+
+    def __init__(
+        self, order: EpochOrder, batch_size: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.num_images = len(order(0))
+        self.epoch = 0
+        self.start_step = 0
+        if batch_size % world_size:
+            raise InputError(f"loader.batch_size: {batch_size} images cannot be divided over {world_size} ranks")
+        if drop_last and batch_size > self.num_images:
+            raise InputError(
+                f"loader.batch_size: expected at most the {self.num_images:,} images of an epoch, got {batch_size:,}"
+            )
+
+    def set_position(self, epoch: int, start_step: int = 0) -> None:
+        """The next iteration is that of `epoch`, without its first `start_step` batches."""
+        assert 0 <= start_step <= len(self), f"step {start_step} of an epoch of {len(self)}"
+        self.epoch = epoch
+        self.start_step = start_step
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.num_images // self.batch_size if self.drop_last else -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, rows = self.epoch, self.order(self.epoch)
+        assert len(rows) == self.num_images, f"epoch {epoch} has {len(rows)} images, epoch 0 has {self.num_images}"
+        for step in range(self.start_step, len(self)):
+            batch = rows[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(epoch, int(index)) for index in rank_slice(batch, self.rank, self.world_size)]
+
+
+def collate(samples: list[Sample] | InputError) -> Batch | InputError:
+    """Samples to one Batch, with a row for each view; an InputError passes through."""
+    if isinstance(samples, InputError):
+        return samples
+    rows = [(view, sample) for sample in samples for view in sample.views]
+    # Stacked in the memory order that views have, channels last: several times faster than turning each image round.
+    images = default_collate([view.image.permute(1, 2, 0) for view, _ in rows]).permute(0, 3, 1, 2)
+    return Batch(
+        images=images,
+        targets=torch.stack([sample.target for _, sample in rows]),
+        index=torch.tensor([sample.index for _, sample in rows]),
+        view=CropBox(
+            boxes=torch.tensor([view.box for view, _ in rows], dtype=torch.float32),
+            flipped=torch.tensor([view.flipped for view, _ in rows]),
+        ),
+    )
+
+
+class Loader:
+    """Batches of one epoch after another.
+
+    The epoch is the one last set: iterating twice without `set_position` gives the same batches twice. Iterating uses
+    no global random state.
+
+    Attributes:
+        images_per_step: images of a full step, over all ranks.
+
+    Raises:
+        InputError: while iterating, an image that cannot be read.
+    """
+
+    def __init__(self, dataset: ImageDataset, batches: EpochBatches, config: LoaderConfig) -> None:
+        self.dataset = dataset
+        self.batches = batches
+        self.images_per_step = batches.batch_size
+        has_workers = config.num_workers > 0
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=config.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            prefetch_factor=config.prefetch if has_workers else None,
+            persistent_workers=has_workers,
+            # DataLoader draws a seed for its workers, which nothing here uses: not from the global generator, or a run
+            # that was resumed would differ in whatever else draws from that.
+            generator=torch.Generator(),
+        )
+
+    def set_position(self, epoch: int, start_step: int = 0) -> None:
+        """The next iteration is that of `epoch`, without its first `start_step` batches."""
+        self.batches.set_position(epoch, start_step)
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)
+    # A process group of its own: a signal sent to the run's whole group (Ctrl-C, timeout, torchrun) reaches the main
+    # process, which still needs this one to end its epoch in order.
+    os.setpgrp()
+
+
+def train_loader(
+    manifest: Manifest,
+    view: TrainView | EvalView,
+    config: LoaderConfig,
+    seed: int,
+    *,
+    order: EpochOrder | None = None,
+    num_views: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """Full batches in each epoch's order, by default shuffled; several views give a batch that many times the rows."""
+    if order is None:
+        order = shuffled(len(manifest), seed)
+    batches = EpochBatches(order, config.batch_size, rank, world_size)
+    return Loader(ImageDataset(manifest, view, seed, num_views), batches, config)
+
+
+def eval_loader(
+    manifest: Manifest, view: TrainView | EvalView, config: LoaderConfig, *, rank: int = 0, world_size: int = 1
+) -> Loader:
+    """Every image once, in the manifest's order; each rank has a contiguous part, without padding."""
+    rows = rank_slice(np.arange(len(manifest)), rank, world_size)
+    batches = EpochBatches(lambda epoch: rows, config.eval_batch_size, drop_last=False)
+    return Loader(ImageDataset(manifest, view), batches, config)

@@ -1,0 +1,215 @@
+"""check.py and tools/prepare_data.py on small folders whose faults are planted, so that every number is known."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlvision.data import CocoConfig, CsvConfig
+from mlvision.data.check import check_data, contact_sheet, format_check, write_check
+from mlvision.errors import InputError
+from tools.prepare_data import main
+
+ROWS = """image,part,cat,dog,owl
+a.png,train,1,1,0
+b.png,train,1,0,-1
+c.png,train,0,,0
+d.png,train,1,0,0
+e.png,test,0,1,0
+f.png,test,1,1,0
+g.png,test,1,0,0
+"""
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 14, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "labels.csv").write_text(ROWS)
+    for seed, name in enumerate("abcdefg"):
+        picture(seed).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def faulty(root):
+    """d repeats b, f repeats a across the splits, c is no image, g is cut short."""
+    (root / "d.png").write_bytes((root / "b.png").read_bytes())
+    (root / "f.png").write_bytes((root / "a.png").read_bytes())
+    (root / "c.png").write_text("no image")
+    (root / "g.png").write_bytes((root / "g.png").read_bytes()[:-60])
+    return root
+
+
+def config(root) -> CsvConfig:
+    return CsvConfig(root=str(root), split_column="part")
+
+
+def arguments(root, out) -> list[str]:
+    return ["check", "data.name=csv", f"data.root={root}", "data.split_column=part", f"out={out}"]
+
+
+def test_counts_of_a_sound_folder(root):
+    check = check_data(config(root))
+
+    train, test = (check.splits[name].summary() for name in ("train", "test"))
+    assert train["classes"] == {"present": [3, 1, 0], "unknown": [0, 1, 1], "difficult": [0, 0, 0]}
+    assert (train["images"], train["labels"], train["unknown"], train["boxes"]) == (4, 4, 2, 0)
+    assert train["labels_per_image"] == {"mean": 1.0, "min": 0, "max": 2, "images": {0: 1, 1: 2, 2: 1}}
+    assert test["classes"]["present"] == [2, 2, 0]
+    assert check.problems() == []
+    assert check.overlaps == []
+    printed = format_check(check)
+    assert "problems found: 0" in printed
+    assert "note: test shows 1 of the classes in no image: owl" in printed
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_planted_faults_are_found(faulty, num_workers):
+    check = check_data(config(faulty), num_workers)
+
+    train, test = check.splits["train"], check.splits["test"]
+    assert [key for key, _ in train.unreadable] == ["c.png"]
+    assert [key for key, _ in test.unreadable] == ["g.png"]
+    assert train.duplicates == [["b.png", "d.png"]]
+    assert test.duplicates == []
+    (overlap,) = check.overlaps
+    assert (overlap.splits, overlap.keys, overlap.contents) == (("train", "test"), [], [("a.png", "f.png")])
+    assert len(check.problems()) == 4
+    assert "train and test: the same file: a.png, f.png" in check.problems()
+
+
+def test_boxes_and_shared_keys_are_counted_in_coco_files(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for i in range(3):
+        picture(i).save(tmp_path / "images" / f"{i}.png")
+    for split, shown in (("train", (0, 1)), ("test", (1, 2))):
+        images = [{"id": i, "file_name": f"{i}.png", "width": 28, "height": 18} for i in shown]
+        boxes = [
+            {"id": 10 * i + k, "image_id": i, "category_id": 5, "bbox": [2, 3, 9, 9], "iscrowd": k}
+            for i in shown
+            for k in (0, 1)
+        ]
+        document = {"images": images, "annotations": boxes, "categories": [{"id": 5, "name": "cat"}]}
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+
+    check = check_data(CocoConfig(root=str(tmp_path), images="images"))
+
+    summary = check.splits["train"].summary()
+    assert (summary["boxes"], summary["crowd_boxes"], summary["labels"]) == (4, 2, 2)
+    assert check.overlaps[0].keys == ["images/1.png"]
+    assert check.problems() == ["train and test: both hold images/1.png"]
+
+
+def test_training_may_not_be_judged_on_itself(root):
+    with pytest.raises(InputError, match="data.train=all is also named as val or test"):
+        check_data(CsvConfig(root=str(root), ignore_columns=["part"], train="all", test="all"))
+    with pytest.raises(InputError, match="nothing to check"):
+        check_data(CsvConfig(root=str(root), train="", test=""))
+
+
+def test_files_hold_the_same_numbers(faulty, tmp_path):
+    check = check_data(config(faulty))
+    write_check(check, tmp_path / "out", samples=3, seed=0)
+
+    saved = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert saved["classes"] == ["cat", "dog", "owl"]
+    assert saved["problems"] == check.problems()
+    assert saved["splits"]["train"]["duplicates"] == [["b.png", "d.png"]]
+    assert saved["splits"]["test"]["unreadable"][0]["key"] == "g.png"
+    assert saved["overlaps"] == [{"splits": ["train", "test"], "keys": [], "contents": [["a.png", "f.png"]]}]
+    with open(tmp_path / "out" / "check.csv", newline="") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert [rows[name]["train_present"] for name in ("cat", "dog", "owl")] == ["3", "1", "0"]
+    assert [rows[name]["train_unknown"] for name in ("cat", "dog", "owl")] == ["0", "1", "1"]
+    assert [rows[name]["test_present"] for name in ("cat", "dog", "owl")] == ["2", "2", "0"]
+
+
+def test_contact_sheet_shows_boxes_where_they_are(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (200, 100), (97, 97, 97)).save(tmp_path / "images" / "0.png")
+    document = {
+        "images": [{"id": 1, "file_name": "0.png", "width": 100, "height": 50}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [50, 10, 40, 30]}],
+        "categories": [{"id": 5, "name": "cat"}],
+    }
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(document))
+    check = check_data(CocoConfig(root=str(tmp_path), images="images", test=""))
+
+    sheet = np.asarray(contact_sheet(check, samples=1, seed=0)).astype(int)
+
+    # The picture is the grey of the sheet, its box the only saturated colour in it: x 0.5..0.9, y 0.2..0.8.
+    grey = (sheet == 97).all(axis=2)
+    rows, columns = np.flatnonzero(grey.sum(axis=1) > 50), np.flatnonzero(grey.sum(axis=0) > 50)
+    inside = sheet[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    rows, columns = np.nonzero(inside.max(axis=2) - inside.min(axis=2) > 60)
+    height, width = inside.shape[:2]
+    assert width == 2 * height
+    np.testing.assert_allclose(np.array([columns.min(), columns.max() + 1]) / width, [0.5, 0.9], atol=0.01)
+    np.testing.assert_allclose(np.array([rows.min(), rows.max() + 1]) / height, [0.2, 0.8], atol=0.02)
+
+
+def test_contact_sheet_depends_on_the_seed_alone(root):
+    check = check_data(config(root))
+    first, again, other = (np.asarray(contact_sheet(check, 2, seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape != other.shape or (first != other).any()
+
+
+def test_command_exits_with_0_1_or_2(root, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert main(arguments(root, out)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["check.csv", "check.json", "contact_sheet.png"]
+    assert "problems found: 0" in capsys.readouterr().out
+
+    (root / "e.png").write_text("no image")
+    assert main(arguments(root, out)) == 1
+    assert "e.png: cannot be decoded: not an image file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["data.root=nowhere"], "data.root=nowhere is not a folder"),
+        (["data.separater=,"], "data.separater: no such option; did you mean data.separator"),
+        (["data.test=dev"], "split 'dev' does not exist; splits: test, train"),
+        (["samples=0"], "samples=0: expected at least 1"),
+    ],
+)
+def test_bad_input_writes_nothing(root, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        main([*arguments(root, tmp_path / "report"), *change])
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_command_must_be_named(capsys):
+    for argv in ([], ["chek"]):
+        with pytest.raises(InputError, match="expected a command .check, scenes."):
+            main(argv)
+    assert main(["--help"]) == 0
+    assert "check" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["check", "--help"])
+    assert left.value.code == 0
+    assert "data.split_rule" in capsys.readouterr().out
+
+
+def test_scenes_command_writes_what_the_coco_reader_reads(tmp_path):
+    out = tmp_path / "scenes"
+    options = ["train_images=6", "test_images=3", "image_size=32", "num_workers=0"]
+    assert main(["scenes", f"out={out}", *options]) == 0
+
+    check = check_data(CocoConfig(root=str(out), images="images", protocol="all"))
+
+    assert [len(split.manifest) for split in check.splits.values()] == [6, 3]
+    assert check.problems() == []
+    with pytest.raises(InputError, match="out is not set"):
+        main(["scenes", *options])

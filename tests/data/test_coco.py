@@ -1,0 +1,286 @@
+"""coco.py on a file laid out as https://cocodataset.org/#format-data and the instances of COCO 2017 have it.
+
+From that page: `annotation{"id", "image_id", "category_id", "segmentation": RLE or [polygon], "area", "bbox":
+[x,y,width,height], "iscrowd": 0 or 1}`, `categories[{"id", "name", "supercategory"}]`, image `{"id", "width", "height",
+"file_name", ...}`; an RLE is `{"counts", "size"}` with size [height, width] and runs in column order.
+"""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from mlvision.data import CocoConfig, build_manifest, read_split
+from mlvision.data.manifest import check_same_classes
+from mlvision.errors import InputError
+
+# 4 x 3 pixels (width x height), columns first: the second column and the lower two pixels of the last are set.
+COLUMN_RUNS = [3, 3, 4, 2]
+MASK = np.array([[0, 1, 0, 0], [0, 1, 0, 1], [0, 1, 0, 1]], dtype=np.uint8)
+
+DOCUMENT = {
+    "info": {"description": "made by hand", "version": "1.0", "year": 2017},
+    "licenses": [{"id": 1, "name": "CC BY", "url": "http://creativecommons.org/licenses/by/2.0/"}],
+    "images": [
+        {"id": 139, "width": 640, "height": 426, "file_name": "000000000139.jpg", "license": 1},
+        {"id": 785, "width": 100, "height": 50, "file_name": "000000000785.jpg", "license": 1},
+        {"id": 42, "width": 4, "height": 3, "file_name": "000000000042.jpg", "license": 1},
+        {"id": 7, "width": 30, "height": 20, "file_name": "000000000007.jpg", "license": 1},
+    ],
+    "annotations": [
+        {
+            "id": 1,
+            "image_id": 785,
+            "category_id": 13,
+            "segmentation": [[10, 5, 60, 5, 60, 30], [0, 0, 100, 0, 100, 50, 0, 50]],
+            "area": 1250.0,
+            "bbox": [10, 5, 50, 25],
+            "iscrowd": 0,
+        },
+        {"id": 2, "image_id": 139, "category_id": 1, "area": 9.0, "bbox": [64.0, 42.6, 128.0, 213.0], "iscrowd": 0},
+        {
+            "id": 3,
+            "image_id": 42,
+            "category_id": 90,
+            "segmentation": {"counts": COLUMN_RUNS, "size": [3, 4]},
+            "area": 5,
+            "bbox": [1, 0, 3, 3],
+            "iscrowd": 1,
+        },
+        {"id": 4, "image_id": 139, "category_id": 1, "area": 9.0, "bbox": [-5, 400, 700, 40], "iscrowd": 0},
+        {"id": 5, "image_id": 139, "category_id": 90, "area": 0.0, "bbox": [320, 213, 0, 0], "iscrowd": 0},
+    ],
+    "categories": [
+        {"supercategory": "outdoor", "id": 13, "name": "stop sign"},
+        {"supercategory": "person", "id": 1, "name": "person"},
+        {"supercategory": "indoor", "id": 90, "name": "toothbrush"},
+    ],
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A COCO folder with the document as split val2017 and empty image files: the reader looks only at their names."""
+    write(tmp_path, DOCUMENT)
+    (tmp_path / "val2017").mkdir()
+    for image in DOCUMENT["images"]:
+        (tmp_path / "val2017" / image["file_name"]).touch()
+    return tmp_path
+
+
+def write(root, document, split="val2017"):
+    (root / "annotations").mkdir(exist_ok=True)
+    path = root / "annotations" / f"instances_{split}.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def read(root, split="val2017", **options):
+    return build_manifest("coco", root=str(root), split=split, **options)
+
+
+def test_classes_labels_and_boxes_by_hand(root):
+    manifest = read(root)
+
+    assert manifest.classes == ("person", "stop sign", "toothbrush")  # ids 1, 13, 90
+    assert [r.key for r in manifest.records] == [f"val2017/{n:012d}.jpg" for n in (139, 785, 42)]
+    first, second, third = manifest.records
+    assert first.path == str(root / "val2017" / "000000000139.jpg")
+    assert (first.labels, second.labels, third.labels) == ((0, 2), (1,), (2,))
+    assert (first.size, second.size, third.size) == ((640, 426), (100, 50), (4, 3))
+    # 64 / 640, 42.6 / 426, ...; the second box reaches over three sides and is clipped, the third has no extent.
+    np.testing.assert_allclose(
+        first.boxes.xyxy, [[0.1, 0.1, 0.3, 0.6], [0, 400 / 426, 1, 1], [0.5, 0.5, 0.5, 0.5]], rtol=1e-6
+    )
+    assert first.boxes.labels.tolist() == [0, 0, 2]
+    np.testing.assert_allclose(second.boxes.xyxy, [[0.1, 0.1, 0.6, 0.6]], rtol=1e-6)
+    assert manifest.targets.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+
+
+def test_a_crowd_region_counts_as_present_and_stays_marked(root):
+    crowd = read(root).records[2]
+
+    assert crowd.labels == (2,)
+    assert crowd.boxes.crowd.tolist() == [True]
+    assert read(root).records[0].boxes.crowd.tolist() == [False, False, False]
+
+
+def test_polygons_are_kept_in_units_of_the_image(root):
+    polygons = read(root).records[1].boxes.segmentation[0]
+
+    np.testing.assert_allclose(polygons[0], [[0.1, 0.1], [0.6, 0.1], [0.6, 0.6]], rtol=1e-6)
+    np.testing.assert_allclose(polygons[1], [[0, 0], [1, 0], [1, 1], [0, 1]])
+
+
+def test_run_lengths_are_kept_so_that_pycocotools_reads_them(root):
+    counts = read(root).records[2].boxes.segmentation[0]
+    np.testing.assert_array_equal(coco_mask.decode(coco_mask.frPyObjects(counts, 3, 4)), MASK)
+
+    document = copy.deepcopy(DOCUMENT)
+    compressed = coco_mask.encode(np.asfortranarray(MASK))
+    document["annotations"][2]["segmentation"] = {"size": [3, 4], "counts": compressed["counts"].decode()}
+    write(root, document)
+    np.testing.assert_array_equal(coco_mask.decode(read(root).records[2].boxes.segmentation[0]), MASK)
+
+
+def test_absent_segmentation_is_none(root):
+    document = copy.deepcopy(DOCUMENT)
+    document["annotations"][0]["segmentation"] = [[10, 5, 60, 5]]  # a line encloses nothing
+    document["annotations"][2]["segmentation"] = []
+    write(root, document)
+
+    assert [r.boxes.segmentation for r in read(root).records] == [(None, None, None), (None,), (None,)]
+
+
+def test_protocol_all_keeps_images_without_annotations(root):
+    annotated, everything = read(root), read(root, protocol="all")
+
+    assert (len(annotated), len(everything)) == (3, 4)
+    empty = everything.records[3]
+    assert (empty.key, empty.labels, len(empty.boxes)) == ("val2017/000000000007.jpg", (), 0)
+    assert empty.boxes.xyxy.shape == (0, 4)
+    assert "images with an annotation (3 of 4)" in annotated.protocol
+    assert "all images (4 of 4)" in everything.protocol
+    assert "instances_val2017.json" in annotated.protocol
+    with pytest.raises(InputError, match="data.protocol=every: expected one of annotated, all"):
+        read(root, protocol="every")
+
+
+def test_unknown_category_ids_become_unknown(root):
+    document = copy.deepcopy(DOCUMENT)
+    document["images"][1]["unknown_category_ids"] = [90, 1]
+    write(root, document)
+
+    record = read(root).records[1]
+
+    assert (record.labels, record.unknown) == ((1,), (0, 2))
+
+
+def test_folders_come_from_the_templates(root):
+    (root / "labels").mkdir()
+    (root / "annotations" / "instances_val2017.json").rename(root / "labels" / "val2017.json")
+    (root / "val2017").rename(root / "pictures")
+    (root / "pictures" / "sub").mkdir()
+    (root / "pictures" / "000000000042.jpg").rename(root / "pictures" / "sub" / "42.jpg")
+    document = copy.deepcopy(DOCUMENT)
+    document["images"][2]["file_name"] = "sub/42.jpg"
+    (root / "labels" / "val2017.json").write_text(json.dumps(document))
+
+    manifest = read(root, annotations="labels/{split}.json", images="pictures")
+
+    assert manifest.records[2].key == "pictures/sub/42.jpg"
+    assert manifest.records[2].path == str(root / "pictures" / "sub" / "42.jpg")
+
+
+def test_config_and_build_manifest_read_the_same(root):
+    assert read_split(CocoConfig(root=str(root)), "val2017").hash == read(root).hash
+    with pytest.raises(InputError, match="protocl: no such option of 'coco'; did you mean protocol?"):
+        read(root, protocl="all")
+    with pytest.raises(InputError, match="data.name=voc: expected one of coco, csv"):
+        build_manifest("voc", root=str(root), split="test")
+
+
+def test_class_lists_of_two_files_are_compared(root):
+    document = copy.deepcopy(DOCUMENT)
+    document["categories"][0]["name"] = "stop light"
+    write(root, document, "train2017")
+    (root / "train2017").symlink_to(root / "val2017")
+
+    with pytest.raises(InputError, match="class 1 is 'stop light' in the first and 'stop sign' in the second"):
+        check_same_classes(read(root, "train2017"), read(root))
+
+
+def test_missing_root_and_annotation_file(root):
+    with pytest.raises(InputError, match="prepare_data.py scenes out="):
+        build_manifest("coco", root=f"{root}/none", split="val2017")
+    with pytest.raises(InputError, match="data.root is not set"):
+        build_manifest("coco", split="val2017")
+    with pytest.raises(InputError, match=f"{root}/annotations/instances_test.json: no such .* found there: val2017"):
+        read(root, "test")
+
+
+def test_missing_images_are_counted_before_anything_runs(root):
+    for name in ("000000000785.jpg", "000000000042.jpg"):
+        (root / "val2017" / name).unlink()
+
+    with pytest.raises(
+        InputError, match=f"2 of its 3 image files are missing, the first is {root}/val2017/000000000785"
+    ):
+        read(root)
+
+
+def test_malformed_json_is_placed(root):
+    path = write(root, '{"images": [],\n "annotations": [,]}')
+    with pytest.raises(InputError, match=f"{path}, line 2, column 18: "):
+        read(root)
+    path.write_bytes(b'{"images": "\xff"}')
+    with pytest.raises(InputError, match=f"{path}: not UTF-8 text"):
+        read(root)
+    write(root, "[1, 2]")
+    with pytest.raises(InputError, match="expected an object with images, annotations and categories"):
+        read(root)
+
+
+def drop(section, row, key):
+    def change(document):
+        del document[section][row][key]
+
+    return change
+
+
+def put(section, row, **values):
+    def change(document):
+        document[section][row].update(values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("categories"), "has no list 'categories'"),
+        (lambda d: d.update(categories=[]), "has no categories"),
+        (lambda d: d.update(annotations=[]), "none of its 4 images has an annotation"),
+        (lambda d: d["annotations"].append(17), "annotations: the entry with number 5, .* has no 'image_id'"),
+        (drop("images", 1, "file_name"), "images: the entry with id 785 has no 'file_name'"),
+        (drop("images", 1, "width"), "images: the entry with id 785 has no 'width'"),
+        (drop("annotations", 1, "bbox"), "annotations: the entry with id 2 has no 'bbox'"),
+        (drop("annotations", 1, "category_id"), "annotations: the entry with id 2 has no 'category_id'"),
+        (drop("categories", 2, "name"), "categories: the entry with id 90 has no 'name'"),
+        (put("images", 1, id=42), "images: the entry with id 42 repeats the id 42"),
+        (put("images", 1, file_name="000000000042.jpg"), "id 42 repeats the file_name '000000000042.jpg'"),
+        (put("images", 1, height=0), "id 785 has width 100 and height 0"),
+        (put("images", 1, width="100"), "id 785 has 'width': '100', expected int"),
+        (put("categories", 1, id=13), "categories: the entry with id 13 repeats the id 13"),
+        (put("categories", 1, name="stop sign"), "categories: the entry with id 1 repeats the name 'stop sign'"),
+        (put("annotations", 1, image_id=140), "id 2 names the image_id 140, which is not among the images"),
+        (put("annotations", 1, category_id=12), "id 2 names the category_id 12, which is not among the categories"),
+        (put("annotations", 1, bbox=[1, 2, 3]), "id 2 has bbox .1, 2, 3., expected .x, y, width, height."),
+        (put("annotations", 1, bbox=[1, 2, None, 4]), "id 2 has bbox .1, 2, None, 4., expected"),
+        (put("annotations", 1, bbox=[1, 2, float("nan"), 4]), "id 2 has bbox .*nan.*finite"),
+        (put("annotations", 1, bbox=[1, float("inf"), 3, 4]), "id 2 has bbox .*inf.*finite"),
+        (put("annotations", 1, bbox=[1, 2, -3, 4]), "id 2 has bbox .*not negative"),
+        (put("annotations", 1, bbox=[700, 2, 3, 4]), "id 2 has bbox .* outside its image of 640 x 426 pixels"),
+        (put("annotations", 0, segmentation=[[1, 2, 3]]), "id 1 has a segmentation that is neither"),
+        (
+            put("annotations", 0, segmentation=[[1, 2, 3, 4, float("nan"), 6]]),
+            "id 1 has a segmentation that is neither",
+        ),
+        (put("annotations", 2, segmentation={"size": [4, 3], "counts": COLUMN_RUNS}), "id 3 has a mask of size .4, 3."),
+        (put("annotations", 2, segmentation={"size": [3, 4], "counts": [3, 3]}), "id 3 .*do not add up to 12 pixels"),
+        (put("annotations", 2, segmentation={"size": [3, 4]}), "id 3 has a mask without counts"),
+        (put("images", 1, unknown_category_ids=[2]), "id 785 has unknown_category_ids .2., expected"),
+        (put("images", 1, unknown_category_ids=[13]), "image 785 has annotations of class 'stop sign' and lists it"),
+    ],
+)
+def test_an_entry_that_cannot_be_is_named(root, change, message):
+    document = copy.deepcopy(DOCUMENT)
+    change(document)
+    path = write(root, document)
+
+    with pytest.raises(InputError, match=message) as caught:
+        read(root)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)

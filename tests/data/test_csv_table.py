@@ -1,0 +1,202 @@
+"""csv_table.py on small tables; the column layout is that of UC Merced multi-label and of ML-Decoder's data.csv."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from mlvision.data import build_manifest
+from mlvision.data.csv_table import file_number, hash_percent
+from mlvision.errors import InputError
+
+MULTI_HOT = """image,scene,cat,dog,owl
+beach01.jpg,beach,1,0,0
+beach07.jpg,beach,0,-1,1
+forest02.jpg,forest,,1,0
+forest11.jpg,forest,0,0,0
+"""
+LISTED = """image,tags,part
+a.jpg,dog;cat,train
+b.jpg,,train
+c.jpg, owl ; dog;,test
+"""
+
+
+def table(root, text, encoding="utf-8"):
+    """Writes labels.csv and an empty file for the first field of each row: the reader looks only at names."""
+    (root / "labels.csv").write_bytes(text.encode(encoding) if isinstance(text, str) else text)
+    if isinstance(text, str):
+        for line in text.splitlines()[1:]:
+            name = line.split(",")[0].strip('"')
+            if name:
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).touch()
+    return root
+
+
+def read(root, split="all", **options):
+    return build_manifest("csv", root=str(root), split=split, **options)
+
+
+def test_multi_hot_columns_by_hand(tmp_path):
+    manifest = read(table(tmp_path, MULTI_HOT), ignore_columns=["scene"])
+
+    assert manifest.classes == ("cat", "dog", "owl")
+    assert [r.key for r in manifest.records] == ["beach01.jpg", "beach07.jpg", "forest02.jpg", "forest11.jpg"]
+    assert manifest.records[1].path == str(tmp_path / "beach07.jpg")
+    nan = np.nan
+    np.testing.assert_array_equal(manifest.targets, [[1, 0, 0], [0, nan, 1], [nan, 1, 0], [0, 0, 0]])
+    assert manifest.protocol == "labels.csv, 4 of 4 rows"
+    assert manifest.records[0].boxes is None
+    assert manifest.records[0].size is None
+
+
+def test_label_column_by_hand(tmp_path):
+    table(tmp_path, LISTED)
+
+    train, test = (read(tmp_path, s, label_column="tags", split_column="part") for s in ("train", "test"))
+
+    # The class list is that of all rows: no train row shows an owl.
+    assert train.classes == test.classes == ("cat", "dog", "owl")
+    assert train.targets.tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert test.targets.tolist() == [[0, 1, 1]]
+    assert train.protocol == "labels.csv, column part, 2 of 3 rows"
+
+
+def test_given_classes_choose_the_order(tmp_path):
+    table(tmp_path, MULTI_HOT)
+    manifest = read(tmp_path, ignore_columns=["scene"], classes=["owl", "dog", "cat"])
+    assert manifest.classes == ("owl", "dog", "cat")
+    assert manifest.records[0].labels == (2,)
+
+    table(tmp_path, LISTED.replace(";", "|"))
+    options = {"label_column": "tags", "split_column": "part", "separator": "|"}
+    manifest = read(tmp_path, "test", classes=["owl", "emu", "dog", "cat"], **options)
+    assert manifest.targets.tolist() == [[1, 0, 1, 0]]
+    with pytest.raises(InputError, match="labels.csv, line 2: label 'cat' is not in the class list: owl, dog"):
+        read(tmp_path, "test", classes=["owl", "dog"], **options)
+
+
+def test_file_number_splits_and_leaves_the_rest_out(tmp_path):
+    table(tmp_path, MULTI_HOT)
+    splits = {"train": "0-2", "test": "05-09"}
+
+    def keys(split):
+        manifest = read(tmp_path, split, ignore_columns=["scene"], split_rule="file_number", splits=splits)
+        return [r.key for r in manifest.records], manifest.protocol
+
+    rule = "labels.csv, split by file_number (train 0-2, test 05-09)"
+    assert keys("train") == (["beach01.jpg", "forest02.jpg"], f"{rule}, 2 of 4 rows (1 rows belong to no split)")
+    assert keys("test") == (["beach07.jpg"], f"{rule}, 1 of 4 rows (1 rows belong to no split)")
+
+
+@pytest.mark.parametrize(
+    ("key", "number"), [("images/beach14.jpg", 14), ("3/a_007_x2.v1.png", 1), ("12/no.jpg", None), ("0009.jpg", 9)]
+)
+def test_file_number_is_the_last_of_the_stem(key, number):
+    assert file_number(key) == number
+
+
+def test_hash_splits_by_the_key_alone(tmp_path):
+    keys = [f"images/{i}.jpg" for i in range(200)]
+    table(tmp_path, "image,cat\n" + "".join(f"{key.removeprefix('images/')},1\n" for key in keys))
+    (tmp_path / "images").mkdir()
+    for key in keys:
+        (tmp_path / key).touch()
+    splits = {"train": "0-79", "test": "80-99"}
+
+    test = read(tmp_path, "test", images="images", split_rule="hash", splits=splits)
+
+    expected = [key for key in keys if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100 >= 80]
+    assert [r.key for r in test.records] == expected
+    assert 20 < len(expected) < 60
+    assert hash_percent(keys[0]) == int(hashlib.sha256(keys[0].encode()).hexdigest(), 16) % 100
+
+
+def test_byte_order_mark_quotes_windows_lines_and_blank_lines(tmp_path):
+    (tmp_path / "a, b.jpg").touch()
+    (tmp_path / "c.jpg").touch()
+    text = 'image,"cat, big","dog ""x""\nsecond line"\r\n\r\n"a, b.jpg","1",0\r\nc.jpg, 0 ,1\r\n'
+    table(tmp_path, text.encode("utf-8-sig"))
+
+    manifest = read(tmp_path)
+
+    assert manifest.classes == ("cat, big", 'dog "x"\nsecond line')
+    assert manifest.targets.tolist() == [[1, 0], [0, 1]]
+    table(tmp_path, (text + "c.jpg,0,0\r\n").encode())
+    with pytest.raises(InputError, match="line 6: column 'image' repeats 'c.jpg' of line 5"):
+        read(tmp_path)
+
+
+RULE = {"split_rule": "file_number", "ignore_columns": ["scene"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        (MULTI_HOT, {}, "line 2: column 'scene' holds 'beach', expected 1, 0, or -1 or empty .unknown."),
+        (MULTI_HOT.replace("0,0,0", "0,2,0"), {"ignore_columns": ["scene"]}, "line 5: column 'dog' holds '2'"),
+        (MULTI_HOT.replace("0,0,0", "0,0.5,0"), {"ignore_columns": ["scene"]}, "line 5: column 'dog' holds '0.5'"),
+        (MULTI_HOT.replace("0,0,0", "0,0"), {}, "line 5: 4 fields, the header has 5"),
+        (MULTI_HOT.replace("forest11.jpg", ""), {"ignore_columns": ["scene"]}, "line 5: column 'image' is empty"),
+        (MULTI_HOT.replace("forest11", "beach07"), {}, "line 5: column 'image' repeats 'beach07.jpg' of line 3"),
+        (MULTI_HOT.replace("owl", "cat"), {}, "line 1: column names must be distinct and not empty"),
+        (MULTI_HOT + '"x.jpg,0\n', {}, "line 6: unexpected end of data"),
+        ('image,cat\n"a"b.jpg,1\n', {}, "line 2: ',' expected after '\"'"),
+        ("", {}, "expected a header and at least one row"),
+        ("image,cat\n", {}, "expected a header and at least one row"),
+        (MULTI_HOT, {"image_column": "file"}, "no column 'file'; columns: image, scene, cat, dog, owl"),
+        (MULTI_HOT, {"ignore_columns": ["scenes"]}, "no column 'scenes'"),
+        (MULTI_HOT, {"label_column": "tags"}, "no column 'tags'"),
+        (MULTI_HOT, {"ignore_columns": ["scene", "cat", "dog", "owl"]}, "no column is left for a class"),
+        (MULTI_HOT, {"classes": ["cat", "dog", "owl"]}, "line 1: column 'scene' is neither in data.classes nor in"),
+        (MULTI_HOT, {"ignore_columns": ["scene"], "classes": ["cat", "dog", "owl", "emu"]}, "no column 'emu'"),
+        (LISTED, {"label_column": "tags", "separator": ""}, "data.separator is empty"),
+        ("image,tags\na.jpg,;\n", {"label_column": "tags"}, "column 'tags' holds no label"),
+        (
+            LISTED.replace("c.jpg, owl ; dog;,test", "c.jpg,,"),
+            {"split_column": "part"},
+            "line 4: column 'part' is empty",
+        ),
+        (LISTED, {"split_column": "part", "split_rule": "hash"}, "exclude each other"),
+        (MULTI_HOT, {**RULE, "split_rule": "number"}, "data.split_rule=number: expected one of file_number, hash"),
+        (MULTI_HOT, RULE, "data.splits is empty"),
+        (MULTI_HOT, {**RULE, "splits": {"all": "0:9"}}, "data.splits.all=0:9: expected a range such as 0-49"),
+        (MULTI_HOT, {**RULE, "splits": {"all": "9-0"}}, "data.splits.all=9-0: expected a range"),
+        (MULTI_HOT, {**RULE, "splits": {"b": "5-9", "a": "0-5"}}, "data.splits: a .0-5. and b .5-9. overlap"),
+        (MULTI_HOT.replace("11", ""), {**RULE, "splits": {"all": "0-9"}}, "line 5: 'forest.jpg' holds no number"),
+    ],
+)
+def test_what_cannot_be_read_is_placed(tmp_path, text, options, message):
+    table(tmp_path, text)
+
+    with pytest.raises(InputError, match=message) as caught:
+        read(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_placed(tmp_path):
+    table(tmp_path, b"image,cat\na.jpg,1\nb\xe9.jpg,0\n")
+
+    with pytest.raises(InputError, match=f"{tmp_path}/labels.csv, line 3: not UTF-8 text"):
+        read(tmp_path)
+
+
+def test_splits_that_are_not_there_are_listed(tmp_path):
+    table(tmp_path, LISTED)
+    with pytest.raises(InputError, match="split 'train' does not exist; splits: all"):
+        read(tmp_path, "train", label_column="tags", ignore_columns=["part"])
+    with pytest.raises(InputError, match="split 'val' does not exist; splits: test, train"):
+        read(tmp_path, "val", label_column="tags", split_column="part")
+    table(tmp_path, MULTI_HOT)
+    with pytest.raises(InputError, match="split 'test' is empty; splits: test, train"):
+        read(tmp_path, "test", **RULE, splits={"train": "0-49", "test": "60-79"})
+
+
+def test_missing_file_and_images(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}/labels.csv: cannot be read: No such file"):
+        read(tmp_path)
+    table(tmp_path, MULTI_HOT)
+    (tmp_path / "forest02.jpg").unlink()
+    with pytest.raises(InputError, match="labels.csv: 1 of its 4 image files are missing, the first is .*forest02.jpg"):
+        read(tmp_path, ignore_columns=["scene"])

@@ -1,0 +1,265 @@
+import os
+import pickle
+import signal
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlvision.data.loader import (
+    EpochBatches,
+    ImageDataset,
+    LoaderConfig,
+    eval_loader,
+    rank_slice,
+    shuffled,
+    train_loader,
+)
+from mlvision.data.manifest import Manifest, Record
+from mlvision.data.transforms import EvalView, TrainView, ViewConfig
+from mlvision.errors import InputError
+from mlvision.types import Batch
+
+VIEW = TrainView(ViewConfig(color_jitter=0.3), (12, 20))
+TWIN = TrainView(ViewConfig(color_jitter=0.3, backend="torchvision"), (12, 20))
+NUM_IMAGES = 14
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    records = []
+    for i in range(NUM_IMAGES):
+        path = folder / f"{i}.png"
+        Image.fromarray(noise.integers(0, 256, (30 + i, 50 - i, 3), dtype=np.uint8)).save(path)
+        records.append(Record(path.name, str(path), labels=(i % 3,), unknown=(3,) if i % 4 == 0 else ()))
+    return Manifest(("sea", "sand", "trees", "cars"), tuple(records), "train")
+
+
+def config(num_workers: int = 0, batch_size: int = 4) -> LoaderConfig:
+    return LoaderConfig(batch_size=batch_size, eval_batch_size=batch_size, num_workers=num_workers)
+
+
+def content(batches: Iterable[Batch]) -> list[tuple]:
+    """Batches as values that == compares bit for bit, NaN too."""
+    return [
+        tuple(t.contiguous().numpy().tobytes() for t in (b.images, b.targets, b.index, b.view.boxes, b.view.flipped))
+        for b in batches
+    ]
+
+
+def two_epochs(loader) -> list[list[tuple]]:
+    epochs = []
+    for epoch in range(2):
+        loader.set_position(epoch)
+        epochs.append(content(loader))
+    return epochs
+
+
+def indices(batches: Iterable[Batch]) -> list[int]:
+    return [i for batch in batches for i in batch.index.tolist()]
+
+
+# What a batch holds
+
+
+def test_a_batch_holds_the_views_of_its_images(manifest):
+    dataset = ImageDataset(manifest, VIEW, seed=5)
+    loader = train_loader(manifest, VIEW, config(), seed=5)
+    loader.set_position(3)
+    for batch in loader:
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (4, 3, 12, 20)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for row, index in enumerate(batch.index.tolist()):
+            (view,) = dataset[3, index].views
+            assert torch.equal(batch.images[row], view.image)
+            assert batch.view.boxes[row].tolist() == pytest.approx(view.box)
+            assert batch.view.flipped[row].item() == view.flipped
+            np.testing.assert_array_equal(batch.targets[row], manifest.targets[index])
+
+
+def test_views_of_an_image_are_adjacent_and_differ(manifest):
+    one, three = (train_loader(manifest, VIEW, config(), seed=5, num_views=n) for n in (1, 3))
+    for single, batch in zip(one, three, strict=True):
+        assert len(batch.images) == 12
+        assert batch.index.tolist() == [i for i in single.index.tolist() for _ in range(3)]
+        assert torch.equal(batch.images[::3], single.images)  # the first view is the only one of num_views=1
+        assert torch.equal(batch.view.boxes[::3], single.view.boxes)
+        np.testing.assert_array_equal(batch.targets, single.targets.repeat_interleave(3, dim=0))
+        boxes = batch.view.boxes.reshape(4, 3, 4).tolist()
+        assert all(len({tuple(box) for box in views}) == 3 for views in boxes)
+
+
+# Reproducibility
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("view", [VIEW, TWIN], ids=["albumentations", "torchvision"])
+def test_batches_are_the_same_for_any_number_of_workers(manifest, view):
+    alone, *others = (two_epochs(train_loader(manifest, view, config(n), seed=7, num_views=2)) for n in (0, 2, 4))
+    assert len(alone[0]) == 3
+    for other in others:
+        assert other == alone
+
+
+def test_views_differ_between_epochs_images_and_seeds(manifest):
+    boxes = {
+        view.box
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for index in (0, 1, 2)
+        for view in ImageDataset(manifest, VIEW, seed, num_views=2)[epoch, index].views
+    }
+    assert len(boxes) == 2 * 2 * 3 * 2
+
+
+def test_orders_are_permutations_of_their_own():
+    order = shuffled(50, seed=3)
+    epochs = [order(epoch).tolist() for epoch in range(4)] + [shuffled(50, seed=4)(0).tolist()]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert order(2).tolist() == epochs[2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_start_step_gives_the_tail_of_the_epoch(manifest, num_workers):
+    loader = train_loader(manifest, VIEW, config(num_workers), seed=1)
+    loader.set_position(2)
+    whole = content(loader)
+    for start in range(4):
+        loader.set_position(2, start)
+        assert len(loader) == 3
+        assert content(loader) == whole[start:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_left_early_does_not_spoil_the_next(manifest, num_workers):
+    loader = train_loader(manifest, VIEW, config(num_workers), seed=1)
+    expected = two_epochs(loader)[1]
+    loader.set_position(0)
+    next(iter(loader))
+    loader.set_position(1)
+    assert content(loader) == expected
+
+
+@pytest.mark.parametrize("view", [VIEW, TWIN], ids=["albumentations", "torchvision"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_random_states_are_untouched(manifest, view, num_workers):
+    # Python's own generator: see test_transforms. Here beartype, which checks types in these tests, draws from it.
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    two_epochs(train_loader(manifest, view, config(num_workers), seed=1))
+    list(eval_loader(manifest, EvalView((8, 8)), config(num_workers)))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+
+
+def test_a_dataset_can_be_sent_to_a_process_that_was_not_forked(manifest):
+    dataset = ImageDataset(manifest, VIEW, seed=5)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[1, 2].views[0].image, dataset[1, 2].views[0].image)
+
+
+# Ranks
+
+
+def test_two_ranks_share_the_batches_of_one(manifest):
+    one = train_loader(manifest, VIEW, config(), seed=1)
+    two = [train_loader(manifest, VIEW, config(), seed=1, rank=rank, world_size=2) for rank in (0, 1)]
+    for loader in (one, *two):
+        loader.set_position(1)
+    for whole, first, second in zip(one, *two, strict=True):
+        assert len(first.index) == len(second.index) == 2
+        assert torch.equal(torch.cat([first.images, second.images]), whole.images)
+        assert torch.equal(torch.cat([first.index, second.index]), whole.index)
+        assert torch.equal(torch.cat([first.view.boxes, second.view.boxes]), whole.view.boxes)
+        assert torch.equal(torch.cat([first.view.flipped, second.view.flipped]), whole.view.flipped)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 20])
+def test_evaluation_sees_every_image_once(manifest, world_size):
+    ranks = [
+        eval_loader(manifest, EvalView((8, 8)), config(), rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    assert [len(loader) for loader in ranks] == [len(list(loader)) for loader in ranks]
+    seen = [indices(loader) for loader in ranks]
+    assert [i for rank in seen for i in rank] == list(range(NUM_IMAGES))
+    assert max(map(len, seen)) - min(map(len, seen)) <= 1
+
+
+def test_slices_of_a_short_batch_are_disjoint_and_whole():
+    rows = np.arange(100, 107)
+    assert [rank_slice(rows, rank, 3).tolist() for rank in range(3)] == [[100, 101], [102, 103], [104, 105, 106]]
+    last = [list(EpochBatches(lambda epoch: rows, 6, rank, 3, drop_last=False))[-1] for rank in range(3)]
+    assert last == [[], [], [(0, 106)]]
+
+
+def test_an_order_may_repeat_and_leave_out(manifest):
+    order = lambda epoch: np.array([7, 7, 2, epoch])  # noqa: E731
+    loader = train_loader(manifest, VIEW, config(batch_size=2), seed=1, order=order)
+    loader.set_position(5)
+    assert indices(loader) == [7, 7, 2, 5]
+    assert (len(loader), loader.images_per_step) == (2, 2)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_one_line_that_names_it(manifest, tmp_path, num_workers):
+    bad = tmp_path / "torn.jpg"
+    Image.new("RGB", (40, 30), "red").save(bad)
+    bad.write_bytes(bad.read_bytes()[:200])
+    records = list(manifest.records)
+    records[6] = replace(records[6], path=str(bad))
+    loader = eval_loader(replace(manifest, records=tuple(records)), EvalView((8, 8)), config(num_workers))
+    batches = iter(loader)
+    assert next(batches).index.tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError) as error:
+        next(batches)
+    assert error.type is InputError
+    assert str(error.value).startswith(f"{bad}: ")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="torn"):
+        ImageDataset(replace(manifest, records=tuple(records)), EvalView((8, 8)))[0, 6]
+
+
+def test_batches_that_cannot_be_made_are_refused(manifest):
+    with pytest.raises(InputError, match=r"^loader.batch_size: expected at most the 14 images of an epoch, got 15$"):
+        train_loader(manifest, VIEW, config(batch_size=15), seed=0)
+    with pytest.raises(InputError, match=r"^loader.batch_size: 7 images cannot be divided over 2 ranks$"):
+        train_loader(manifest, VIEW, config(batch_size=7), seed=0, world_size=2)
+    assert len(train_loader(manifest, VIEW, config(batch_size=14), seed=0)) == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("batch_size", 0), ("eval_batch_size", 0), ("num_workers", -1)])
+def test_a_bad_option_is_named(field, value):
+    with pytest.raises(InputError, match=rf"^loader\.{field}: expected at least \d, got {value}$"):
+        LoaderConfig(**{field: value})
+
+
+# Signals
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_main_process(manifest):
+    """As `timeout` and torchrun send it; the main process must still get the rest of its batches, to stop in order."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            signal.alarm(60)
+            received = []
+            signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+            loader = train_loader(manifest, TWIN, config(num_workers=2, batch_size=1), seed=0)
+            batches = iter(loader)
+            next(batches)
+            os.killpg(0, signal.SIGTERM)
+            code = 0 if len(list(batches)) == 13 and received else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
