@@ -1,0 +1,41 @@
+"""Binary cross-entropy of independent sigmoids."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mlvision.losses.reduction import mask_unknown, per_class, reduce_loss
+
+
+def binary_cross_entropy(
+    logits: Float[Tensor, "B C"],
+    targets: Float[Tensor, "B C"],
+    *,
+    class_weights: Float[Tensor, " C"] | None = None,
+    positive_weights: Float[Tensor, " C"] | None = None,
+    reduction: str = "image",
+) -> Float[Tensor, ""] | Float[Tensor, "B C"]:
+    """Binary cross-entropy, `-w_c * (v_c * y * log p + (1 - y) * log(1 - p))` with `p = sigmoid(logit)`.
+
+    Written with two log-sigmoids: `binary_cross_entropy_with_logits` gives 0 for a confident right answer in float32
+    (`x + softplus(-x)` cancels), and the asymmetric loss without focusing is then this loss bit for bit.
+
+    Args:
+        logits: Any float dtype; computed in at least float32, also under autocast.
+        targets: 1 present, 0 absent, NaN unknown (contributes nothing), or soft values in [0, 1]. Other values are not
+            looked for, since reading them back would stall a GPU; they give a meaningless loss.
+        class_weights: `w`, factor of each class.
+        positive_weights: `v`, factor of the positive term of each class.
+        reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
+
+    Raises:
+        InputError: Shapes do not fit, or no such reduction.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        x, y, known = mask_unknown(logits, targets)
+        present = y * F.logsigmoid(x)
+        if positive_weights is not None:
+            present = present * per_class("positive_weights", positive_weights, x)
+        absent = (1 - y) * F.logsigmoid(-x)
+        return reduce_loss(-(present + absent), known, class_weights, reduction)

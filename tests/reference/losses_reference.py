@@ -1,0 +1,47 @@
+"""The losses written from their equations: float64, one image and class at a time, no stable forms."""
+
+import math
+
+import numpy as np
+
+
+def binary_cross_entropy_table(logits, targets, class_weights=None, positive_weights=None):
+    """`-w_c (v_c y log p + (1 - y) log(1 - p))`, 0 where y is NaN."""
+    table = np.zeros(logits.shape)
+    for (b, c), y in np.ndenumerate(targets):
+        if math.isnan(y):
+            continue
+        p = 1 / (1 + math.exp(-logits[b, c]))
+        w = 1 if class_weights is None else class_weights[c]
+        v = 1 if positive_weights is None else positive_weights[c]
+        table[b, c] = -w * (v * y * math.log(p) + (1 - y) * math.log(1 - p))
+    return table
+
+
+def asymmetric_loss_table(logits, targets, gamma_neg, gamma_pos, clip, class_weights=None):
+    """Equations 4, 5 and 7 of Ridnik et al., ICCV 2021, 0 where y is NaN."""
+    table = np.zeros(logits.shape)
+    for (b, c), y in np.ndenumerate(targets):
+        if math.isnan(y):
+            continue
+        p = 1 / (1 + math.exp(-logits[b, c]))
+        p_m = max(p - clip, 0)
+        w = 1 if class_weights is None else class_weights[c]
+        table[b, c] = -w * (y * (1 - p) ** gamma_pos * math.log(p) + (1 - y) * p_m**gamma_neg * math.log(1 - p_m))
+    return table
+
+
+def asymmetric_gradient(x, y, gamma_neg, gamma_pos, clip, detach_focal):
+    """d loss / d logit of one hard label, differentiated by hand."""
+    p = 1 / (1 + math.exp(-x))
+    dp = p * (1 - p)
+    if y == 1:
+        through_log = -((1 - p) ** gamma_pos) / p * dp
+        through_weight = gamma_pos * (1 - p) ** (gamma_pos - 1) * math.log(p) * dp
+    else:
+        p_m = p - clip
+        if p_m <= 0:
+            return 0.0
+        through_log = p_m**gamma_neg / (1 - p_m) * dp
+        through_weight = -gamma_neg * p_m ** (gamma_neg - 1) * math.log(1 - p_m) * dp
+    return through_log if detach_focal else through_log + through_weight
