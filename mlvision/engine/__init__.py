@@ -1,0 +1,1 @@
+"""The training loop and what it stands on: precision, optimizer, checkpoints, logs, evaluation."""

@@ -1,0 +1,52 @@
+"""Things that watch a run: handed to `fit(..., callbacks=())` from above, called in their order."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from mlvision.engine.fit import FitState
+
+
+class Callback:
+    """Does nothing at each of the three moments; a callback overrides those that it wants.
+
+    `state` is the loop's own FitState: read it, write to `state.log.tensorboard`, leave the rest alone.
+    """
+
+    def on_epoch_start(self, state: FitState) -> None:
+        """Before the first step of an epoch, or where a resumed run enters it."""
+
+    def on_step_end(self, state: FitState) -> None:
+        """After each optimizer step; must not read tensors back to the host."""
+
+    def on_epoch_end(self, state: FitState) -> None:
+        """After validation, before the checkpoint; `state.validation` holds its summary."""
+
+
+class ProgressBar(Callback):
+    """A tqdm bar over the steps of an epoch, with the loss of the last log step; silent where stderr is no terminal."""
+
+    def __init__(self):
+        self._bar = tqdm(disable=True)
+
+    def on_epoch_start(self, state: FitState) -> None:
+        self._bar = tqdm(
+            total=state.steps_per_epoch,
+            initial=state.step - state.epoch * state.steps_per_epoch,
+            desc=f"epoch {state.epoch + 1}/{state.epochs}",
+            unit="step",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def on_step_end(self, state: FitState) -> None:
+        self._bar.update()
+        if state.logged:
+            self._bar.set_postfix(loss=f"{state.logged['train/loss']:.4f}", refresh=False)
+
+    def on_epoch_end(self, state: FitState) -> None:
+        self._bar.close()

@@ -1,0 +1,52 @@
+"""Run a method over a loader once and keep every logit."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mlvision.engine.precision import Precision
+from mlvision.methods.base import Method
+from mlvision.types import Batch
+
+
+@dataclass
+class Predictions:
+    """Logits and targets of a whole split, in manifest order.
+
+    Attributes:
+        logits: `[N, C]` float32: rankings are made on these, since probabilities in low precision saturate into ties.
+        targets: `[N, C]` float32, NaN unknown.
+        index: `[N]` rows in the manifest, ascending, each once.
+    """
+
+    logits: Float[Tensor, "N C"]
+    targets: Float[Tensor, "N C"]
+    index: Int64[Tensor, " N"]
+
+
+@torch.inference_mode()
+def predict(method: Method, loader: Iterable[Batch], precision: Precision) -> Predictions:
+    """Logits of every image that `loader` yields; a row that comes twice is kept once.
+
+    The method is put into eval mode and back into the mode it had.
+    """
+    was_training = method.training
+    method.eval()
+    logits, targets, index = [], [], []
+    try:
+        for batch in loader:
+            on_device = batch.images.to(precision.device, non_blocking=True)
+            with precision.autocast():
+                output = method.predict(on_device)
+            logits.append(output.float().cpu())
+            targets.append(batch.targets)
+            index.append(batch.index)
+    finally:
+        method.train(was_training)
+    rows = torch.cat(index)
+    unique, inverse = torch.unique(rows, return_inverse=True)
+    first = torch.full_like(unique, len(rows)).scatter_reduce(0, inverse, torch.arange(len(rows)), reduce="amin")
+    return Predictions(torch.cat(logits)[first], torch.cat(targets)[first], unique)

@@ -1,0 +1,308 @@
+"""The training loop. It knows the Method interface and nothing of any one method, config file or data set."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from mlvision.data.loader import Loader
+from mlvision.engine.callbacks import Callback
+from mlvision.engine.checkpoint import CheckpointConfig, check_classes, load_checkpoint, save_checkpoint
+from mlvision.engine.evaluate import predict
+from mlvision.engine.guard import FiniteGuard
+from mlvision.engine.log import LogConfig, RunLog
+from mlvision.engine.optim import EmaConfig, OptimConfig, build_optimizer, learning_rate_factor
+from mlvision.engine.precision import Precision
+from mlvision.engine.seed import rng_state, set_rng_state
+from mlvision.errors import InputError
+from mlvision.methods.base import Method
+from mlvision.metrics import multilabel_summary
+from mlvision.types import Batch
+
+LAST, BEST = "checkpoints/last.pt", "checkpoints/best.pt"
+
+
+class LossWindow:
+    """Means of the logged scalars since the last log step, summed on the device; part of the checkpoint."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def pop(self) -> dict[str, float]:
+        means = {f"train/{name}": total.item() / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+@dataclass
+class FitState:
+    """All that changes while a run trains; callbacks read it.
+
+    Attributes:
+        epoch: the epoch under way, from 0; equal to `epochs` once all are done.
+        step: optimizer steps done since the start of training.
+        logged: what the last step wrote to the log; empty where it was no log step.
+        validation: the last validation's metrics, by name: `val/raw/mAP`, `val/ema/mAP`, ...
+        best: the highest selection metric so far, or None.
+    """
+
+    method: Method
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    log: RunLog
+    run_dir: Path
+    steps_per_epoch: int
+    epochs: int
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    logged: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    window: LossWindow = field(default_factory=LossWindow)
+
+    def weights(self) -> dict[str, Any]:
+        """What evaluation and prediction need."""
+        return {
+            "method": self.method.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+        }
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The weights, and everything else that a bit-exact resume needs."""
+        return self.weights() | {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng_state(),
+            "window": {"sums": self.window.sums, "count": self.window.count},
+            "log_position": self.log.position(),
+        }
+
+    def restore(self, path: Path, saved: dict[str, Any]) -> None:
+        """Take over a loaded checkpoint.
+
+        Raises:
+            InputError: it belongs to another model.
+        """
+        try:
+            self.method.load_state_dict(saved["method"])
+            if self.ema:
+                self.ema.module.load_state_dict(saved["ema"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: does not fit this model ({str(error).strip().splitlines()[0]})") from error
+        self.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        device = self.method.mean.device
+        self.window.sums = {name: total.to(device) for name, total in saved["window"]["sums"].items()}
+        self.window.count = saved["window"]["count"]
+        self.log.cut(saved["log_position"], self.step)
+        set_rng_state(saved["rng"])
+
+
+def fit(
+    method: Method,
+    train_loader: Loader,
+    val_loader: Loader,
+    *,
+    run_dir: Path,
+    classes: Sequence[str],
+    keys: list[str],
+    precision: Precision,
+    optim: OptimConfig,
+    ema: EmaConfig,
+    checkpoint: CheckpointConfig,
+    log: LogConfig,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> FitState:
+    """Train `method` (already on `precision.device`) and leave its checkpoints and curves in `run_dir`.
+
+    A validation pass closes each epoch; `checkpoints/best.pt` is the epoch whose selected weights (EMA where there is one,
+    else raw) had the highest `checkpoint.select`. SIGTERM saves and returns early.
+
+    Args:
+        classes: class names, kept in the checkpoints.
+        keys: the image key of each training row, to name images in errors.
+        resume: go on from `checkpoints/last.pt`.
+
+    Raises:
+        NonFiniteError: a loss or gradient was not finite.
+        InputError: an option or the checkpoint to resume from does not fit.
+    """
+    total_steps = optim.epochs * len(train_loader)
+    rate = learning_rate_factor(optim, total_steps)
+    optimizer = build_optimizer(method.parameter_groups(), optim)
+    saved = load_checkpoint(run_dir / LAST) if resume else None
+    state = FitState(
+        method=method,
+        ema=ModelEmaV3(method, decay=ema.decay, use_warmup=True) if ema.decay else None,
+        optimizer=optimizer,
+        scaler=precision.scaler(),
+        log=RunLog(run_dir, log.tensorboard),
+        run_dir=run_dir,
+        steps_per_epoch=len(train_loader),
+        epochs=optim.epochs,
+    )
+    guard = FiniteGuard(precision.device, train_loader.images_per_step)
+    if saved is not None:
+        check_classes(run_dir / LAST, saved["classes"], tuple(classes))
+        state.restore(run_dir / LAST, saved)
+
+    def save() -> None:
+        guard.check(keys)
+        save_checkpoint(run_dir / LAST, state.checkpoint() | {"classes": list(classes)})
+
+    try:
+        with stop_on_sigterm() as stop:
+            while state.epoch < optim.epochs:
+                started, first_step = time.perf_counter(), state.step
+                method.on_epoch_start(state.epoch)
+                train_loader.set_position(state.epoch, state.step - state.epoch * len(train_loader))
+                for callback in callbacks:
+                    callback.on_epoch_start(state)
+                method.train()
+                for batch in train_loader:
+                    train_step(state, batch, guard, precision, rate(state.step), optim)
+                    at_log_step = state.step % log.every_steps == 0 or state.step == total_steps
+                    state.logged = log_step(state, guard, keys) if at_log_step else {}
+                    for callback in callbacks:
+                        callback.on_step_end(state)
+                    if stop.is_set():
+                        save()
+                        state.log.line(f"stopped by SIGTERM at step {state.step}; saved; resume=auto continues")
+                        return state
+                    if checkpoint.every_steps and state.step % checkpoint.every_steps == 0:
+                        save()
+                guard.check(keys)
+                train_seconds = time.perf_counter() - started
+                improved = validate(state, val_loader, precision, checkpoint.select)
+                for callback in callbacks:
+                    callback.on_epoch_end(state)
+                images = (state.step - first_step) * train_loader.images_per_step
+                log_epoch(state, images / max(train_seconds, 1e-9), improved)
+                state.epoch += 1
+                if improved:
+                    save_checkpoint(run_dir / BEST, state.weights() | {"classes": list(classes)})
+                save()
+    finally:
+        state.log.close()
+    return state
+
+
+def train_step(
+    state: FitState, batch: Batch, guard: FiniteGuard, precision: Precision, rate: float, optim: OptimConfig
+) -> None:
+    """Forward, backward, one update, EMA; nothing is read back to the host."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = optim.lr * rate * group["lr_scale"]
+    batch = batch.to(precision.device)
+    batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+    with precision.autocast():
+        output = state.method(batch)
+    logs = {"loss": output.loss, **output.logs}
+    if state.scaler.is_enabled():
+        guard.update(state.step + 1, output.loss, None, batch.index)
+        state.scaler.scale(guard.poison(output.loss)).backward()
+        state.scaler.unscale_(state.optimizer)
+        clip_gradients(state.optimizer, optim.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        output.loss.backward()
+        logs["gradient_norm"] = clip_gradients(state.optimizer, optim.clip_norm)
+        guard.update(state.step + 1, output.loss, logs["gradient_norm"], batch.index)
+        guard.step(state.optimizer)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.method.after_step(output)
+    if state.ema:
+        state.ema.update(state.method, step=state.step)
+    state.window.add(logs)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """The global gradient norm before clipping; gradients are scaled down to `max_norm` where that is above 0."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def log_step(state: FitState, guard: FiniteGuard, keys: list[str]) -> dict[str, float]:
+    """Write the means since the last log step."""
+    guard.check(keys)
+    values = state.window.pop() | {"train/lr": state.optimizer.param_groups[0]["lr"]}
+    state.log.metrics(state.step, state.epoch, values)
+    return values
+
+
+def validate(state: FitState, loader: Loader, precision: Precision, select: str) -> bool:
+    """Measure raw and EMA weights apart on the validation split; True where the selected ones are the best so far.
+
+    Raises:
+        InputError: `select` is no metric of the summary.
+    """
+    state.validation = {}
+    for weights, method in (("raw", state.method), ("ema", state.ema.module if state.ema else None)):
+        if method is not None:
+            found = predict(method, loader, precision)
+            summary = multilabel_summary(found.logits, found.targets)
+            state.validation |= {f"val/{weights}/{name}": value for name, value in summary.items()}
+    state.log.metrics(state.step, state.epoch, state.validation)
+    key = f"val/{'ema' if state.ema else 'raw'}/{select}"
+    if key not in state.validation:
+        raise InputError(f"checkpoint.select: no metric '{select}'; expected one of {', '.join(summary)}")
+    value = state.validation[key]
+    improved = state.best is None or math.isnan(state.best) or value > state.best
+    if improved:
+        state.best = value
+    return improved
+
+
+def log_epoch(state: FitState, images_per_second: float, improved: bool) -> None:
+    """One line for people, and the throughput for TensorBoard."""
+    state.log.timings(state.step, {"time/images_per_second": images_per_second})
+    measured = "  ".join(
+        f"{name.removeprefix('val/')} {state.validation[name]:.4f}"
+        for name in state.validation
+        if name.endswith("/mAP")
+    )
+    mark = "  best" if improved else ""
+    state.log.line(
+        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}  val {measured}  {images_per_second:.0f} images/s{mark}"
+    )
+
+
+@contextmanager
+def stop_on_sigterm():
+    """An event that SIGTERM sets while the context lasts; outside the main thread nothing is installed."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)

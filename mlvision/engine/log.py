@@ -1,0 +1,91 @@
+"""What a run writes while it trains: metrics.csv, TensorBoard events, and one console line an epoch.
+
+metrics.csv is long-format (step, epoch, name, value) and holds nothing that depends on the clock, so two runs of the same
+config are equal byte for byte; times go to TensorBoard and the console.
+"""
+
+import csv
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from mlvision.errors import InputError
+
+_HEADER = "step,epoch,name,value\n"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: Annotated[int, "training loss and rates are read back and written every so many steps"] = 50
+    tensorboard: Annotated[bool, "write TensorBoard events"] = True
+
+
+class RunLog:
+    """The writers of one run folder; `position` and `cut` let a resumed run go on as if never interrupted."""
+
+    def __init__(self, folder: Path, tensorboard: bool):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._use_tensorboard = tensorboard
+        self._writer = None
+        self._csv = open(folder / "metrics.csv", "ab")  # noqa: SIM115  closed in close()
+        if self._csv.tell() == 0:
+            self._csv.write(_HEADER.encode())
+
+    def position(self) -> int:
+        """Bytes of metrics.csv that are safely on disk: what a checkpoint remembers."""
+        self._csv.flush()
+        os.fsync(self._csv.fileno())
+        return self._csv.tell()
+
+    def cut(self, position: int, step: int) -> None:
+        """Drop what an interrupted run wrote after its checkpoint at `step`.
+
+        Raises:
+            InputError: metrics.csv is shorter than the checkpoint remembers.
+        """
+        path = self.folder / "metrics.csv"
+        if self._csv.tell() < position:
+            raise InputError(
+                f"{path}: {self._csv.tell()} bytes, but the checkpoint was saved at {position}; it was cut"
+            )
+        self._csv.truncate(position)
+        self._csv.seek(position)
+        self._purge_step = step + 1
+
+    _purge_step: int | None = None
+
+    @property
+    def tensorboard(self):
+        """The SummaryWriter, or None where switched off; callbacks may write to it."""
+        if self._use_tensorboard and self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
+        return self._writer
+
+    def metrics(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Write values that are a function of the config alone."""
+        rows = io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows([step, epoch, name, repr(v)] for name, v in values.items())
+        self._csv.write(rows.getvalue().encode())
+        self._csv.flush()
+        self.timings(step, values)
+
+    def timings(self, step: int, values: dict[str, float]) -> None:
+        """Write values that depend on the machine: to TensorBoard only."""
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def line(self, text: str) -> None:
+        """Print one line for people, at once."""
+        print(text, file=sys.stdout, flush=True)
+
+    def close(self) -> None:
+        self._csv.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,105 @@
+"""The optimizer, its parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from torch import nn
+
+from mlvision.errors import InputError
+
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # one kernel a step: 10x the default on a CPU
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Annotated[str, "any timm optimizer: adamw, sgd (Nesterov), momentum, lamb, lion, ..."] = "adamw"
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    lr_scales: Annotated[dict[str, float], "factor on lr by parameter group, e.g. {head: 10}"] = field(
+        default_factory=dict
+    )
+    weight_decay: Annotated[float, "decay of weights with two or more dimensions; biases and norms have none"] = 0.01
+    epochs: Annotated[int, "passes over the training images"] = 10
+    schedule: Annotated[str, "one_cycle (Smith & Topin), cosine (linear warm-up, then half a cosine) or constant"] = (
+        "one_cycle"
+    )
+    warmup: Annotated[float, "share of all steps spent rising to lr"] = 0.1
+    start_factor: Annotated[float, "learning rate of the first step, as a share of lr"] = 0.04
+    final_factor: Annotated[float, "learning rate of the last step, as a share of lr"] = 1e-4
+    clip_norm: Annotated[float, "gradients are scaled down to this global norm; 0: no clipping"] = 0.0
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: Annotated[float, "decay of the averaged weights (timm ModelEmaV3, with its warm-up); 0: none"] = 0.0
+
+
+def parameter_groups(groups: dict[str, list[nn.Parameter]], config: OptimConfig) -> list[dict]:
+    """Split each named group by the rule "no weight decay on tensors with fewer than two dimensions".
+
+    Raises:
+        InputError: `optim.lr_scales` names a group that the method does not have.
+    """
+    unknown = sorted(set(config.lr_scales) - set(groups))
+    if unknown:
+        raise InputError(f"optim.lr_scales: no parameter group '{unknown[0]}'; this method has {', '.join(groups)}")
+    result = []
+    for name, parameters in groups.items():
+        trainable = [p for p in parameters if p.requires_grad]
+        scale = config.lr_scales.get(name, 1.0)
+        for decay, chosen in (
+            (config.weight_decay, [p for p in trainable if p.ndim >= 2]),
+            (0.0, [p for p in trainable if p.ndim < 2]),
+        ):
+            if chosen:
+                result.append({"params": chosen, "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale})
+    return result
+
+
+def build_optimizer(groups: dict[str, list[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """A timm optimizer over the groups, fused where torch has a fused kernel.
+
+    Raises:
+        InputError: an unknown optimizer name, or one whose package is not installed.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if config.name not in known:
+        raise InputError(f"optim.name: timm has no optimizer '{config.name}'; it has {', '.join(known)}")
+    fused: dict[str, Any] = {"fused": True} if get_optimizer_class(config.name, bind_defaults=False) in _FUSED else {}
+    return create_optimizer_v2(
+        parameter_groups(groups, config), opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **fused
+    )
+
+
+def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """The learning rate at each step as a share of `lr`: a function of the step alone, so nothing has to be saved.
+
+    Source: one_cycle is torch's OneCycleLR with cosine annealing and constant momentum.
+
+    Raises:
+        InputError: an unknown schedule, or a warm-up share outside [0, 1).
+    """
+    if not 0 <= config.warmup < 1:
+        raise InputError(f"optim.warmup: expected a share in [0, 1), got {config.warmup}")
+    peak = config.warmup * total_steps - 1  # the step that has the full rate
+    last = max(total_steps - 1, 1)
+
+    def half_cosine(start: float, end: float, progress: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+    def decay(step: int) -> float:
+        return half_cosine(1.0, config.final_factor, (step - max(peak, 0)) / max(last - max(peak, 0), 1e-9))
+
+    def one_cycle(step: int) -> float:
+        return half_cosine(config.start_factor, 1.0, step / peak) if step < peak else decay(step)
+
+    def cosine(step: int) -> float:
+        return config.start_factor + (1 - config.start_factor) * step / peak if step < peak else decay(step)
+
+    schedules = {"one_cycle": one_cycle, "cosine": cosine, "constant": lambda step: 1.0}
+    if config.schedule not in schedules:
+        raise InputError(f"optim.schedule: expected one of {', '.join(schedules)}, got '{config.schedule}'")
+    return schedules[config.schedule]

@@ -1,0 +1,86 @@
+"""The interface between a paper's method and everything that runs it.
+
+A method is one file: what it computes in a training step, and what it predicts. The loop, the loader and the scripts know
+only what stands here.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from mlvision.data.loader import EpochOrder, shuffled
+from mlvision.data.manifest import Manifest
+from mlvision.models import Classifier, Preprocessing
+from mlvision.types import Batch, HeadOutput, StepOutput
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The options of every method; each method's own Config adds to them."""
+
+    name: Annotated[str, "which method: a key of METHODS"]
+
+
+class Method(nn.Module):
+    """A classifier with the training rule of one paper.
+
+    Images come as uint8, or as float in [0, 1], everywhere outside; the method owns mean and standard deviation and
+    normalises as its first step. State that must survive a resume is a buffer.
+
+    Attributes:
+        needs_label_map: the loader puts a label map into every batch.
+        num_views: how many views of each image a batch holds, adjacent.
+    """
+
+    needs_label_map = False
+    num_views = 1
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: Classifier, preprocessing: Preprocessing):
+        super().__init__()
+        self.classifier = classifier
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
+
+    def normalise(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B in_chans H W"]:
+        """uint8, or float in [0, 1], to what the weights expect; keeps the memory format."""
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        return (images - self.mean) / self.std
+
+    def classify(self, images: Shaped[Tensor, "B in_chans H W"]) -> HeadOutput:
+        """All that the head gives for raw images; logits in at least float32 also under autocast."""
+        output = self.classifier(self.normalise(images))
+        output.logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        return output
+
+    def predict(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
+        """Logits of raw images; differentiable."""
+        return self.classify(images).logits
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """One training step's loss, and detached scalars to log."""
+        raise NotImplementedError
+
+    def prepare(self, manifest: Manifest) -> None:
+        """See the training manifest once, before the first step; what is kept of it is a buffer."""
+
+    def make_sampler(self, manifest: Manifest, seed: int) -> EpochOrder:
+        """The order of the training images in each epoch: a function of (seed, epoch)."""
+        return shuffled(len(manifest), seed)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Named groups, to which `optim.lr_scales` refers."""
+        backbone = list(self.classifier.backbone.parameters())
+        known = {id(p) for p in backbone}
+        return {"backbone": backbone, "head": [p for p in self.parameters() if id(p) not in known]}
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """Called before the first step of an epoch, and again where a run resumes within it."""
+
+    def after_step(self, output: StepOutput) -> None:
+        """Called after each optimizer step."""

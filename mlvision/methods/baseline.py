@@ -1,0 +1,58 @@
+"""The plain multi-label classifier: one sigmoid a class, BCE or the asymmetric loss."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from mlvision.data.manifest import Manifest
+from mlvision.errors import InputError
+from mlvision.losses import asymmetric_loss, binary_cross_entropy
+from mlvision.methods.base import Method, MethodConfig
+from mlvision.models import Classifier, Preprocessing
+from mlvision.types import Batch, StepOutput
+
+
+@dataclass(frozen=True)
+class BaselineConfig(MethodConfig):
+    name: Annotated[str, "which method: a key of METHODS"] = "baseline"
+    loss: Annotated[str, "bce, or asl (asymmetric loss)"] = "bce"
+    gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
+    gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
+    clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    class_weights: Annotated[str, "none, or inverse_sqrt: 1 / sqrt(positives in the training split), mean 1"] = "none"
+
+
+class Baseline(Method):
+    """Independent sigmoids over one image-level feature.
+
+    Source: for asl, Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021.
+    """
+
+    class_weights: Tensor
+
+    def __init__(self, config: BaselineConfig, classifier: Classifier, preprocessing: Preprocessing):
+        super().__init__(classifier, preprocessing)
+        losses = {
+            "bce": binary_cross_entropy,
+            "asl": partial(asymmetric_loss, gamma_neg=config.gamma_neg, gamma_pos=config.gamma_pos, clip=config.clip),
+        }
+        if config.loss not in losses:
+            raise InputError(f"method.loss: expected one of {', '.join(losses)}, got '{config.loss}'")
+        if config.class_weights not in ("none", "inverse_sqrt"):
+            raise InputError(f"method.class_weights: expected none or inverse_sqrt, got '{config.class_weights}'")
+        self.loss = losses[config.loss]
+        self.weigh_classes = config.class_weights == "inverse_sqrt"
+        self.register_buffer("class_weights", torch.ones(classifier.num_classes))
+
+    def prepare(self, manifest: Manifest) -> None:
+        if self.weigh_classes:
+            positives = torch.from_numpy(manifest.targets == 1).sum(0).clamp(min=1)
+            weights = positives.to(self.class_weights).rsqrt()
+            self.class_weights.copy_(weights / weights.mean())
+
+    def forward(self, batch: Batch) -> StepOutput:
+        logits = self.predict(batch.images)
+        return StepOutput(self.loss(logits, batch.targets, class_weights=self.class_weights))

@@ -1,0 +1,39 @@
+import pytest
+
+from mlvision.engine.log import RunLog
+from mlvision.errors import InputError
+
+
+def test_a_resumed_log_equals_an_undisturbed_one(tmp_path):
+    whole = RunLog(tmp_path / "whole", tensorboard=False)
+    for step in (1, 2, 3):
+        whole.metrics(step, 0, {"train/loss": 1 / step, "a, quoted": 0.1})
+    whole.close()
+
+    first = RunLog(tmp_path / "cut", tensorboard=False)
+    first.metrics(1, 0, {"train/loss": 1.0, "a, quoted": 0.1})
+    position = first.position()  # a checkpoint is saved here
+    first.metrics(2, 0, {"train/loss": 99.0})  # and this row dies with the process
+    first.close()
+    second = RunLog(tmp_path / "cut", tensorboard=False)
+    second.cut(position, step=1)
+    for step in (2, 3):
+        second.metrics(step, 0, {"train/loss": 1 / step, "a, quoted": 0.1})
+    second.close()
+    assert (tmp_path / "cut" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_values_survive_exactly(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    log.metrics(3, 1, {"x": 0.1 + 0.2})
+    log.close()
+    header, row = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert header == "step,epoch,name,value"
+    assert row == "3,1,x,0.30000000000000004"
+    assert float(row.split(",")[-1]) == 0.1 + 0.2
+
+
+def test_a_shortened_file_is_refused(tmp_path):
+    log = RunLog(tmp_path, tensorboard=False)
+    with pytest.raises(InputError, match=r"metrics.csv: 22 bytes, but the checkpoint was saved at 1000"):
+        log.cut(1000, step=5)
