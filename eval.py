@@ -1,0 +1,77 @@
+"""Evaluate a trained run on one split: metrics.json, a per-class table, a precision-recall figure, and its record.
+
+python eval.py runs/<name>
+python eval.py runs/<name> data.split=val device=cpu
+python eval.py runs/<name>/checkpoints/last.pt
+"""
+
+import csv
+from pathlib import Path
+
+from mlvision.config import Config, describe_options, run_command
+from mlvision.data.loader import eval_loader
+from mlvision.engine.evaluate import predict
+from mlvision.errors import InputError
+from mlvision.metrics import multilabel_summary, per_class_table
+from mlvision.metrics.figures import draw_precision_recall
+from mlvision.run import check_never_trained_on, load_run, read_role, write_metrics, write_record
+
+USAGE = f"""usage: python eval.py RUN [key=value ...]
+
+{__doc__}
+Options of the run that still matter here: data.root, data.test, data.split, data.on_bad_image, loader.eval_batch_size,
+loader.num_workers, device, precision, threads. All options:
+{describe_options(Config)}"""
+
+
+def main(argv: list[str]) -> dict:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return {}
+    path, *overrides = argv
+    if "=" in path and not Path(path).exists():
+        raise InputError(f"'{path}': expected a run folder or a checkpoint first, then key=value")
+    run = load_run(path, overrides=overrides)
+    role = run.config.data.split
+    manifest, bad = read_role(run.config, role)
+    check_never_trained_on(run, manifest, role)
+    loader = eval_loader(manifest, run.view, run.config.loader)
+
+    results, chosen = {}, run.weights
+    for weights in ("raw", "ema") if chosen == "ema" else ("raw",):
+        method = load_run(path, overrides=overrides, weights=weights).method if weights != chosen else run.method
+        found = predict(method, loader, run.precision)
+        results[weights] = multilabel_summary(found.logits, found.targets)
+        if weights == chosen:
+            predictions = found
+    table = per_class_table(predictions.logits, predictions.targets, manifest.classes)
+
+    with open(run.folder / f"per_class_{role}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    draw_precision_recall(
+        run.folder / f"precision_recall_{role}.png", predictions.logits, predictions.targets, manifest.classes
+    )
+    metrics = {
+        "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
+        f"{run.config.view.size} px, split {manifest.split}",
+        "checkpoint": str(Path(path)),
+        "weights": chosen,
+        "skipped_images": [{"key": key, "reason": reason} for _, key, reason in bad],
+        **results,
+    }
+    write_metrics(run, role, metrics)
+    if role == "test":
+        write_record(run, metrics)
+    print(metrics["protocol"])
+    for weights, summary in results.items():
+        shown = "  ".join(f"{name} {summary[name]:.4f}" for name in ("mAP", "CF1", "OF1"))
+        mark = "*" if weights == chosen else " "
+        print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
+    print(f"written to {run.folder}: metrics.json, per_class_{role}.csv, precision_recall_{role}.png")
+    return metrics
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,408 @@
+"""Wires the rooms into a run: what train.py, eval.py, the tools and notebooks stand on."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from mlvision.config import Config, build_options, load_options, read_overrides, save_options, to_plain
+from mlvision.data import read_split
+from mlvision.data.images import drop_unreadable, rgb_array
+from mlvision.data.loader import Loader, eval_loader, train_loader
+from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
+from mlvision.data.transforms import EvalView, TrainView, ViewConfig
+from mlvision.engine.checkpoint import load_checkpoint
+from mlvision.engine.fit import BEST, LAST
+from mlvision.engine.precision import Precision, resolve_device, resolve_precision
+from mlvision.engine.seed import seed_everything
+from mlvision.errors import InputError
+from mlvision.methods import METHODS, Method
+from mlvision.models import Preprocessing, build_classifier
+
+ROLES = ("train", "val", "test")
+_PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
+# What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
+_FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "loader.num_workers")
+
+
+@dataclass
+class Run:
+    """A training run, built and checked, before anything is written."""
+
+    config: Config
+    method: Method
+    train: Manifest
+    val: Manifest
+    train_loader: Loader
+    val_loader: Loader
+    precision: Precision
+    bad_images: list[tuple[str, str, str]]
+
+
+@dataclass
+class LoadedRun:
+    """A trained run, ready to predict.
+
+    Attributes:
+        method: in eval mode, on its device.
+        classes: class names; column c of every logit is `classes[c]`.
+        config: the options it was trained with.
+        folder: the run folder.
+        weights: which weights these are: raw or ema.
+    """
+
+    method: Method
+    classes: tuple[str, ...]
+    config: Config
+    folder: Path
+    precision: Precision
+    view: EvalView
+    weights: str
+
+    def preprocess(self, images: Sequence[Image.Image]) -> UInt8[Tensor, "B 3 H W"]:
+        """PIL images as the uint8 batch that `method.predict` takes, resized as at evaluation."""
+        batch = torch.stack([self.view(rgb_array(image)).image for image in images])
+        return batch.to(self.precision.device)
+
+
+def build_run(config: Config) -> Run:
+    """Read the data, build the model, and check that they fit together; writes nothing.
+
+    Raises:
+        InputError: whatever of the config or the data cannot be used.
+    """
+    config = resolve(config)
+    precision = resolve_precision(config.precision, resolve_device(config.device))
+    train, val, bad = read_training_manifests(config)
+    seed_everything(config.seed)
+    method, preprocessing = build_method(config, len(train.classes))
+    method.prepare(train)
+    method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    order = method.make_sampler(train, config.seed)
+    view = complete_view(config.view, preprocessing)
+    return Run(
+        config=config,
+        method=method,
+        train=train,
+        val=val,
+        train_loader=train_loader(
+            train, TrainView(view), config.loader, config.seed, order=order, num_views=method.num_views
+        ),
+        val_loader=eval_loader(val, _eval_view(view), config.loader),
+        precision=precision,
+        bad_images=bad,
+    )
+
+
+def resolve(config: Config) -> Config:
+    """The config with `auto` replaced by what this machine really does; sets torch's thread count.
+
+    Raises:
+        InputError: a device or precision that is not there.
+    """
+    device = resolve_device(config.device)
+    if config.threads < 0:
+        raise InputError(f"threads: expected 0 (torch's own choice) or more, got {config.threads}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return dataclasses.replace(
+        config,
+        device=str(device),
+        precision=resolve_precision(config.precision, device).name,
+        threads=torch.get_num_threads(),
+    )
+
+
+def build_method(config: Config, num_classes: int) -> tuple[Method, Preprocessing]:
+    """The method of a config with a fresh classifier, and the preprocessing that its weights expect."""
+    classifier = build_classifier(config.model, config.head, num_classes, image_size=config.view.size)
+    preprocessing = classifier.backbone.preprocessing
+    _, build = METHODS[config.method.name]
+    return build(config.method, classifier, preprocessing), preprocessing
+
+
+def read_training_manifests(config: Config) -> tuple[Manifest, Manifest, list[tuple[str, str, str]]]:
+    """The training and validation manifests, and (split, key, reason) of each image that was skipped.
+
+    The test split is read as well, to refuse data in which it shares images with the others; nothing else is done with it.
+    """
+    data = config.data
+    if not data.train:
+        raise InputError("data.train: expected the name of a split, got nothing")
+    train = read_split(data, data.train)
+    if data.val:
+        val = read_split(data, data.val)
+        check_same_classes(train, val)
+        check_disjoint(train, val)
+    else:
+        train, val = carve_validation(train, data.val_fraction, data.val_seed)
+    if data.test and data.test != data.val:
+        test = read_split(data, data.test)
+        check_same_classes(train, test)
+        check_disjoint(train, test)
+        check_disjoint(val, test)
+    (train, bad_train), (val, bad_val) = (_readable(config, m) for m in (train, val))
+    return train, val, bad_train + bad_val
+
+
+def read_role(config: Config, role: str) -> tuple[Manifest, list[tuple[str, str, str]]]:
+    """The manifest of the split that plays `role`: train, val or test.
+
+    Raises:
+        InputError: no such role, or none was named in the config.
+    """
+    if role not in ROLES:
+        raise InputError(f"data.split: expected one of {', '.join(ROLES)}, got '{role}'")
+    if role != "test":
+        train, val, _ = read_training_manifests(config)
+        return _readable(config, train if role == "train" else val)
+    if not config.data.test:
+        raise InputError("data.test: this run names no test split; give data.test=<split> or data.split=val")
+    return _readable(config, read_split(config.data, config.data.test))
+
+
+def _readable(config: Config, manifest: Manifest) -> tuple[Manifest, list[tuple[str, str, str]]]:
+    if config.data.on_bad_image == "error":
+        return manifest, []
+    if config.data.on_bad_image != "skip":
+        raise InputError(f"data.on_bad_image: expected error or skip, got '{config.data.on_bad_image}'")
+    kept, bad = drop_unreadable(manifest, config.loader.num_workers)
+    return kept, [(manifest.split, key, reason) for key, reason in bad]
+
+
+def complete_view(view: ViewConfig, preprocessing: Preprocessing) -> ViewConfig:
+    """The view options; what they leave open is as the weights expect."""
+    return dataclasses.replace(
+        view,
+        interpolation=view.interpolation or preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct if view.crop_pct is None else view.crop_pct,
+    )
+
+
+def _eval_view(view: ViewConfig) -> EvalView:
+    assert view.crop_pct is not None, "complete_view first"
+    return EvalView((view.size, view.size), view.interpolation, view.eval_resize, view.crop_pct)
+
+
+def load_run(
+    path: str | Path, *, device: str = "auto", weights: str = "auto", overrides: Sequence[str] = ()
+) -> LoadedRun:
+    """A trained run from its folder, or from one of its checkpoints.
+
+    Args:
+        path: a run folder (its best checkpoint is taken, else its last), or a `.pt` file in `checkpoints/` of one.
+        weights: raw, ema, or auto: ema where the run has them.
+        overrides: `key=value` on the saved config.
+
+    Raises:
+        InputError: no run there, or one that cannot be loaded.
+    """
+    path = Path(path)
+    folder = path.parent.parent if path.suffix == ".pt" else path
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{path}: no run there (expected a folder with config.yaml, made by train.py)")
+    config = load_options(Config, folder / "config.yaml")
+    if overrides:
+        values = to_plain(config)
+        config = build_options(Config, read_overrides(values, overrides))
+    device_used = resolve_device(device)
+    # Trained in mixed precision on a GPU, evaluated on a CPU: the CPU's own default serves.
+    precision = resolve_precision(
+        config.precision if device_used.type == torch.device(config.device).type else "auto", device_used
+    )
+    checkpoint = (
+        path
+        if path.suffix == ".pt"
+        else next((p for p in (folder / BEST, folder / LAST) if p.is_file()), folder / BEST)
+    )
+    saved = load_checkpoint(checkpoint)
+    if weights == "auto":
+        weights = "raw" if saved["ema"] is None else "ema"
+    if weights not in ("raw", "ema") or (weights == "ema" and saved["ema"] is None):
+        raise InputError(
+            f"{checkpoint}: no '{weights}' weights there; expected raw" + (" or ema" if saved["ema"] else "")
+        )
+    classes = tuple(saved["classes"])
+    untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
+    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), len(classes))
+    try:
+        method.load_state_dict(saved["ema" if weights == "ema" else "method"])
+    except RuntimeError as error:
+        raise InputError(
+            f"{checkpoint}: does not fit {folder / 'config.yaml'} ({str(error).splitlines()[0]})"
+        ) from error
+    method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+    view = _eval_view(complete_view(config.view, preprocessing))
+    return LoadedRun(method, classes, config, folder, precision, view, weights)
+
+
+def choose_folder(config: Config) -> tuple[Path, bool]:
+    """The run folder of a resolved config, and whether a run in it is to be continued; writes nothing.
+
+    Raises:
+        InputError: the folder holds a run and `resume` is not auto, or it holds a run of another config.
+    """
+    if config.resume not in ("", "auto"):
+        raise InputError(f"resume: expected auto or nothing, got '{config.resume}'")
+    if config.out:
+        folder = Path(config.out)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"out: {folder} is a file, expected a folder")
+        if not (folder / "config.yaml").is_file():
+            return folder, False
+        if not config.resume:
+            raise InputError(f"out: {folder} already holds a run; resume=auto continues it, another out= starts anew")
+        difference = config_difference(load_options(Config, folder / "config.yaml"), config)
+        if difference:
+            raise InputError(f"out: {folder} holds a run of another config: {difference}")
+        return folder, (folder / LAST).is_file()
+    name = config.name or "run"
+    if config.resume:
+        for path in sorted(Path("runs").glob(f"{name}-*/config.yaml"), key=os.path.getmtime, reverse=True):
+            if (path.parent / LAST).is_file() and not config_difference(load_options(Config, path), config):
+                return path.parent, True
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder, number = Path("runs") / f"{name}-{stamp}", 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{stamp}-{number}", number + 1
+    return folder, False
+
+
+def config_difference(saved: Config, asked: Config) -> str:
+    """The first option in which two configs compute something else, or nothing."""
+    before, now = (_flat(to_plain(config)) for config in (saved, asked))
+    for key in before | now:
+        if key not in _FREE_TO_CHANGE and before.get(key) != now.get(key):
+            return f"{key} is {before.get(key)!r} there, {now.get(key)!r} was asked for"
+    return ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def start_folder(run: Run, folder: Path) -> None:
+    """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated), and
+    bad_images.csv where images were skipped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.bad_images:
+        with open(folder / "bad_images.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
+    with open(folder / "images.csv", "w", newline="") as file:
+        rows = [(role, record.key) for role, m in (("train", run.train), ("val", run.val)) for record in m.records]
+        csv.writer(file).writerows([("split", "key"), *rows])
+    (folder / "environment.json").write_text(json.dumps(describe_environment(run.precision.device), indent=2) + "\n")
+    save_options(run.config, folder / "config.yaml")  # last: its presence says that a run is here
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on beside its config: command, code, packages and machine."""
+    return {
+        "command": "python " + shlex.join(sys.argv),
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "started": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str:
+    """The checkout's commit, with `-dirty` where files differ from it; `unknown` outside a checkout."""
+    root = Path(__file__).parents[1]
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return f"{', '.join(sorted(names)) or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> None:
+    """Refuse to evaluate on images that the run was trained on (those of its own training split excepted).
+
+    Raises:
+        InputError: naming the images.
+    """
+    if role == "train":
+        return
+    with open(run.folder / "images.csv", newline="") as file:
+        trained = {row["key"] for row in csv.DictReader(file) if row["split"] == "train"}
+    shared = [record.key for record in manifest.records if record.key in trained]
+    if shared:
+        raise InputError(
+            f"data.{role}: {len(shared)} images of '{manifest.split}' were in the training split of {run.folder}: "
+            + ", ".join(shared[:5])
+        )
+
+
+def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:
+    """Put one split's metrics into the run's metrics.json, beside those of other splits."""
+    path = run.folder / "metrics.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    _write_json(path, known | {role: metrics})
+
+
+def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
+    """Write record.json: the small file that stands for a finished run in docs/results/ and makes its tables."""
+    environment = json.loads((run.folder / "environment.json").read_text())
+    record = {
+        "name": run.config.name,
+        "config": to_plain(run.config),
+        "metrics": metrics,
+        "classes": len(run.classes),
+        "parameters": sum(p.numel() for p in run.method.parameters()),
+        "environment": environment,
+    }
+    _write_json(run.folder / "record.json", record)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN as None: strict JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

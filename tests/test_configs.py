@@ -1,0 +1,110 @@
+"""Every YAML of configs/ builds and takes one step at tiny size, and every trainable parameter learns from it."""
+
+import csv
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlvision.config import Config, parse_options, to_plain
+from mlvision.engine.optim import build_optimizer
+from mlvision.run import build_run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "grids" not in p.parts)
+TINY = {"resnet": "test_resnet", "efficientnet": "test_efficientnet", "vit": "test_vit"}
+# Parameters that a config's method does not train, by config name; none so far.
+UNTRAINED: dict[str, set[str]] = {}
+
+
+def tiny_backbone(name: str) -> str:
+    """timm's own test model of the same family."""
+    return next((tiny for family, tiny in TINY.items() if family in name), name)
+
+
+def make_data(config: Config, scenes_root: Path, root: Path) -> None:
+    """A data set of a few images in the layout that the config expects, with its splits and label columns."""
+    data = config.data
+    splits = [s for s in (data.train, data.val, data.test) if s]
+    source = scenes_root / "images" / "train"
+    if data.name == "coco":
+        for number, split in enumerate(splits):
+            name = "instances_test.json" if number else "instances_train.json"
+            annotations = root / data.annotations.format(split=split)
+            annotations.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(scenes_root / "annotations" / name, annotations)
+            shutil.copytree(scenes_root / "images", root / data.images.format(split=split), dirs_exist_ok=True)
+    else:
+        assert data.name == "csv"
+        images = root / data.images
+        images.mkdir(parents=True, exist_ok=True)
+        names = [f"place{number:02d}.jpg" for number in range(80)]
+        for name, path in zip(names, sorted(source.iterdir()), strict=False):
+            shutil.copy(path, images / name)
+        with open(root / data.file, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([data.image_column, *data.ignore_columns, "sea", "sand", "trees"])
+            writer.writerows(
+                [n, *["-" for _ in data.ignore_columns], i % 2, int(i % 3 == 0), int(i % 5 > 1)]
+                for i, n in enumerate(names)
+            )
+
+
+def cases():
+    """Each config in the precision that it asks for; those for a GPU in both low precisions."""
+    for path in CONFIGS:
+        precision = parse_options(Config, [str(path)], prog="train.py", description="").precision
+        for name in ("auto",) if precision == "auto" else ("bf16", "fp16"):
+            yield pytest.param(path, name, id=f"{path.relative_to(ROOT / 'configs')}-{name}")
+
+
+@pytest.mark.parametrize(("path", "precision"), cases())
+def test_config_takes_a_step(path, precision, scenes_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlvision.engine.precision.cpu_has_bf16", lambda: True)
+    config = parse_options(Config, [str(path)], prog="train.py", description="")
+    make_data(config, scenes_root, tmp_path)
+    arguments = [
+        f"data.root={tmp_path}",
+        "view.size=64",
+        f"model.name={tiny_backbone(config.model.name)}",
+        "model.pretrained=none",
+        "device=cpu",
+        f"precision={precision}",
+        "loader.num_workers=0",
+        "loader.batch_size=4",
+    ]
+    torch.manual_seed(0)
+    run = build_run(parse_options(Config, [str(path), *arguments], prog="train.py", description=""))
+    optimizer = build_optimizer(run.method.parameter_groups(), run.config.optim)
+    batch = next(iter(run.train_loader))
+    for norm in run.method.modules():
+        # timm starts the last norm of each residual branch at zero, and so the first gradients behind it.
+        if isinstance(norm, torch.nn.BatchNorm2d) and not norm.weight.any():
+            torch.nn.init.constant_(norm.weight, 0.5)
+    before = {name: p.detach().clone() for name, p in run.method.named_parameters()}
+    run.method.train()
+    scaler = run.precision.scaler()
+    with run.precision.autocast():
+        loss = run.method(batch).loss
+    assert loss.isfinite()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    for name, parameter in run.method.named_parameters():
+        if parameter.requires_grad and name not in UNTRAINED.get(config.name, set()):
+            assert parameter.grad is not None, f"{name} has no gradient"
+            assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
+            assert parameter.grad.abs().sum() > 0, f"{name} has a gradient of zero"
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    scaler.step(optimizer)
+    assert any(not torch.equal(before[name], p) for name, p in run.method.named_parameters())
+
+
+def test_a_config_changes_only_what_it_says(tmp_path):
+    """Options that a YAML does not name keep the dataclass defaults: no second home for defaults."""
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    config = parse_options(Config, [str(empty)], prog="train.py", description="")
+    assert to_plain(dataclasses.replace(config, name="")) == to_plain(Config())

@@ -1,0 +1,311 @@
+"""The whole path through the scripts' own `main`: data -> train -> eval -> record; and what users get wrong on it."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as eval_script
+import train as train_script
+from mlvision import load_run
+from mlvision.config import Config, load_options
+from mlvision.engine.checkpoint import load_checkpoint
+from mlvision.engine.guard import NonFiniteError
+from mlvision.errors import InputError
+from mlvision.metrics import average_precision
+
+ROOT = Path(__file__).parents[1]
+
+
+def metric_rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return {(int(r["step"]), r["name"]): float(r["value"]) for r in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def trained(scenes_root, tmp_path_factory):
+    """A finished and evaluated run."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    config = ROOT / "configs/smoke/scenes_test_resnet_baseline.yaml"
+    train_script.main([str(config), f"data.root={scenes_root}", "device=cpu", "threads=1", f"out={folder}"])
+    metrics = eval_script.main([str(folder)])
+    return folder, metrics
+
+
+def test_a_run_folder_holds_what_it_promises(trained):
+    folder, metrics = trained
+    config = load_options(Config, folder / "config.yaml")
+    assert (config.device, config.precision, config.threads) == ("cpu", "fp32", 1)
+    assert config.name == "scenes_test_resnet_baseline"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert json.loads((folder / "metrics.json").read_text())["test"] == metrics
+    record = json.loads((folder / "record.json").read_text())
+    assert record["metrics"] == metrics
+    assert Image.open(folder / "precision_recall_test.png").size[0] > 300
+    rows = list(csv.DictReader(open(folder / "per_class_test.csv", newline="")))
+    assert [row["class"] for row in rows] == list(load_run(folder).classes)
+
+
+def test_the_images_file_splits_the_training_images(trained, scenes_root):
+    folder, _ = trained
+    rows = list(csv.DictReader(open(folder / "images.csv", newline="")))
+    train, val = ({r["key"] for r in rows if r["split"] == split} for split in ("train", "val"))
+    assert not train & val
+    document = json.loads((scenes_root / "annotations/instances_train.json").read_text())
+    assert len(train | val) == len({a["image_id"] for a in document["annotations"]})
+
+
+def test_metrics_can_be_recomputed_from_predictions(trained, scenes_root):
+    """eval.py's mAP from `load_run` alone, image by image, through PIL and the annotation file."""
+    folder, metrics = trained
+    run = load_run(folder, device="cpu")
+    assert run.weights == "ema"
+    document = json.loads((scenes_root / "annotations/instances_test.json").read_text())
+    column = {c["id"]: run.classes.index(c["name"]) for c in document["categories"]}
+    labels: dict[int, set[int]] = {}
+    for annotation in document["annotations"]:
+        labels.setdefault(annotation["image_id"], set()).add(column[annotation["category_id"]])
+    images = [image for image in document["images"] if image["id"] in labels]
+    targets = torch.tensor([[float(c in labels[i["id"]]) for c in range(len(run.classes))] for i in images])
+    with torch.no_grad():
+        logits = torch.cat(
+            [run.method.predict(run.preprocess([Image.open(scenes_root / "images" / i["file_name"])])) for i in images]
+        )
+    ap = average_precision(logits, targets)
+    assert metrics["ema"]["mAP"] == pytest.approx(ap[~ap.isnan()].mean().item(), abs=1e-6)
+    assert f"{len(images)} images, {len(run.classes)} classes, 48 px, split test" in metrics["protocol"]
+
+
+def test_best_checkpoint_is_the_best_validation_epoch(trained):
+    folder, _ = trained
+    rows = metric_rows(folder)
+    by_step = {step: value for (step, name), value in rows.items() if name == "val/ema/mAP"}
+    best = torch.load(folder / "checkpoints/best.pt", weights_only=True)
+    assert best["best"] == max(by_step.values())
+    assert by_step[best["step"]] == best["best"]
+    assert any(name == "val/raw/mAP" for _, name in rows)
+
+
+def test_training_on_a_few_images_learns_them(smoke_arguments, tmp_path):
+    folder = tmp_path / "r"
+    fixed = ["view.scale=[1,1]", "view.flip=0", "head.dropout=0", "ema.decay=0", "checkpoint.every_steps=0"]
+    few = ["data.val_fraction=0.6", "loader.batch_size=32", "optim.epochs=60", "optim.lr=2e-2"]
+    train_script.main([*smoke_arguments, *fixed, *few, f"out={folder}"])
+    losses = [value for (_, name), value in sorted(metric_rows(folder).items()) if name == "train/loss"]
+    assert losses[-1] < losses[0] / 3
+    assert eval_script.main([str(folder / "checkpoints/last.pt"), "data.split=train"])["raw"]["mAP"] > 0.9
+
+
+def run_script(*arguments, env=None):
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | (env or {}),
+    )
+    return result.returncode, result.stderr
+
+
+def test_a_mistake_is_one_line_and_exit_2(scenes_root, tmp_path):
+    code, message = run_script(
+        "train.py", "configs/smoke/scenes_test_resnet_baseline.yaml", "optim.lrr=1", f"out={tmp_path}/r"
+    )
+    assert code == 2
+    assert message.count("\n") == 1
+    assert message.startswith("error: optim.lrr: no such option; did you mean optim.lr?")
+    assert not (tmp_path / "r").exists()
+
+
+def break_class_list(root):
+    path = root / "annotations/instances_test.json"
+    document = json.loads(path.read_text())
+    document["categories"][0]["name"] = "zebra"
+    path.write_text(json.dumps(document))
+
+
+def share_an_image(root):
+    train, test = (json.loads((root / f"annotations/instances_{s}.json").read_text()) for s in ("train", "test"))
+    test["images"][0]["file_name"] = train["images"][0]["file_name"]
+    (root / "annotations/instances_test.json").write_text(json.dumps(test))
+
+
+def empty_split(root):
+    path = root / "annotations/instances_train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": [], "annotations": []}))
+
+
+def malform(root):
+    path = root / "annotations/instances_train.json"
+    path.write_text(path.read_text()[:500])
+
+
+def truncate_image(root):
+    path = sorted((root / "images/train").iterdir())[5]
+    path.write_bytes(path.read_bytes()[:400])
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (None, ["data.root=/nowhere"], "/nowhere"),
+        (None, ["data.train=trian"], "instances_trian.json"),
+        (None, ["loader.batch_size=1000"], "loader.batch_size: expected at most"),
+        (None, ["device=cuda"], "device: 'cuda' was asked for, but torch sees no GPU"),
+        (None, ["model.checkpoint=/nowhere/w.pt"], "/nowhere/w.pt"),
+        (None, ["model.name=resnet5"], "model.name: timm has no model 'resnet5'"),
+        (None, ["view.size=-3"], "view.size: expected at least 1"),
+        (None, ["data.val_fraction=1.5"], "fraction"),
+        (None, ["method.loss=mse"], "method.loss: expected one of bce, asl, got 'mse'"),
+        (lambda root: (root / "annotations/instances_test.json").unlink(), [], "instances_test.json"),
+        (lambda root: (root / "images/train/000003.jpg").unlink(), [], "000003.jpg"),
+        (malform, [], "line 1"),
+        (break_class_list, [], "zebra"),
+        (share_an_image, [], "train/000000.jpg"),
+        (empty_split, [], "instances_train.json"),
+        (truncate_image, [], "000005.jpg"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing_half_written(
+    damage, arguments, message, scenes_root, smoke_arguments, tmp_path
+):
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    root = scenes_root
+    if damage:
+        root = tmp_path / "set"
+        shutil.copytree(scenes_root, root)
+        damage(root)
+    with pytest.raises(InputError) as raised:
+        train_script.main([*smoke_arguments, f"data.root={root}", *arguments, f"out={tmp_path}/r"])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    if damage is truncate_image:  # found only when its turn comes; what was saved until then is whole
+        assert all(load_checkpoint(path) for path in tmp_path.glob("r/checkpoints/*"))
+    else:
+        assert not (tmp_path / "r").exists()
+
+
+def test_bad_images_can_be_skipped_and_are_listed(scenes_root, smoke_arguments, tmp_path, capsys):
+    root = tmp_path / "set"
+    shutil.copytree(scenes_root, root)
+    truncate_image(root)
+    (root / "images/test/000001.jpg").write_text("no image")
+    train_script.main(
+        [*smoke_arguments, f"data.root={root}", "data.on_bad_image=skip", "optim.epochs=1", f"out={tmp_path}/r"]
+    )
+    (row,) = csv.DictReader(open(tmp_path / "r/bad_images.csv", newline=""))
+    assert row["key"].endswith("train/000005.jpg")
+    assert "000005.jpg" in capsys.readouterr().out
+    metrics = eval_script.main([str(tmp_path / "r")])
+    assert [Path(image["key"]).name for image in metrics["skipped_images"]] == ["000001.jpg"]
+    assert metrics["ema"]["num_images"] == 31
+
+
+def test_a_folder_that_holds_a_run_is_refused(trained, smoke_arguments, scenes_root):
+    folder, _ = trained
+    before = (folder / "metrics.csv").read_bytes()
+    with pytest.raises(InputError, match="already holds a run; resume=auto continues it"):
+        train_script.main([*smoke_arguments, f"out={folder}"])
+    with pytest.raises(InputError, match=r"holds a run of another config: optim.lr is 0.001 there, 0.5 was asked for"):
+        train_script.main([*smoke_arguments, "log.tensorboard=true", f"out={folder}", "resume=auto", "optim.lr=0.5"])
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_resume_auto_finds_the_newest_equal_run(smoke_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    once = [*smoke_arguments, "optim.epochs=1"]
+    train_script.main([*once, "resume=auto"])  # nothing there: a new run
+    (first,) = (tmp_path / "runs").iterdir()
+    train_script.main([*once, "resume=auto", "seed=1"])  # another config
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    capsys.readouterr()
+    train_script.main([*once, "resume=auto"])
+    assert f"resuming runs/{first.name}" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_evaluation_refuses_images_that_were_trained_on(trained):
+    folder, _ = trained
+    before = (folder / "metrics.json").read_bytes()
+    with pytest.raises(InputError, match=r"were in the training split"):
+        eval_script.main([str(folder), "data.test=train"])
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.yaml").unlink(), "no run there"),
+        (
+            lambda folder: os.truncate(folder / "checkpoints/best.pt", 5000),
+            "best.pt: not a checkpoint, or a truncated one",
+        ),
+        (lambda folder: (folder / "checkpoints/best.pt").write_text("hello"), "best.pt: not a checkpoint"),
+        (lambda folder: shutil.rmtree(folder / "checkpoints"), "best.pt: no such checkpoint"),
+    ],
+)
+def test_a_damaged_run_is_named(trained, tmp_path, damage, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_run(folder)
+
+
+def test_a_run_of_other_classes_is_not_resumed(trained, smoke_arguments, scenes_root, tmp_path):
+    root, folder = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(scenes_root, root)
+    shutil.copytree(trained[0], folder)
+    for path in (root / "annotations").iterdir():
+        document = json.loads(path.read_text())
+        document["categories"][2]["name"] = "zebra"
+        path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="class 2 is .* in the checkpoint, 'zebra' in the data"):
+        train_script.main(
+            [*smoke_arguments, "log.tensorboard=true", f"data.root={root}", f"out={folder}", "resume=auto"]
+        )
+
+
+def test_a_diverging_run_stops_with_step_and_images_and_keeps_its_checkpoint(smoke_arguments, tmp_path, monkeypatch):
+    from mlvision.methods import Baseline
+    from mlvision.types import StepOutput
+
+    forward, calls = Baseline.forward, []
+
+    def breaks_at_step_8(self, batch):
+        output = forward(self, batch)
+        calls.append(batch.index.tolist())
+        return StepOutput(output.loss * (math.nan if len(calls) == 8 else 1.0), output.logs)
+
+    monkeypatch.setattr(Baseline, "forward", breaks_at_step_8)
+    with pytest.raises(NonFiniteError) as raised:
+        train_script.main([*smoke_arguments, "log.every_steps=5", f"out={tmp_path}/r"])
+    assert "step 8:" in str(raised.value)
+    assert len(calls) <= 10  # noticed at the next log step or save
+    keys = [r["key"] for r in csv.DictReader(open(tmp_path / "r/images.csv", newline="")) if r["split"] == "train"]
+    assert keys[calls[7][0]] in str(raised.value)
+    last = torch.load(tmp_path / "r/checkpoints/last.pt", weights_only=True)
+    assert last["step"] == 6
+    assert all(v.isfinite().all() for v in last["method"].values() if v.is_floating_point())
+
+
+def test_fp16_and_bf16_train_on_a_cpu(smoke_arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlvision.engine.precision.cpu_has_bf16", lambda: True)
+    for precision in ("bf16", "fp16"):
+        folder = tmp_path / precision
+        train_script.main([*smoke_arguments, "optim.epochs=1", f"precision={precision}", f"out={folder}"])
+        losses = [value for (_, name), value in sorted(metric_rows(folder).items()) if name == "train/loss"]
+        assert all(math.isfinite(value) for value in losses)
+        assert load_run(folder, device="cpu").precision.name == precision

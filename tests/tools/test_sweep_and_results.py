@@ -1,0 +1,96 @@
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from mlvision.errors import InputError
+from tools import results_table, sweep
+
+ROOT = Path(__file__).parents[2]
+SMOKE = "configs/smoke/scenes_test_resnet_baseline.yaml"
+
+
+@pytest.fixture
+def grid(scenes_root, tmp_path):
+    path = tmp_path / "mini.yaml"
+    path.write_text(
+        f"experiments:\n- {{config: {SMOKE}, label: rates, grid: {{optim.lr: [0.001, 0.01]}}}}\n"
+        f"overrides: [data.root={scenes_root}, device=cpu, threads=1, optim.epochs=1, log.tensorboard=false]\n"
+        f"seeds: [0, 1]\nruns: {tmp_path}/runs\nrecords: {tmp_path}/records/mini\n"
+    )
+    return path
+
+
+def test_a_grid_is_run_once_and_becomes_a_table(grid, tmp_path, monkeypatch, capsys):
+    sweep.main([str(grid), "seeds=[0]"])
+    records = sorted((tmp_path / "records/mini").iterdir())
+    assert [r.name for r in records] == ["rates-optim.lr=0.001-seed0.json", "rates-optim.lr=0.01-seed0.json"]
+    assert [json.loads(r.read_text())["config"]["optim"]["lr"] for r in records] == [0.001, 0.01]
+
+    calls = []
+    monkeypatch.setattr(sweep, "train_and_evaluate", lambda run, folder: calls.append(run.label) or False)
+    with pytest.raises(InputError, match="2 of 4 runs failed"):
+        sweep.main([str(grid)])
+    assert calls == ["rates-optim.lr=0.001-seed1", "rates-optim.lr=0.01-seed1"]  # the finished ones are skipped
+
+    for record in records:  # a second seed, made up, to see the spread
+        other = json.loads(record.read_text())
+        other["config"]["seed"] = 1
+        other["metrics"]["ema"]["mAP"] += 0.1
+        record.with_name(record.name.replace("seed0", "seed1")).write_text(json.dumps(other))
+    out = tmp_path / "results.md"
+    results_table.main([f"records={tmp_path}/records", f"out={out}", "readme="])
+    first = json.loads(records[0].read_text())["metrics"]["ema"]["mAP"]
+    values = [first, first + 0.1]
+    row = next(line for line in out.read_text().splitlines() if line.startswith("| rates-optim.lr=0.001 |"))
+    assert f"| {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f} |" in row
+    assert "| 2 |" in row
+
+
+def test_a_changed_grid_is_noticed(grid, tmp_path):
+    folder = tmp_path / "records/mini"
+    folder.mkdir(parents=True)
+    (run, *_) = sweep.plan(sweep.parse_options(sweep.SweepOptions, [str(grid)], prog="", description=""))
+    from mlvision.config import Config, parse_options, to_plain
+
+    config = to_plain(parse_options(Config, [*run.arguments, "optim.epochs=7"], prog="", description=""))
+    (folder / f"{run.label}.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(InputError, match=r"the grid has changed under it: optim.epochs is 7 there, 1 was asked for"):
+        sweep.main([str(grid), "dry_run=true"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [0]", "experiments: expected a list with at least one experiment"),
+        (f"experiments: [{{config: {SMOKE}, grd: {{}}}}]", r"experiments\[0\]: expected config.*got grd"),
+        ("experiments: [{label: x}]", r"experiments\[0\]: .*config is missing"),
+        (f"experiments: [{{config: {SMOKE}}}, {{config: {SMOKE}}}]", "two runs are called"),
+        (f"experiments: [{{config: {SMOKE}, overrides: [optim.lrr=1]}}]", "optim.lrr: no such option"),
+    ],
+)
+def test_bad_grids(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        sweep.main([str(path), "dry_run=true"])
+
+
+def test_every_grid_of_the_repository_is_sound():
+    for path in sorted((ROOT / "configs/grids").glob("*.yaml")):
+        sweep.main([str(path), "dry_run=true"])
+
+
+def test_the_committed_pages_are_those_of_the_records():
+    text = results_table.render(ROOT / "docs/results")
+    assert (ROOT / "docs/results.md").read_text() == text
+    readme = (ROOT / "README.md").read_text()
+    assert results_table.fill_readme(readme, ROOT / "docs/results") == readme
+
+
+def test_a_foreign_file_among_the_records_is_named(tmp_path):
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g/x.json").write_text("{}")
+    with pytest.raises(InputError, match=r"x.json: not a record of eval.py"):
+        results_table.render(tmp_path)

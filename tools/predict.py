@@ -1,0 +1,91 @@
+"""Predict the labels of every image in a folder and write a CSV.
+
+python tools/predict.py runs/<name> images=folder out=predictions.csv
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from mlvision.config import describe_options, parse_options, run_command
+from mlvision.data.images import SUFFIXES, drop_unreadable
+from mlvision.data.loader import LoaderConfig, eval_loader
+from mlvision.data.manifest import Manifest, Record
+from mlvision.errors import InputError
+from mlvision.run import load_run
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    images: Annotated[str, "folder whose images are predicted, sub-folders included"] = ""
+    out: Annotated[str, "CSV to write"] = "predictions.csv"
+    threshold: Annotated[float, "a class is a label where its score is at least this"] = 0.5
+    weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
+    device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and say so"] = (
+        "error"
+    )
+    batch_size: Annotated[int, "images a batch"] = 64
+    num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
+
+
+def main(argv: list[str]) -> None:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(f"usage: python tools/predict.py RUN [key=value ...]\n\n{__doc__}\n{describe_options(PredictOptions)}")
+        return
+    path, *rest = argv
+    options = parse_options(PredictOptions, rest, prog="python tools/predict.py", description=__doc__)
+    if options.on_bad_image not in ("error", "skip"):
+        raise InputError(f"on_bad_image: expected error or skip, got '{options.on_bad_image}'")
+    out = Path(options.out)
+    if not out.parent.is_dir():
+        raise InputError(f"out: the folder {out.parent} does not exist")
+    run = load_run(path, device=options.device, weights=options.weights)
+    manifest = folder_manifest(Path(options.images), run.classes)
+    if options.on_bad_image == "skip":
+        manifest, bad = drop_unreadable(manifest, options.num_workers)
+        for key, reason in bad:
+            print(f"left out: {key} ({reason})")
+    loader = eval_loader(
+        manifest, run.view, LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
+    )
+
+    # Written batch by batch into a partial file, so memory stays flat and a failure leaves no half table.
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with open(partial, "w", newline="") as file, torch.inference_mode():
+            writer = csv.writer(file)
+            writer.writerow(["image", "labels", *run.classes])
+            for batch in loader:
+                with run.precision.autocast():
+                    logits = run.method.predict(batch.images.to(run.precision.device))
+                for row, scores in zip(batch.index.tolist(), logits.float().sigmoid().cpu().tolist(), strict=True):
+                    labels = [name for name, s in zip(run.classes, scores, strict=True) if s >= options.threshold]
+                    writer.writerow([manifest.records[row].key, ";".join(labels), *(f"{s:.6f}" for s in scores)])
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{len(manifest)} images, {len(run.classes)} classes: {out}")
+
+
+def folder_manifest(folder: Path, classes: tuple[str, ...]) -> Manifest:
+    """The images below a folder, of whose labels nothing is known.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    if not folder.is_dir() or folder == Path(""):
+        raise InputError(f"images: {folder} is not a folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"images: no image below {folder} (looked for {', '.join(sorted(SUFFIXES))})")
+    unknown = tuple(range(len(classes)))
+    records = (Record(p.relative_to(folder).as_posix(), str(p), labels=(), unknown=unknown) for p in paths)
+    return Manifest(classes, tuple(records), split=str(folder))
+
+
+if __name__ == "__main__":
+    run_command(main)

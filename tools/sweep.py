@@ -1,0 +1,132 @@
+"""Run a grid of experiments: configs x overrides x seeds, each trained and evaluated once, resumable.
+
+python tools/sweep.py configs/grids/first_path.yaml
+python tools/sweep.py configs/grids/first_path.yaml dry_run=true
+
+A run whose record is there already is skipped; one that was interrupted goes on from its checkpoint.
+"""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from mlvision.config import Config, build_options, parse_options, run_command
+from mlvision.errors import InputError
+from mlvision.run import config_difference
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """A grid file holds these, and `experiments` is its heart."""
+
+    name: Annotated[str, "name of the grid; empty: the YAML's file name"] = ""
+    experiments: Annotated[
+        list[dict[str, Any]],
+        "each: `config` (path), and if wanted `label`, `overrides` (list), `grid` (key: values; all combinations), `seeds`",
+    ] = field(default_factory=list)
+    overrides: Annotated[list[str], "key=value for every run"] = field(default_factory=list)
+    seeds: Annotated[list[int], "each experiment is run once with each seed"] = field(default_factory=lambda: [0, 1, 2])
+    runs: Annotated[str, "folder for the run folders; empty: runs/<name>"] = ""
+    records: Annotated[str, "folder for the records of finished runs; empty: docs/results/<name>"] = ""
+    dry_run: Annotated[bool, "print what would be run, and its state, without running it"] = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: a label that names it within the grid, and the arguments of train.py."""
+
+    label: str
+    arguments: tuple[str, ...]
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(SweepOptions, argv, prog="python tools/sweep.py", description=__doc__)
+    runs = Path(options.runs or f"runs/{options.name}")
+    records = Path(options.records or f"docs/results/{options.name}")
+    planned = plan(options)
+    for run in planned:  # every config is checked before the first run starts
+        parse_options(Config, list(run.arguments), prog="train.py", description="")
+    failed = []
+    for number, run in enumerate(planned, 1):
+        record, folder = records / f"{run.label}.json", runs / run.label
+        state = "finished" if is_finished(record, run) else "to run"
+        print(f"[{number}/{len(planned)}] {run.label}: {state}", flush=True)
+        if state == "finished" or options.dry_run:
+            continue
+        if train_and_evaluate(run, folder):
+            records.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "record.json", record)
+        else:
+            failed.append(run.label)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}; their messages are above")
+
+
+def plan(options: SweepOptions) -> list[Planned]:
+    """Every run of the grid, in order.
+
+    Raises:
+        InputError: an experiment without a config or with an unknown key, or two runs with one label.
+    """
+    if not options.experiments:
+        raise InputError("experiments: expected a list with at least one experiment; give a grid file")
+    planned = []
+    for number, experiment in enumerate(options.experiments):
+        unknown = set(experiment) - {"config", "label", "overrides", "grid", "seeds"}
+        if unknown or "config" not in experiment:
+            raise InputError(
+                f"experiments[{number}]: expected config, and optionally label, overrides, grid and seeds; "
+                + (f"got {', '.join(sorted(unknown))}" if unknown else "config is missing")
+            )
+        grid = experiment.get("grid", {})
+        for values in itertools.product(*grid.values()):
+            varied = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+            own = [*experiment.get("overrides", []), *varied]
+            label = "-".join([experiment.get("label", Path(experiment["config"]).stem), *varied]).replace("/", "_")
+            for seed in experiment.get("seeds", options.seeds):
+                arguments = (experiment["config"], *options.overrides, *own, f"seed={seed}")
+                planned.append(Planned(f"{label}-seed{seed}", arguments))
+    labels = [run.label for run in planned]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise InputError(f"experiments: two runs are called '{twice}'; give one of them a label")
+    return planned
+
+
+def is_finished(record: Path, run: Planned) -> bool:
+    """Whether a record of this very run is there.
+
+    Raises:
+        InputError: the record is of another config: the grid has changed under it.
+    """
+    if not record.is_file():
+        return False
+    recorded = build_options(Config, json.loads(record.read_text())["config"])
+    asked = parse_options(Config, list(run.arguments), prog="train.py", description="")
+    machine = {name: getattr(recorded, name) for name in ("device", "precision", "threads")}
+    difference = config_difference(recorded, replace(asked, **machine))
+    if difference:
+        raise InputError(f"{record}: the grid has changed under it: {difference}; remove it to run it again")
+    return True
+
+
+def train_and_evaluate(run: Planned, folder: Path) -> bool:
+    """train.py and eval.py in processes of their own; False where one fails."""
+    commands = (
+        ["train.py", *run.arguments, f"out={folder}", "resume=auto"],
+        ["eval.py", str(folder)],
+    )
+    return all(
+        subprocess.run([sys.executable, str(ROOT / c[0]), *c[1:]], check=False).returncode == 0 for c in commands
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
