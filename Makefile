@@ -8,9 +8,10 @@ RUN := runs/demo
 .PHONY: demo test check format
 
 demo: $(VENV)/.installed
-	$(BIN)/python tools/prepare_data.py scenes out=datasets/scenes
+	$(BIN)/python tools/prepare_data.py scenes out=datasets/scenes_demo train_images=2000 test_images=500
 	rm -rf $(RUN)
-	$(BIN)/python train.py configs/scenes_efficientnet_lite0_baseline.yaml out=$(RUN)
+	$(BIN)/python train.py configs/scenes_efficientnet_lite0_baseline.yaml data.root=datasets/scenes_demo \
+		optim.epochs=3 out=$(RUN)
 	$(BIN)/python eval.py $(RUN)
 
 test: $(VENV)/.installed

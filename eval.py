@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlvision.config import Config, describe_options, run_command
 from mlvision.data.loader import eval_loader
+from mlvision.engine.checkpoint import check_classes
 from mlvision.engine.evaluate import predict
 from mlvision.errors import InputError
 from mlvision.metrics import multilabel_summary, per_class_table
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> dict:
     run = load_run(path, overrides=overrides)
     role = run.config.data.split
     manifest, bad = read_role(run.config, role)
+    check_classes(run.folder, list(run.classes), manifest.classes)
     check_never_trained_on(run, manifest, role)
     loader = eval_loader(manifest, run.view, run.config.loader)
 

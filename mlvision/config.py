@@ -7,6 +7,7 @@ The only file that imports OmegaConf. YAML and overrides are merged as plain dat
 import copy
 import dataclasses
 import difflib
+import logging
 import sys
 import types
 import typing
@@ -177,8 +178,10 @@ def load_options(cls: type, path: Path) -> Any:
 def run_command(main: Callable[[list[str]], Any]) -> NoReturn:
     """Run a script's `main(argv)`: a user's mistake becomes one line on stderr and exit code 2, never a traceback.
 
-    An integer that `main` returns is the exit code.
+    An integer that `main` returns is the exit code. What the package logs (which weights were loaded, say) goes to stderr.
     """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mlvision").setLevel(logging.INFO)
     try:
         result = main(sys.argv[1:])
         code = result if isinstance(result, int) else 0

@@ -130,7 +130,13 @@ def resolve(config: Config) -> Config:
 
 
 def build_method(config: Config, num_classes: int) -> tuple[Method, Preprocessing]:
-    """The method of a config with a fresh classifier, and the preprocessing that its weights expect."""
+    """The method of a config with a fresh classifier, and the preprocessing that its weights expect.
+
+    Raises:
+        InputError: an option of model, head or method that cannot be used.
+    """
+    if config.model.in_chans != 3:
+        raise InputError(f"model.in_chans: every reader gives images of 3 channels, got {config.model.in_chans}")
     classifier = build_classifier(config.model, config.head, num_classes, image_size=config.view.size)
     preprocessing = classifier.backbone.preprocessing
     _, build = METHODS[config.method.name]
@@ -217,15 +223,15 @@ def load_run(
     folder = path.parent.parent if path.suffix == ".pt" else path
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{path}: no run there (expected a folder with config.yaml, made by train.py)")
-    config = load_options(Config, folder / "config.yaml")
-    if overrides:
-        values = to_plain(config)
-        config = build_options(Config, read_overrides(values, overrides))
-    device_used = resolve_device(device)
+    saved_config = load_options(Config, folder / "config.yaml")
+    config = build_options(Config, read_overrides(to_plain(saved_config), overrides))
+    overridden = {argument.partition("=")[0] for argument in overrides}
+    if "threads" in overridden:
+        torch.set_num_threads(config.threads)
+    device_used = resolve_device(config.device if "device" in overridden else device)
     # Trained in mixed precision on a GPU, evaluated on a CPU: the CPU's own default serves.
-    precision = resolve_precision(
-        config.precision if device_used.type == torch.device(config.device).type else "auto", device_used
-    )
+    same_kind = device_used.type == torch.device(saved_config.device).type
+    precision = resolve_precision(config.precision if same_kind or "precision" in overridden else "auto", device_used)
     checkpoint = (
         path
         if path.suffix == ".pt"

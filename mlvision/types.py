@@ -4,6 +4,7 @@ Shape letters, here and everywhere: B images, C classes, D feature width; H, W i
 or label map (rows first).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -18,17 +19,22 @@ class CropBox:
     Attributes:
         boxes: `[B, 4]` float, x1, y1, x2, y2 in [0, 1] of the full image, x first.
         flipped: `[B]` bool, True where the view was mirrored left to right after the crop; None where none was.
+        quarter_turns: `[B]` int64, how often the view was then turned by 90 degrees counter-clockwise; None where none was.
     """
 
     boxes: Float[Tensor, "B 4"]
     flipped: Bool[Tensor, " B"] | None = None
+    quarter_turns: Int64[Tensor, " B"] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CropBox":
-        flipped = None if self.flipped is None else self.flipped.to(device, non_blocking=non_blocking)
-        return CropBox(self.boxes.to(device, non_blocking=non_blocking), flipped)
+        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "CropBox":
-        return CropBox(self.boxes.pin_memory(), None if self.flipped is None else self.flipped.pin_memory())
+        return self._each(lambda column: column.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "CropBox":
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return CropBox(**{name: column if column is None else change(column) for name, column in columns.items()})
 
 
 @dataclass

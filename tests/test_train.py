@@ -239,9 +239,25 @@ def test_resume_auto_finds_the_newest_equal_run(smoke_arguments, tmp_path, monke
 def test_evaluation_refuses_images_that_were_trained_on(trained):
     folder, _ = trained
     before = (folder / "metrics.json").read_bytes()
-    with pytest.raises(InputError, match=r"were in the training split"):
+    with pytest.raises(InputError, match="were in the training split"):
         eval_script.main([str(folder), "data.test=train"])
     assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_evaluation_refuses_another_class_list(trained, scenes_root, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(scenes_root, root)
+    break_class_list(root)
+    with pytest.raises(InputError, match="class 0 is 'airplane' in the checkpoint, 'zebra' in the data"):
+        eval_script.main([str(trained[0]), f"data.root={root}"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_evaluation_heeds_device_and_precision(trained, monkeypatch):
+    monkeypatch.setattr("mlvision.engine.precision.cpu_has_bf16", lambda: True)
+    with pytest.raises(InputError, match="device: 'cuda' was asked for, but torch sees no GPU"):
+        eval_script.main([str(trained[0]), "device=cuda"])
+    assert load_run(trained[0], overrides=["precision=bf16"]).precision.name == "bf16"
 
 
 @pytest.mark.parametrize(

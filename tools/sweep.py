@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ class SweepOptions:
     seeds: Annotated[list[int], "each experiment is run once with each seed"] = field(default_factory=lambda: [0, 1, 2])
     runs: Annotated[str, "folder for the run folders; empty: runs/<name>"] = ""
     records: Annotated[str, "folder for the records of finished runs; empty: docs/results/<name>"] = ""
+    jobs: Annotated[int, "runs at once; on a shared CPU, give each fewer threads"] = 1
     dry_run: Annotated[bool, "print what would be run, and its state, without running it"] = False
 
 
@@ -50,23 +52,30 @@ def main(argv: list[str]) -> None:
     options = parse_options(SweepOptions, argv, prog="python tools/sweep.py", description=__doc__)
     runs = Path(options.runs or f"runs/{options.name}")
     records = Path(options.records or f"docs/results/{options.name}")
+    if options.jobs < 1:
+        raise InputError(f"jobs: expected at least 1, got {options.jobs}")
     planned = plan(options)
     for run in planned:  # every config is checked before the first run starts
         parse_options(Config, list(run.arguments), prog="train.py", description="")
-    failed = []
-    for number, run in enumerate(planned, 1):
-        record, folder = records / f"{run.label}.json", runs / run.label
-        state = "finished" if is_finished(record, run) else "to run"
-        print(f"[{number}/{len(planned)}] {run.label}: {state}", flush=True)
-        if state == "finished" or options.dry_run:
-            continue
-        if train_and_evaluate(run, folder):
-            records.mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / "record.json", record)
-        else:
-            failed.append(run.label)
+    finished = [is_finished(records / f"{run.label}.json", run) for run in planned]
+    for run, done in zip(planned, finished, strict=True):
+        print(f"{'finished' if done else 'to run':>8}  {run.label}", flush=True)
+    if options.dry_run:
+        return
+    waiting = [run for run, done in zip(planned, finished, strict=True) if not done]
+
+    def finish(run: Planned) -> bool:
+        if not train_and_evaluate(run, runs / run.label):
+            return False
+        records.mkdir(parents=True, exist_ok=True)
+        shutil.copy(runs / run.label / "record.json", records / f"{run.label}.json")
+        return True
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        succeeded = list(pool.map(finish, waiting))
+    failed = [run.label for run, done in zip(waiting, succeeded, strict=True) if not done]
     if failed:
-        raise InputError(f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}; their messages are above")
+        raise InputError(f"{len(failed)} of {len(waiting)} runs failed: {', '.join(failed)}; their messages are above")
 
 
 def plan(options: SweepOptions) -> list[Planned]:

@@ -161,6 +161,7 @@ def collate(samples: list[Sample] | InputError) -> Batch | InputError:
         view=CropBox(
             boxes=torch.tensor([view.box for view, _ in rows], dtype=torch.float32),
             flipped=torch.tensor([view.flipped for view, _ in rows]),
+            quarter_turns=torch.tensor([view.quarter_turns for view, _ in rows]),
         ),
     )
 

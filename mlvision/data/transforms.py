@@ -1,7 +1,8 @@
 """Views: what a model sees of an image, with the exact box of the full image that it shows.
 
-A training view is a random crop, then a flip, then changes of colour, then a cutout. After the crop only the flip moves
-pixels, so box and flip say where each one came from. Images stay in the decoder's memory order, channels last.
+A training view is a random crop, then a flip, then changes of colour, then a cutout, then quarter turns. Nothing after the
+crop moves a pixel but flip and turns, so box, flip and turns say where each pixel came from. Images stay in the decoder's
+memory order, channels last.
 """
 
 import math
@@ -37,6 +38,9 @@ class ViewConfig:
     scale: Annotated[tuple[float, float], "random crop: least and largest share of the image's area"] = (0.08, 1.0)
     ratio: Annotated[tuple[float, float], "random crop: least and largest width / height"] = (3 / 4, 4 / 3)
     flip: Annotated[float, "probability of a left-right flip"] = 0.5
+    quarter_turns: Annotated[
+        bool, "turn each view by 0, 90, 180 or 270 degrees: for aerial images, which have no up"
+    ] = False
     color_jitter: Annotated[float, "brightness, contrast and saturation are scaled by up to 1 +- this"] = 0.0
     hue: Annotated[float, "hue is turned by up to this share of the colour circle, at most 0.5"] = 0.0
     randaugment_ops: Annotated[int, "RandAugment operations for each view, photometric ones only"] = 0
@@ -79,11 +83,13 @@ class View:
         image: `[3, H, W]` uint8, channels last in memory.
         box: x1, y1, x2, y2 in [0, 1] of the full image: the part that `image` shows.
         flipped: whether it was mirrored left to right after the crop.
+        quarter_turns: how often it was turned by 90 degrees counter-clockwise, after everything else.
     """
 
     image: UInt8[Tensor, "3 H W"]
     box: Box
     flipped: bool
+    quarter_turns: int = 0
 
 
 class TrainView:
@@ -97,12 +103,19 @@ class TrainView:
         """`size`: (H, W) in pixels where the view is not a square of `config.size`."""
         self.config = config
         self.size = (config.size, config.size) if size is None else size
+        if config.quarter_turns and self.size[0] != self.size[1]:
+            raise InputError(f"view.quarter_turns: expected square views, got {self.size[0]}x{self.size[1]} (H x W)")
         self._pipeline = BACKENDS[config.backend](config, self.size)
 
     def __call__(self, image: UInt8[np.ndarray, "H0 W0 3"], seed: int) -> View:
         pixels, (x1, y1, x2, y2), flipped = self._pipeline(image, seed)
         height, width = image.shape[:2]
-        return View(pixels, (x1 / width, y1 / height, x2 / width, y2 / height), flipped)
+        turns = 0
+        if self.config.quarter_turns:
+            # Drawn apart from the pipeline, so that box and flip are those of the view without turns.
+            turns = int(np.random.SeedSequence(seed, spawn_key=(0,)).generate_state(1)[0] % 4)
+            pixels = torch.rot90(pixels, turns, dims=(1, 2))
+        return View(pixels, (x1 / width, y1 / height, x2 / width, y2 / height), flipped, turns)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pipelines hold functions that cannot be pickled; a worker that was not forked builds its own.

@@ -158,7 +158,7 @@ def fit(
         ema=ModelEmaV3(method, decay=ema.decay, use_warmup=True) if ema.decay else None,
         optimizer=optimizer,
         scaler=precision.scaler(),
-        log=RunLog(run_dir, log.tensorboard),
+        log=RunLog(run_dir, log.tensorboard, resume),
         run_dir=run_dir,
         steps_per_epoch=len(train_loader),
         epochs=optim.epochs,

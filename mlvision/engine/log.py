@@ -7,6 +7,7 @@ config are equal byte for byte; times go to TensorBoard and the console.
 import csv
 import io
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,20 @@ class LogConfig:
 
 
 class RunLog:
-    """The writers of one run folder; `position` and `cut` let a resumed run go on as if never interrupted."""
+    """The writers of one run folder; `position` and `cut` let a resumed run go on as if never interrupted.
 
-    def __init__(self, folder: Path, tensorboard: bool):
+    A run that is not resumed starts with empty files, whatever one that never reached its first checkpoint left there.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, resume: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._use_tensorboard = tensorboard
         self._writer = None
-        self._csv = open(folder / "metrics.csv", "ab")  # noqa: SIM115  closed in close()
+        self._purge_step: int | None = None
+        if not resume:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._csv = open(folder / "metrics.csv", "ab" if resume else "wb")
         if self._csv.tell() == 0:
             self._csv.write(_HEADER.encode())
 
@@ -55,8 +62,6 @@ class RunLog:
         self._csv.truncate(position)
         self._csv.seek(position)
         self._purge_step = step + 1
-
-    _purge_step: int | None = None
 
     @property
     def tensorboard(self):

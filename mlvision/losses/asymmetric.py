@@ -60,7 +60,8 @@ def asymmetric_loss(
         log_absent = torch.log1p(-p_shifted) if clip > 0 else F.logsigmoid(-x)
 
         weight_present = torch.exp(gamma_pos * F.logsigmoid(-x))
-        # The derivative of 0^gamma is infinite for gamma < 1. There log(1 - p_m) is 0, so the base can be anything.
+        # The slope of 0^gamma is infinite for gamma < 1, and only some versions of clamp stop 0 * inf from reaching the
+        # logits. Where p_m is 0, so is log(1 - p_m), and the base can be anything.
         weight_absent = p_shifted.where(p_shifted > 0, 1) ** gamma_neg
         if detach_focal:
             weight_present, weight_absent = weight_present.detach(), weight_absent.detach()

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 from mlvision.methods.base import Method, MethodConfig
-from collections.abc import Callable
-
 from mlvision.methods.baseline import Baseline, BaselineConfig
 
 METHODS: dict[str, tuple[type[MethodConfig], Callable[..., Method]]] = {"baseline": (BaselineConfig, Baseline)}

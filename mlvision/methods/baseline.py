@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlvision.data.manifest import Manifest
 from mlvision.errors import InputError
-from mlvision.losses import asymmetric_loss, binary_cross_entropy
+from mlvision.losses import LOSSES
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.types import Batch, StepOutput
@@ -35,15 +35,12 @@ class Baseline(Method):
 
     def __init__(self, config: BaselineConfig, classifier: Classifier, preprocessing: Preprocessing):
         super().__init__(classifier, preprocessing)
-        losses = {
-            "bce": binary_cross_entropy,
-            "asl": partial(asymmetric_loss, gamma_neg=config.gamma_neg, gamma_pos=config.gamma_pos, clip=config.clip),
-        }
-        if config.loss not in losses:
-            raise InputError(f"method.loss: expected one of {', '.join(losses)}, got '{config.loss}'")
+        if config.loss not in LOSSES:
+            raise InputError(f"method.loss: expected one of {', '.join(LOSSES)}, got '{config.loss}'")
         if config.class_weights not in ("none", "inverse_sqrt"):
             raise InputError(f"method.class_weights: expected none or inverse_sqrt, got '{config.class_weights}'")
-        self.loss = losses[config.loss]
+        own = {"asl": {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos, "clip": config.clip}}
+        self.loss = partial(LOSSES[config.loss], **own.get(config.loss, {}))
         self.weigh_classes = config.class_weights == "inverse_sqrt"
         self.register_buffer("class_weights", torch.ones(classifier.num_classes))
 

@@ -102,6 +102,24 @@ def test_colours_and_cutout_do_not_move_the_view(backend):
 # The seed
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quarter_turns_turn_the_finished_view_and_nothing_else(backend):
+    image = photo(60, 90)
+    config = ViewConfig(size=32, backend=backend, color_jitter=0.3, cutout=0.3)
+    upright, turning = TrainView(config), TrainView(replace(config, quarter_turns=True))
+    turns = []
+    for seed in range(60):
+        plain, turned = upright(image, seed), turning(image, seed)
+        assert (turned.box, turned.flipped) == (plain.box, plain.flipped)
+        np.testing.assert_array_equal(pixels(turned), np.rot90(pixels(plain), turned.quarter_turns))
+        turns.append(turned.quarter_turns)
+    assert set(turns) == {0, 1, 2, 3}
+    flips = [turning(image, seed).flipped for seed in range(60)]
+    assert abs(np.corrcoef(flips, turns)[0, 1]) < 0.4
+    with pytest.raises(InputError, match="view.quarter_turns: expected square views, got 32x48"):
+        TrainView(replace(config, quarter_turns=True), size=(32, 48))
+
+
 @each_backend
 def test_the_seed_alone_determines_a_view(backend):
     image, other = photo(40, 60), photo(25, 30, seed=1)

@@ -15,12 +15,23 @@ def test_a_resumed_log_equals_an_undisturbed_one(tmp_path):
     position = first.position()  # a checkpoint is saved here
     first.metrics(2, 0, {"train/loss": 99.0})  # and this row dies with the process
     first.close()
-    second = RunLog(tmp_path / "cut", tensorboard=False)
+    second = RunLog(tmp_path / "cut", tensorboard=False, resume=True)
     second.cut(position, step=1)
     for step in (2, 3):
         second.metrics(step, 0, {"train/loss": 1 / step, "a, quoted": 0.1})
     second.close()
     assert (tmp_path / "cut" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_a_run_that_starts_over_starts_empty(tmp_path):
+    first = RunLog(tmp_path, tensorboard=True)
+    first.metrics(1, 0, {"train/loss": 1.0})
+    first.close()
+    second = RunLog(tmp_path, tensorboard=True)
+    second.metrics(1, 0, {"train/loss": 2.0})
+    second.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,epoch,name,value\n1,0,train/loss,2.0\n"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
 def test_values_survive_exactly(tmp_path):
