@@ -57,18 +57,18 @@ def main(argv: list[str]) -> dict:
     )
     metrics = {
         "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
-        f"{run.config.view.size} px, split {manifest.split}",
+        f"{run.config.view.size} px, split {manifest.split}; plain AP, F-measures at 0.5",
         "checkpoint": str(Path(path)),
         "weights": chosen,
         "skipped_images": [{"key": key, "reason": reason} for _, key, reason in bad],
         **results,
     }
     write_metrics(run, role, metrics)
-    if role == "test":
-        write_record(run, metrics)
+    if role == "test" and not write_record(run, metrics):
+        print("this run has not been trained to its end: no record.json is written for it")
     print(metrics["protocol"])
     for weights, summary in results.items():
-        shown = "  ".join(f"{name} {summary[name]:.4f}" for name in ("mAP", "CF1", "OF1"))
+        shown = f"mAP (plain) {summary['mAP']:.4f}  CF1 {summary['CF1']:.4f}  OF1 {summary['OF1']:.4f}"
         mark = "*" if weights == chosen else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
     print(f"written to {run.folder}: metrics.json, per_class_{role}.csv, precision_recall_{role}.png")

@@ -20,7 +20,8 @@ def main(argv: list[str]) -> None:
         print(f"left out of {split}: {key} ({reason})")
     print(
         f"{'resuming' if resume else 'training'} {folder}: {len(run.train)} train and {len(run.val)} val images, "
-        f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, {run.config.threads} threads"
+        f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, {run.config.threads} threads\n"
+        f"validation: {run.val.protocol}; {run.config.view.size} px"
     )
     fit(
         run.method,
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
         run_dir=folder,
         classes=run.train.classes,
         keys=[record.key for record in run.train.records],
+        data_hash=run.train.hash + run.val.hash,
         precision=run.precision,
         optim=run.config.optim,
         ema=run.config.ema,

@@ -103,14 +103,35 @@ def build_options(cls: type, values: dict[str, Any], origin: dict[str, str] | No
     _check_keys(schema, values, "", origin)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        key = (error.full_key or "").split("[")[0]
-        where = f" (in {origin[key]})" if key in origin else ""
-        expected = (
-            _type_name(_hints(type(_child(schema, key.rpartition(".")[0])))[key.rpartition(".")[2]]) if key else ""
-        )
-        given = _lookup(values, key)
-        raise InputError(f"{key}: expected {expected}, got {given!r}{where}") from None
+    except OmegaConfBaseException:
+        key = next(key for key in _given_options(schema, values) if not _fits(schema, key, _lookup(values, key)))
+    group, _, option = key.rpartition(".")
+    expected = _type_name(_hints(type(_child(schema, group)))[option])
+    where = next((f" (in {source})" for leaf, source in origin.items() if f"{leaf}.".startswith(f"{key}.")), "")
+    raise InputError(f"{key}: expected {expected}, got {_lookup(values, key)!r}{where}")
+
+
+def _given_options(schema: Any, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The options, as dotted keys, that `values` sets; a dict or list that is one option's value is not entered."""
+    for key, value in values.items():
+        child = getattr(schema, key)
+        if dataclasses.is_dataclass(child):
+            yield from _given_options(child, value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _fits(schema: Any, key: str, value: Any) -> bool:
+    """Whether one option takes a value."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    try:
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), value))
+    except OmegaConfBaseException:
+        return False
+    except InputError:  # of the right type, out of range beside the defaults
+        return True
+    return True
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -162,7 +183,9 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def save_options(config: Any, path: Path) -> None:
     """Write a config dataclass as YAML, every option spelled out."""
-    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    partial.replace(path)
 
 
 def load_options(cls: type, path: Path) -> Any:
@@ -187,6 +210,10 @@ def run_command(main: Callable[[list[str]], Any]) -> NoReturn:
         code = result if isinstance(result, int) else 0
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -240,7 +267,7 @@ def _choose(cls: type, values: dict[str, Any], origin: dict[str, str]) -> Any:
         name = (
             given.get("name", _DEFAULT_CHOICE[_bare(hint)]) if isinstance(given, dict) else _DEFAULT_CHOICE[_bare(hint)]
         )
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             where = origin.get(f"{option}.name", "")
             raise InputError(
                 f"{option}.name: expected one of {', '.join(table)}, got '{name}'{_near(str(name), list(table))}"
@@ -262,8 +289,16 @@ def _check_keys(schema: Any, values: dict[str, Any], prefix: str, origin: dict[s
             if not isinstance(value, dict):
                 raise InputError(f"{full}: expected a group of options such as {full}.<option>, got {value!r}{where}")
             _check_keys(child, value, f"{full}.", origin)
-        elif isinstance(value, str) and "${" in value:
-            raise InputError(f"{full}: a value may not hold '${{' (got '{value}'){where}")
+        elif _holds_interpolation(value):
+            raise InputError(f"{full}: a value may not hold '${{' or be '???', got {value!r}{where}")
+
+
+def _holds_interpolation(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_interpolation, (*value, *value.values())))
+    if isinstance(value, list):
+        return any(map(_holds_interpolation, value))
+    return isinstance(value, str) and ("${" in value or value == "???")
 
 
 def _owner(schema: Any, key: str) -> str:
@@ -296,9 +331,9 @@ def _near(word: str, words: list[str]) -> str:
 def _read_override(argument: str) -> dict[str, Any]:
     key, _, text = argument.partition("=")
     if "${" in text:
-        raise InputError(f"{key}: a value may not hold '${{' (got '{text}') (in the command line)")
+        raise InputError(f"{key}: a value may not hold '${{' or be '???', got {text!r} (in the command line)")
     try:
-        value: Any = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        value: Any = OmegaConf.from_dotlist([f"value={text}"])["value"] if text else ""
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     except (yaml.YAMLError, OmegaConfBaseException):
         value = text  # no YAML, such as a lone comma: plain text, and the type check has the last word

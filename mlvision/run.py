@@ -28,7 +28,7 @@ from mlvision.data.loader import Loader, eval_loader, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
 from mlvision.engine.checkpoint import load_checkpoint
-from mlvision.engine.fit import BEST, LAST
+from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything
 from mlvision.errors import InputError
@@ -37,6 +37,7 @@ from mlvision.models import Preprocessing, build_classifier
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
+_WRITTEN_FIRST = ("images.csv", "bad_images.csv", "environment.json", "config.yaml.partial")
 # What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
 _FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "loader.num_workers")
 
@@ -94,6 +95,7 @@ def build_run(config: Config) -> Run:
     method, preprocessing = build_method(config, len(train.classes))
     method.prepare(train)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    check_options(method, config.optim, config.checkpoint)
     order = method.make_sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     return Run(
@@ -117,6 +119,8 @@ def resolve(config: Config) -> Config:
         InputError: a device or precision that is not there.
     """
     device = resolve_device(config.device)
+    if config.seed < 0:
+        raise InputError(f"seed: expected 0 or more, got {config.seed}")
     if config.threads < 0:
         raise InputError(f"threads: expected 0 (torch's own choice) or more, got {config.threads}")
     if config.threads:
@@ -153,12 +157,17 @@ def read_training_manifests(config: Config) -> tuple[Manifest, Manifest, list[tu
         raise InputError("data.train: expected the name of a split, got nothing")
     train = read_split(data, data.train)
     if data.val:
+        if data.val == data.test:
+            raise InputError(
+                f"data.val: '{data.val}' is the test split; checkpoints are chosen on other images "
+                "(leave data.val empty to carve them from the training split)"
+            )
         val = read_split(data, data.val)
         check_same_classes(train, val)
         check_disjoint(train, val)
     else:
         train, val = carve_validation(train, data.val_fraction, data.val_seed)
-    if data.test and data.test != data.val:
+    if data.test:
         test = read_split(data, data.test)
         check_same_classes(train, test)
         check_disjoint(train, test)
@@ -176,8 +185,9 @@ def read_role(config: Config, role: str) -> tuple[Manifest, list[tuple[str, str,
     if role not in ROLES:
         raise InputError(f"data.split: expected one of {', '.join(ROLES)}, got '{role}'")
     if role != "test":
-        train, val, _ = read_training_manifests(config)
-        return _readable(config, train if role == "train" else val)
+        train, val, bad = read_training_manifests(config)
+        chosen = train if role == "train" else val
+        return chosen, [image for image in bad if image[0] == chosen.split]
     if not config.data.test:
         raise InputError("data.test: this run names no test split; give data.test=<split> or data.split=val")
     return _readable(config, read_split(config.data, config.data.test))
@@ -226,12 +236,17 @@ def load_run(
     saved_config = load_options(Config, folder / "config.yaml")
     config = build_options(Config, read_overrides(to_plain(saved_config), overrides))
     overridden = {argument.partition("=")[0] for argument in overrides}
-    if "threads" in overridden:
-        torch.set_num_threads(config.threads)
     device_used = resolve_device(config.device if "device" in overridden else device)
-    # Trained in mixed precision on a GPU, evaluated on a CPU: the CPU's own default serves.
-    same_kind = device_used.type == torch.device(saved_config.device).type
-    precision = resolve_precision(config.precision if same_kind or "precision" in overridden else "auto", device_used)
+    if "threads" in overridden:
+        resolve(dataclasses.replace(config, device=str(device_used)))
+    try:
+        same_kind = device_used.type == torch.device(saved_config.device).type
+        asked = config.precision if same_kind or "precision" in overridden else "auto"
+        precision = resolve_precision(asked, device_used)
+    except InputError:
+        if "precision" in overridden:
+            raise
+        precision = resolve_precision("auto", device_used)  # trained in a precision that this machine does not have
     checkpoint = (
         path
         if path.suffix == ".pt"
@@ -271,6 +286,11 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"out: {folder} is a file, expected a folder")
         if not (folder / "config.yaml").is_file():
+            foreign = [p.name for p in folder.iterdir() if p.name not in _WRITTEN_FIRST] if folder.is_dir() else []
+            if foreign:
+                raise InputError(
+                    f"out: {folder} holds no run but other files ({sorted(foreign)[0]}); give a new folder"
+                )
             return folder, False
         if not config.resume:
             raise InputError(f"out: {folder} already holds a run; resume=auto continues it, another out= starts anew")
@@ -281,13 +301,21 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
     name = config.name or "run"
     if config.resume:
         for path in sorted(Path("runs").glob(f"{name}-*/config.yaml"), key=os.path.getmtime, reverse=True):
-            if (path.parent / LAST).is_file() and not config_difference(load_options(Config, path), config):
+            if (path.parent / LAST).is_file() and _is_same(path, config):
                 return path.parent, True
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder, number = Path("runs") / f"{name}-{stamp}", 2
     while folder.exists():
         folder, number = Path("runs") / f"{name}-{stamp}-{number}", number + 1
     return folder, False
+
+
+def _is_same(path: Path, config: Config) -> bool:
+    """Whether the config at `path` computes the same; one that cannot be read any more does not."""
+    try:
+        return not config_difference(load_options(Config, path), config)
+    except InputError:
+        return False
 
 
 def config_difference(saved: Config, asked: Config) -> str:
@@ -385,8 +413,13 @@ def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:
     _write_json(path, known | {role: metrics})
 
 
-def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
-    """Write record.json: the small file that stands for a finished run in docs/results/ and makes its tables."""
+def write_record(run: LoadedRun, metrics: dict[str, Any]) -> bool:
+    """Write record.json: the small file that stands for a finished run in docs/results/ and makes its tables.
+
+    False, and nothing written, where the run has not been trained to its end.
+    """
+    if load_checkpoint(run.folder / LAST)["epoch"] < run.config.optim.epochs:
+        return False
     environment = json.loads((run.folder / "environment.json").read_text())
     record = {
         "name": run.config.name,
@@ -397,6 +430,7 @@ def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
         "environment": environment,
     }
     _write_json(run.folder / "record.json", record)
+    return True
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

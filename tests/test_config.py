@@ -19,6 +19,7 @@ def test_yaml_then_overrides(tmp_path):
     assert config.optim.lr == 3e-4
     assert config.optim.lr_scales == {"head": 10.0, "backbone": 0.1}
     assert config.view.size == 64
+    assert parse(str(path), "data.val=val", "data.val=").data.val == ""
     assert config.optim.weight_decay == Config().optim.weight_decay
     with pytest.raises(AttributeError):  # frozen
         config.seed = 3
@@ -43,6 +44,13 @@ def test_a_saved_config_reads_back_equal(tmp_path):
         ("data.name=coc", "data.name: expected one of coco, csv, got 'coc'; did you mean coco? (in the command line)"),
         ("data.separator=,", "data.separator: no such option of 'coco': it belongs to 'csv'"),
         ("data.root=${oc.env:HOME}", "data.root: a value may not hold '${'"),
+        ("data.root=???", "data.root: a value may not hold '${' or be '???'"),
+        ("data.name=[coco]", "data.name: expected one of coco, csv, got '['coco']'"),
+        ("optim.lr_scales.head=abc", "optim.lr_scales: expected dict of text to number, got {'head': 'abc'}"),
+        ("optim.lr_scales={head: abc}", "optim.lr_scales: expected dict of text to number, got {'head': 'abc'}"),
+        ("view.scale=[0.5]", "view.scale: expected tuple of number to number, got [0.5]"),
+        ("view.scale=[a,b]", "view.scale: expected tuple of number to number, got ['a', 'b']"),
+        ("optim.epochs=0", "optim.epochs: expected at least 1, got 0"),
         ("--seed", "'--seed': expected a .yaml file or key=value; --help lists the options"),
         ("seed", "'seed': expected a .yaml file or key=value; --help lists the options"),
     ],
@@ -65,6 +73,10 @@ def test_bad_files_are_named_with_the_line(tmp_path):
     typed.write_text("optim: {lr: abc}\n")
     with pytest.raises(InputError, match=r"optim.lr: expected number, got 'abc' \(in .*typed.yaml\)"):
         parse(str(typed))
+    hidden = tmp_path / "hidden.yaml"
+    hidden.write_text("data: {name: csv, ignore_columns: ['${oc.env:HOME}']}\n")
+    with pytest.raises(InputError, match=r"data.ignore_columns: a value may not hold"):
+        parse(str(hidden))
     with pytest.raises(InputError, match=r"brokn.yaml: no such config file; did you mean .*broken.yaml\?"):
         parse(str(tmp_path / "brokn.yaml"))
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_metrics_can_be_recomputed_from_predictions(trained, scenes_root):
         )
     ap = average_precision(logits, targets)
     assert metrics["ema"]["mAP"] == pytest.approx(ap[~ap.isnan()].mean().item(), abs=1e-6)
-    assert f"{len(images)} images, {len(run.classes)} classes, 48 px, split test" in metrics["protocol"]
+    assert f"{len(images)} images, {len(run.classes)} classes, 48 px, split test; plain AP" in metrics["protocol"]
 
 
 def test_best_checkpoint_is_the_best_validation_epoch(trained):
@@ -167,6 +168,14 @@ def truncate_image(root):
         (None, ["model.name=resnet5"], "model.name: timm has no model 'resnet5'"),
         (None, ["view.size=-3"], "view.size: expected at least 1"),
         (None, ["data.val_fraction=1.5"], "fraction"),
+        (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
+        (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
+        (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
+        (None, ["method.loss=asl", "method.gamma_neg=-1.0"], "gamma_neg -1.0"),
+        (None, ["seed=-1"], "seed: expected 0 or more"),
+        (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),
+        (None, ["data.val=test"], "data.val: 'test' is the test split"),
+        (None, ["model.in_chans=1"], "model.in_chans: every reader gives images of 3 channels"),
         (None, ["method.loss=mse"], "method.loss: expected one of bce, asl, got 'mse'"),
         (lambda root: (root / "annotations/instances_test.json").unlink(), [], "instances_test.json"),
         (lambda root: (root / "images/train/000003.jpg").unlink(), [], "000003.jpg"),
@@ -292,6 +301,45 @@ def test_a_run_of_other_classes_is_not_resumed(trained, smoke_arguments, scenes_
         train_script.main(
             [*smoke_arguments, "log.tensorboard=true", f"data.root={root}", f"out={folder}", "resume=auto"]
         )
+
+
+def test_a_run_is_not_resumed_on_other_images(trained, smoke_arguments, scenes_root, tmp_path):
+    root, folder = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(scenes_root, root)
+    shutil.copytree(trained[0], folder)
+    path = root / "annotations/instances_train.json"
+    document = json.loads(path.read_text())
+    dropped = document["images"].pop()["id"]
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] != dropped]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="the training or validation records have changed since it was saved"):
+        train_script.main(
+            [*smoke_arguments, "log.tensorboard=true", f"data.root={root}", f"out={folder}", "resume=auto"]
+        )
+
+
+def test_an_unfinished_run_leaves_no_record(smoke_arguments, tmp_path, monkeypatch):
+    from mlvision.engine.callbacks import ProgressBar
+
+    class StopsAtStep7(ProgressBar):
+        def on_step_end(self, state):
+            super().on_step_end(state)
+            if state.step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_script, "ProgressBar", StopsAtStep7)
+    train_script.main([*smoke_arguments, f"out={tmp_path}/r"])
+    assert load_checkpoint(tmp_path / "r/checkpoints/last.pt")["step"] == 7
+    eval_script.main([str(tmp_path / "r")])
+    assert (tmp_path / "r/metrics.json").is_file()
+    assert not (tmp_path / "r/record.json").exists()
+
+
+def test_a_folder_of_other_things_is_not_written_to(smoke_arguments, tmp_path):
+    (tmp_path / "metrics.csv").write_text("mine")
+    with pytest.raises(InputError, match="holds no run but other files"):
+        train_script.main([*smoke_arguments, f"out={tmp_path}"])
+    assert (tmp_path / "metrics.csv").read_text() == "mine"
 
 
 def test_a_diverging_run_stops_with_step_and_images_and_keeps_its_checkpoint(smoke_arguments, tmp_path, monkeypatch):

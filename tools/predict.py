@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     if not out.parent.is_dir():
         raise InputError(f"out: the folder {out.parent} does not exist")
     run = load_run(path, device=options.device, weights=options.weights)
+    if not options.images:
+        raise InputError("images: expected a folder, got nothing")
     manifest = folder_manifest(Path(options.images), run.classes)
     if options.on_bad_image == "skip":
         manifest, bad = drop_unreadable(manifest, options.num_workers)
@@ -77,7 +79,7 @@ def folder_manifest(folder: Path, classes: tuple[str, ...]) -> Manifest:
     Raises:
         InputError: no such folder, or no image in it.
     """
-    if not folder.is_dir() or folder == Path(""):
+    if not folder.is_dir():
         raise InputError(f"images: {folder} is not a folder")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:

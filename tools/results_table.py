@@ -8,12 +8,13 @@ Each record (docs/results/<grid>/<run>.json) was written by eval.py. Runs that d
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from mlvision.config import parse_options, run_command
+from mlvision.config import Config, build_options, parse_options, run_command
 from mlvision.errors import InputError
+from mlvision.run import config_difference
 
 COLUMNS = ("mAP", "CF1", "OF1")
 HEADER = """# Results
@@ -45,11 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def render(folder: Path) -> str:
-    """The whole page.
-
-    Raises:
-        InputError: no records, or a file that is none.
-    """
+    """The whole page; errors as `read_grids`."""
     return HEADER + "".join(section(grid, experiments) for grid, experiments in read_grids(folder).items())
 
 
@@ -63,7 +60,7 @@ def fill_readme(text: str, folder: Path) -> str:
     _, end, after = rest.partition(README_END)
     if not start or not end:
         raise InputError(f"readme: expected the markers {README_START} and {README_END}")
-    lines = ["| experiment | backbone | test mAP | seeds |", "| --- | --- | ---: | ---: |"]
+    lines = ["| experiment | backbone | test mAP (plain) | seeds |", "| --- | --- | ---: | ---: |"]
     for experiments in read_grids(folder).values():
         for experiment, records in experiments.items():
             backbone = records[0]["config"]["model"]["name"]
@@ -73,7 +70,11 @@ def fill_readme(text: str, folder: Path) -> str:
 
 
 def read_grids(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Records by grid, then by experiment: what is left of a run's name without its seed."""
+    """Records by grid, then by experiment: what is left of a run's name without its seed.
+
+    Raises:
+        InputError: no records, a file that is none, or an experiment whose runs are not alike.
+    """
     paths = sorted(folder.glob("*/*.json"))
     if not paths:
         raise InputError(f"records: no record in {folder} (expected {folder}/<grid>/<run>.json)")
@@ -82,18 +83,40 @@ def read_grids(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         record = read_record(path)
         experiment = path.stem.removesuffix(f"-seed{record['config']['seed']}")
         grids.setdefault(path.parent.name, {}).setdefault(experiment, []).append(record)
+    for experiments in grids.values():
+        for experiment, records in experiments.items():
+            check_alike(experiment, records)
     return grids
 
 
 def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
-        found = record["config"]["seed"], chosen_metrics(record)["mAP"]
-        if None in found:
-            raise KeyError("mAP")
+        chosen = chosen_metrics(record)
+        used = (*(chosen[name] for name in COLUMNS), record["parameters"], record["metrics"]["protocol"])
+        used += (record["config"]["seed"], record["environment"]["commit"], record["environment"]["machine"])
+        if None in used:
+            raise KeyError("a value that is used is null")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a record of eval.py ({error!r})") from None
     return record
+
+
+def check_alike(experiment: str, records: list[dict[str, Any]]) -> None:
+    """Refuse to average runs that differ in more than their seed.
+
+    Raises:
+        InputError: naming the option, or both protocols.
+    """
+    first, *others = records
+    for other in others:
+        configs = [build_options(Config, record["config"]) for record in (first, other)]
+        difference = config_difference(configs[0], replace(configs[1], seed=configs[0].seed))
+        if difference:
+            raise InputError(f"{experiment}: its runs differ in more than their seed: {difference}")
+        protocols = [record["metrics"]["protocol"] for record in (first, other)]
+        if protocols[0] != protocols[1]:
+            raise InputError(f"{experiment}: its runs differ in their protocol: {protocols[0]} / {protocols[1]}")
 
 
 def section(grid: str, experiments: dict[str, list[dict[str, Any]]]) -> str:

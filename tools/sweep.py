@@ -94,7 +94,13 @@ def plan(options: SweepOptions) -> list[Planned]:
                 f"experiments[{number}]: expected config, and optionally label, overrides, grid and seeds; "
                 + (f"got {', '.join(sorted(unknown))}" if unknown else "config is missing")
             )
+        for key, kind in (("overrides", list), ("grid", dict), ("seeds", list)):
+            if not isinstance(experiment.get(key, kind()), kind):
+                raise InputError(f"experiments[{number}].{key}: expected a {kind.__name__}, got {experiment[key]!r}")
         grid = experiment.get("grid", {})
+        for key, values in grid.items():
+            if not isinstance(values, list):
+                raise InputError(f"experiments[{number}].grid.{key}: expected a list of values, got {values!r}")
         for values in itertools.product(*grid.values()):
             varied = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
             own = [*experiment.get("overrides", []), *varied]
@@ -117,17 +123,22 @@ def is_finished(record: Path, run: Planned) -> bool:
     """
     if not record.is_file():
         return False
-    recorded = build_options(Config, json.loads(record.read_text())["config"])
+    try:
+        recorded = build_options(Config, json.loads(record.read_text())["config"])
+    except (json.JSONDecodeError, KeyError, TypeError, InputError) as error:
+        raise InputError(f"{record}: not a record of this version ({error}); remove it to run it again") from None
     asked = parse_options(Config, list(run.arguments), prog="train.py", description="")
-    machine = {name: getattr(recorded, name) for name in ("device", "precision", "threads")}
-    difference = config_difference(recorded, replace(asked, **machine))
+    # What the grid leaves to the machine is as the machine had it.
+    open_choices = {"device": "auto", "precision": "auto", "threads": 0}
+    left_open = {name: getattr(recorded, name) for name, auto in open_choices.items() if getattr(asked, name) == auto}
+    difference = config_difference(recorded, replace(asked, **left_open))
     if difference:
         raise InputError(f"{record}: the grid has changed under it: {difference}; remove it to run it again")
     return True
 
 
 def train_and_evaluate(run: Planned, folder: Path) -> bool:
-    """train.py and eval.py in processes of their own; False where one fails."""
+    """train.py and eval.py in processes of their own; False where one fails, or training was stopped before its end."""
     commands = (
         ["train.py", *run.arguments, f"out={folder}", "resume=auto"],
         ["eval.py", str(folder)],

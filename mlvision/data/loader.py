@@ -69,7 +69,7 @@ class ImageDataset(Dataset):
         epoch, index = item
         image = read_record(self.manifest.records[index])
         views = [self.view(image, _view_seed(self.seed, epoch, index, number)) for number in range(self.num_views)]
-        return Sample(views, torch.from_numpy(self.manifest.targets[index]), index)
+        return Sample(views, torch.from_numpy(self.manifest.target(index)), index)
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Sample] | InputError:
         # What DataLoader calls. A bad file travels to the main process as a value: raised here, it would arrive with

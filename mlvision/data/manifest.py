@@ -104,11 +104,15 @@ class Manifest:
     @cached_property
     def targets(self) -> Float32[np.ndarray, "N C"]:
         """`[N, C]` float32: 1 present, 0 absent, NaN unknown."""
-        targets = np.zeros((len(self.records), len(self.classes)), dtype=np.float32)
-        for row, record in zip(targets, self.records, strict=True):
-            row[list(record.labels)] = 1
-            row[list(record.unknown)] = np.nan
-        return targets
+        rows = [self.target(index) for index in range(len(self))]
+        return np.stack(rows) if rows else np.zeros((0, len(self.classes)), dtype=np.float32)
+
+    def target(self, index: int) -> Float32[np.ndarray, " C"]:
+        """One row of `targets`, without making the table: it would be gigabytes for millions of images."""
+        row = np.zeros(len(self.classes), dtype=np.float32)
+        row[list(self.records[index].labels)] = 1
+        row[list(self.records[index].unknown)] = np.nan
+        return row
 
     @cached_property
     def hash(self) -> str:

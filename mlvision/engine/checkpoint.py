@@ -19,6 +19,10 @@ class CheckpointConfig:
     every_steps: Annotated[int, "also save every so many steps within an epoch; 0: after each epoch only"] = 0
     select: Annotated[str, "validation metric whose highest value chooses checkpoints/best.pt"] = "mAP"
 
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise InputError(f"checkpoint.every_steps: expected 0 or more, got {self.every_steps}")
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically: a crash or a full disk leaves what was there before.

@@ -127,6 +127,7 @@ def fit(
     run_dir: Path,
     classes: Sequence[str],
     keys: list[str],
+    data_hash: str,
     precision: Precision,
     optim: OptimConfig,
     ema: EmaConfig,
@@ -143,6 +144,7 @@ def fit(
     Args:
         classes: class names, kept in the checkpoints.
         keys: the image key of each training row, to name images in errors.
+        data_hash: identity of the training and validation records; a run resumes on the same alone.
         resume: go on from `checkpoints/last.pt`.
 
     Raises:
@@ -163,14 +165,20 @@ def fit(
         steps_per_epoch=len(train_loader),
         epochs=optim.epochs,
     )
+    identity = {"classes": list(classes), "data_hash": data_hash}
     guard = FiniteGuard(precision.device, train_loader.images_per_step)
     if saved is not None:
         check_classes(run_dir / LAST, saved["classes"], tuple(classes))
+        if saved["data_hash"] != data_hash:
+            raise InputError(
+                f"{run_dir / LAST}: the training or validation records have changed since it was saved "
+                f"(then {saved['data_hash'][:12]}, now {data_hash[:12]})"
+            )
         state.restore(run_dir / LAST, saved)
 
     def save() -> None:
         guard.check(keys)
-        save_checkpoint(run_dir / LAST, state.checkpoint() | {"classes": list(classes)})
+        save_checkpoint(run_dir / LAST, state.checkpoint() | identity)
 
     try:
         with stop_on_sigterm() as stop:
@@ -202,7 +210,7 @@ def fit(
                 log_epoch(state, images / max(train_seconds, 1e-9), improved)
                 state.epoch += 1
                 if improved:
-                    save_checkpoint(run_dir / BEST, state.weights() | {"classes": list(classes)})
+                    save_checkpoint(run_dir / BEST, state.weights() | identity)
                 save()
     finally:
         state.log.close()
@@ -258,11 +266,7 @@ def log_step(state: FitState, guard: FiniteGuard, keys: list[str]) -> dict[str, 
 
 
 def validate(state: FitState, loader: Loader, precision: Precision, select: str) -> bool:
-    """Measure raw and EMA weights apart on the validation split; True where the selected ones are the best so far.
-
-    Raises:
-        InputError: `select` is no metric of the summary.
-    """
+    """Measure raw and EMA weights apart on the validation split; True where the selected ones are the best so far."""
     state.validation = {}
     for weights, method in (("raw", state.method), ("ema", state.ema.module if state.ema else None)):
         if method is not None:
@@ -270,27 +274,33 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
             summary = multilabel_summary(found.logits, found.targets)
             state.validation |= {f"val/{weights}/{name}": value for name, value in summary.items()}
     state.log.metrics(state.step, state.epoch, state.validation)
-    key = f"val/{'ema' if state.ema else 'raw'}/{select}"
-    if key not in state.validation:
-        raise InputError(f"checkpoint.select: no metric '{select}'; expected one of {', '.join(summary)}")
-    value = state.validation[key]
+    value = state.validation[f"val/{'ema' if state.ema else 'raw'}/{select}"]
     improved = state.best is None or math.isnan(state.best) or value > state.best
     if improved:
         state.best = value
     return improved
 
 
+def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConfig) -> None:
+    """Find, before anything is written, what `fit` would stumble over.
+
+    Raises:
+        InputError: an optimizer that cannot be built, or a selection metric that validation does not give.
+    """
+    build_optimizer(method.parameter_groups(), optim)
+    known = multilabel_summary(torch.zeros(1, 1), torch.ones(1, 1))
+    if checkpoint.select not in known:
+        raise InputError(f"checkpoint.select: no metric '{checkpoint.select}'; expected one of {', '.join(known)}")
+
+
 def log_epoch(state: FitState, images_per_second: float, improved: bool) -> None:
     """One line for people, and the throughput for TensorBoard."""
     state.log.timings(state.step, {"time/images_per_second": images_per_second})
-    measured = "  ".join(
-        f"{name.removeprefix('val/')} {state.validation[name]:.4f}"
-        for name in state.validation
-        if name.endswith("/mAP")
-    )
-    mark = "  best" if improved else ""
+    found = {weights: state.validation.get(f"val/{weights}/mAP") for weights in ("raw", "ema")}
+    measured = "  ".join(f"{weights} {value:.4f}" for weights, value in found.items() if value is not None)
     state.log.line(
-        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}  val {measured}  {images_per_second:.0f} images/s{mark}"
+        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}  val mAP (plain): {measured}  "
+        f"{images_per_second:.0f} images/s{'  best' if improved else ''}"
     )
 
 

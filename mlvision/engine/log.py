@@ -23,6 +23,10 @@ class LogConfig:
     every_steps: Annotated[int, "training loss and rates are read back and written every so many steps"] = 50
     tensorboard: Annotated[bool, "write TensorBoard events"] = True
 
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise InputError(f"log.every_steps: expected at least 1, got {self.every_steps}")
+
 
 class RunLog:
     """The writers of one run folder; `position` and `cut` let a resumed run go on as if never interrupted.
@@ -43,9 +47,11 @@ class RunLog:
             self._csv.write(_HEADER.encode())
 
     def position(self) -> int:
-        """Bytes of metrics.csv that are safely on disk: what a checkpoint remembers."""
+        """Bytes of metrics.csv that are safely on disk: what a checkpoint remembers; TensorBoard's events go there too."""
         self._csv.flush()
         os.fsync(self._csv.fileno())
+        if self._writer is not None:
+            self._writer.flush()
         return self._csv.tell()
 
     def cut(self, position: int, step: int) -> None:

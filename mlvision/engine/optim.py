@@ -11,6 +11,7 @@ from torch import nn
 
 from mlvision.errors import InputError
 
+SCHEDULES = ("one_cycle", "cosine", "constant")
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # one kernel a step: 10x the default on a CPU
 
 
@@ -31,10 +32,28 @@ class OptimConfig:
     final_factor: Annotated[float, "learning rate of the last step, as a share of lr"] = 1e-4
     clip_norm: Annotated[float, "gradients are scaled down to this global norm; 0: no clipping"] = 0.0
 
+    def __post_init__(self) -> None:
+        for name, is_valid, expected in (
+            ("lr", self.lr > 0, "a number above 0"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("warmup", 0 <= self.warmup < 1, "a share in [0, 1)"),
+            ("start_factor", 0 <= self.start_factor <= 1, "a share in [0, 1]"),
+            ("final_factor", 0 <= self.final_factor <= 1, "a share in [0, 1]"),
+            ("clip_norm", self.clip_norm >= 0, "0 or more"),
+        ):
+            if not is_valid:
+                raise InputError(f"optim.{name}: expected {expected}, got {getattr(self, name)!r}")
+
 
 @dataclass(frozen=True)
 class EmaConfig:
     decay: Annotated[float, "decay of the averaged weights (timm ModelEmaV3, with its warm-up); 0: none"] = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise InputError(f"ema.decay: expected 0, or a number below 1, got {self.decay}")
 
 
 def parameter_groups(groups: dict[str, list[nn.Parameter]], config: OptimConfig) -> list[dict]:
@@ -63,27 +82,31 @@ def build_optimizer(groups: dict[str, list[nn.Parameter]], config: OptimConfig) 
     """A timm optimizer over the groups, fused where torch has a fused kernel.
 
     Raises:
-        InputError: an unknown optimizer name, or one whose package is not installed.
+        InputError: an unknown optimizer name, or one that cannot be built here (its package is missing, say).
     """
     known = [str(name) for name in list_optimizers()]
     if config.name not in known:
         raise InputError(f"optim.name: timm has no optimizer '{config.name}'; it has {', '.join(known)}")
     fused: dict[str, Any] = {"fused": True} if get_optimizer_class(config.name, bind_defaults=False) in _FUSED else {}
-    return create_optimizer_v2(
-        parameter_groups(groups, config), opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **fused
-    )
+    chosen = parameter_groups(groups, config)
+    try:
+        return create_optimizer_v2(chosen, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **fused)
+    except (
+        AssertionError,
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # timm's checks are of all kinds
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"optim.name: timm cannot build '{config.name}' here ({cause})") from error
 
 
 def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """The learning rate at each step as a share of `lr`: a function of the step alone, so nothing has to be saved.
 
     Source: one_cycle is torch's OneCycleLR with cosine annealing and constant momentum.
-
-    Raises:
-        InputError: an unknown schedule, or a warm-up share outside [0, 1).
     """
-    if not 0 <= config.warmup < 1:
-        raise InputError(f"optim.warmup: expected a share in [0, 1), got {config.warmup}")
     peak = config.warmup * total_steps - 1  # the step that has the full rate
     last = max(total_steps - 1, 1)
 
@@ -99,7 +122,4 @@ def learning_rate_factor(config: OptimConfig, total_steps: int) -> Callable[[int
     def cosine(step: int) -> float:
         return config.start_factor + (1 - config.start_factor) * step / peak if step < peak else decay(step)
 
-    schedules = {"one_cycle": one_cycle, "cosine": cosine, "constant": lambda step: 1.0}
-    if config.schedule not in schedules:
-        raise InputError(f"optim.schedule: expected one of {', '.join(schedules)}, got '{config.schedule}'")
-    return schedules[config.schedule]
+    return {"one_cycle": one_cycle, "cosine": cosine, "constant": lambda step: 1.0}[config.schedule]

@@ -41,6 +41,9 @@ class Baseline(Method):
             raise InputError(f"method.class_weights: expected none or inverse_sqrt, got '{config.class_weights}'")
         own = {"asl": {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos, "clip": config.clip}}
         self.loss = partial(LOSSES[config.loss], **own.get(config.loss, {}))
+        self.loss(
+            torch.zeros(1, 1), torch.zeros(1, 1)
+        )  # refuses gammas and clips out of range now, not at the first step
         self.weigh_classes = config.class_weights == "inverse_sqrt"
         self.register_buffer("class_weights", torch.ones(classifier.num_classes))
 

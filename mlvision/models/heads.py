@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import nn
 
 from mlvision.errors import InputError
@@ -40,5 +41,10 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Features) -> HeadOutput:
-        """Logits `[B, C]`; the embedding is the pooled features, before dropout."""
-        return HeadOutput(self.linear(self.dropout(features.pooled)), embedding=features.pooled)
+        """Logits `[B, C]`; the embedding is the pooled features, before dropout.
+
+        Computed in the weights' own precision also under autocast: logits rounded to bfloat16 tie, and ties move AP.
+        """
+        with torch.autocast(features.pooled.device.type, enabled=False):
+            pooled = features.pooled.to(self.linear.weight.dtype)
+            return HeadOutput(self.linear(self.dropout(pooled)), embedding=pooled)

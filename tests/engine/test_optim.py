@@ -80,7 +80,18 @@ def test_adamw_is_fused_and_lamb_is_not():
 def test_bad_options_are_named(config, message):
     with pytest.raises(InputError, match=message):
         build_optimizer({"backbone": list(nn.Linear(3, 2).parameters())}, config)
-    with pytest.raises(InputError, match="optim.schedule"):
-        learning_rate_factor(OptimConfig(schedule="step"), 10)
-    with pytest.raises(InputError, match="optim.warmup"):
-        learning_rate_factor(OptimConfig(warmup=1.0), 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, "optim.schedule: expected one of one_cycle, cosine, constant, got 'step'"),
+        ({"warmup": 1.0}, "optim.warmup: expected a share"),
+        ({"lr": -1.0}, "optim.lr: expected a number above 0, got -1.0"),
+        ({"epochs": 0}, "optim.epochs: expected at least 1, got 0"),
+        ({"weight_decay": -0.1}, "optim.weight_decay: expected 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        OptimConfig(**options)

@@ -72,3 +72,14 @@ def test_wrong_head_options_are_named():
         build_head("linaer", 2, 3)
     with pytest.raises(InputError, match="head.dropout: expected a probability"):
         build_head("linear", 2, 3, dropout=1.0)
+
+
+def test_logits_are_not_rounded_under_autocast():
+    """Logits in bfloat16 tie, and ties move AP: the head computes in float32 also under autocast."""
+    head = build_head("linear", 32, 5)
+    features = Features(torch.zeros(64, 32, 1, 1), torch.randn(64, 32).bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(features).logits
+    assert logits.dtype == torch.float32
+    expected = features.pooled.double() @ head.linear.weight.double().T + head.linear.bias.double()
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)

@@ -66,6 +66,15 @@ def test_a_changed_grid_is_noticed(grid, tmp_path):
         ("seeds: [0]", "experiments: expected a list with at least one experiment"),
         (f"experiments: [{{config: {SMOKE}, grd: {{}}}}]", r"experiments\[0\]: expected config.*got grd"),
         ("experiments: [{label: x}]", r"experiments\[0\]: .*config is missing"),
+        (
+            f"experiments: [{{config: {SMOKE}, grid: {{optim.lr: 0.1}}}}]",
+            r"grid.optim.lr: expected a list of values, got 0.1",
+        ),
+        (f"experiments: [{{config: {SMOKE}, seeds: 3}}]", r"experiments\[0\].seeds: expected a list, got 3"),
+        (
+            f"experiments: [{{config: {SMOKE}, overrides: a=b}}]",
+            r"experiments\[0\].overrides: expected a list, got 'a=b'",
+        ),
         (f"experiments: [{{config: {SMOKE}}}, {{config: {SMOKE}}}]", "two runs are called"),
         (f"experiments: [{{config: {SMOKE}, overrides: [optim.lrr=1]}}]", "optim.lrr: no such option"),
     ],
@@ -87,6 +96,17 @@ def test_the_committed_pages_are_those_of_the_records():
     assert (ROOT / "docs/results.md").read_text() == text
     readme = (ROOT / "README.md").read_text()
     assert results_table.fill_readme(readme, ROOT / "docs/results") == readme
+
+
+def test_unlike_runs_are_not_averaged(grid, tmp_path):
+    sweep.main([str(grid), "seeds=[0]"])
+    records = sorted((tmp_path / "records/mini").iterdir())
+    other = json.loads(records[0].read_text())
+    other["config"]["seed"] = 1
+    other["config"]["optim"]["weight_decay"] = 0.7
+    records[0].with_name(records[0].name.replace("seed0", "seed1")).write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"optim.weight_decay.*0.7"):
+        results_table.render(tmp_path / "records")
 
 
 def test_a_foreign_file_among_the_records_is_named(tmp_path):
