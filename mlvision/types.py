@@ -5,7 +5,7 @@ or label map (rows first).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
@@ -33,8 +33,8 @@ class CropBox:
         return self._each(lambda column: column.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "CropBox":
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return CropBox(**{name: column if column is None else change(column) for name, column in columns.items()})
+        columns = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: change(column) for name, column in columns if column is not None})
 
 
 @dataclass
