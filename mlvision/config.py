@@ -107,8 +107,19 @@ def build_options(cls: type, values: dict[str, Any], origin: dict[str, str] | No
         key = next(key for key in _given_options(schema, values) if not _fits(schema, key, _lookup(values, key)))
     group, _, option = key.rpartition(".")
     expected = _type_name(_hints(type(_child(schema, group)))[option])
-    where = next((f" (in {source})" for leaf, source in origin.items() if f"{leaf}.".startswith(f"{key}.")), "")
-    raise InputError(f"{key}: expected {expected}, got {_lookup(values, key)!r}{where}")
+    raise InputError(f"{key}: expected {expected}, got {_lookup(values, key)!r}{_where(origin, key)}")
+
+
+def _where(origin: dict[str, str], key: str) -> str:
+    """Says which file, or the command line, set an option or the first of its group; nothing where that is not known."""
+    return next((f" (in {source})" for leaf, source in origin.items() if f"{leaf}.".startswith(f"{key}.")), "")
+
+
+def _nest(key: str, value: Any) -> Any:
+    """`a.b.c` and a value to `{"a": {"b": {"c": value}}}`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _given_options(schema: Any, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -123,10 +134,8 @@ def _given_options(schema: Any, values: dict[str, Any], prefix: str = "") -> Ite
 
 def _fits(schema: Any, key: str, value: Any) -> bool:
     """Whether one option takes a value."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
     try:
-        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), value))
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _nest(key, value)))
     except OmegaConfBaseException:
         return False
     except InputError:  # of the right type, out of range beside the defaults
@@ -264,14 +273,13 @@ def _choose(cls: type, values: dict[str, Any], origin: dict[str, str]) -> Any:
         if table is None:
             continue
         given = values.get(option)
-        name = (
-            given.get("name", _DEFAULT_CHOICE[_bare(hint)]) if isinstance(given, dict) else _DEFAULT_CHOICE[_bare(hint)]
-        )
+        default = _DEFAULT_CHOICE[_bare(hint)]
+        name = given.get("name", default) if isinstance(given, dict) else default
         if not isinstance(name, str) or name not in table:
-            where = origin.get(f"{option}.name", "")
+            key = f"{option}.name"
             raise InputError(
-                f"{option}.name: expected one of {', '.join(table)}, got '{name}'{_near(str(name), list(table))}"
-                + (f" (in {where})" if where else "")
+                f"{key}: expected one of {', '.join(table)}, got '{name}'{_near(str(name), list(table))}"
+                f"{_where(origin, key)}"
             )
         chosen[option] = table[name][0]()
     return cls(**chosen)
@@ -281,7 +289,7 @@ def _check_keys(schema: Any, values: dict[str, Any], prefix: str, origin: dict[s
     known = {option.name for option in dataclasses.fields(schema)}
     for key, value in values.items():
         full = f"{prefix}{key}"
-        where = next((f" (in {source})" for leaf, source in origin.items() if f"{leaf}.".startswith(f"{full}.")), "")
+        where = _where(origin, full)
         if key not in known:
             raise InputError(f"{full}: no such option{_owner(schema, str(key))}{_suggest(schema, full)}{where}")
         child = getattr(schema, key)
@@ -337,9 +345,7 @@ def _read_override(argument: str) -> dict[str, Any]:
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     except (yaml.YAMLError, OmegaConfBaseException):
         value = text  # no YAML, such as a lone comma: plain text, and the type check has the last word
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    return _nest(key, value)
 
 
 def _merge_into(values: dict[str, Any], part: dict[str, Any]) -> None:
