@@ -4,6 +4,7 @@ Nothing here keeps a random state. The order of an epoch follows from (seed, epo
 batch from its step: a loader can be set to any step of any epoch at once.
 """
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -218,6 +219,11 @@ def _start_worker(worker: int) -> None:
     # A process group of its own: a signal sent to the run's whole group (Ctrl-C, timeout, torchrun) reaches the main
     # process, which still needs this one to end its epoch in order.
     os.setpgrp()
+    # DataLoader's worker leaves when its parent is another than it finds from here on. Where the run was killed before
+    # (the imports above this take a while), that is init, and the worker would stay for ever.
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 def train_loader(

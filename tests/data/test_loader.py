@@ -1,6 +1,9 @@
 import os
 import pickle
+import select
 import signal
+import struct
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -263,3 +266,29 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_main_process(mani
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_worker_whose_run_was_killed_while_it_started_leaves(manifest, monkeypatch):
+    reader, writer = os.pipe()
+
+    def start_slowly(threads):
+        os.write(writer, struct.pack("i", os.getpid()))
+        time.sleep(0.5)
+
+    monkeypatch.setattr("mlvision.data.loader.cv2.setNumThreads", start_slowly)
+    child = os.fork()
+    if child == 0:
+        try:
+            next(iter(train_loader(manifest, TWIN, config(num_workers=1), seed=0)))
+        finally:
+            os._exit(1)
+    os.close(writer)
+    (worker,) = struct.unpack("i", os.read(reader, 4))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # The pipe ends with the last process that holds it. DataLoader's own watch looks every five seconds.
+    left = bool(select.select([reader], [], [], 15)[0]) and os.read(reader, 1) == b""
+    os.close(reader)
+    if not left:
+        os.kill(worker, signal.SIGKILL)
+    assert left
