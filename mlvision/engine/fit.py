@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,6 @@ class FitState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: RunLog
-    run_dir: Path
     steps_per_epoch: int
     epochs: int
     epoch: int = 0
@@ -161,7 +160,6 @@ def fit(
         optimizer=optimizer,
         scaler=precision.scaler(),
         log=RunLog(run_dir, log.tensorboard, resume),
-        run_dir=run_dir,
         steps_per_epoch=len(train_loader),
         epochs=optim.epochs,
     )
@@ -181,7 +179,7 @@ def fit(
         save_checkpoint(run_dir / LAST, state.checkpoint() | identity)
 
     try:
-        with stop_on_sigterm() as stop:
+        with stop_on_sigterm() as stopped:
             while state.epoch < optim.epochs:
                 started, first_step = time.perf_counter(), state.step
                 method.on_epoch_start(state.epoch)
@@ -195,7 +193,7 @@ def fit(
                     state.logged = log_step(state, guard, keys) if at_log_step else {}
                     for callback in callbacks:
                         callback.on_step_end(state)
-                    if stop.is_set():
+                    if stopped():
                         save()
                         state.log.line(f"stopped by SIGTERM at step {state.step}; saved; resume=auto continues")
                         return state
@@ -305,14 +303,14 @@ def log_epoch(state: FitState, images_per_second: float, improved: bool) -> None
 
 
 @contextmanager
-def stop_on_sigterm():
-    """An event that SIGTERM sets while the context lasts; outside the main thread nothing is installed."""
-    event = threading.Event()
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come while the context lasts; outside the main thread nothing is installed."""
+    received: list[int] = []  # no threading.Event: a second signal during its set() would wait for its own lock
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield lambda: False
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield event
+        yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGTERM, previous)
