@@ -6,10 +6,13 @@ or label map (rows first).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Integer, Shaped
 from torch import Tensor
+
+from mlvision.errors import InputError
 
 
 @dataclass
@@ -37,6 +40,124 @@ class CropBox:
         return replace(self, **{name: change(column) for name, column in columns if column is not None})
 
 
+KINDS = ("logit", "probability", "mass", "attribution")
+ACTIVATIONS = ("softmax", "sigmoid")
+# How attributions and transport plans become targets: by name, because neither says how probable a label is.
+CALIBRATIONS = ("relative_to_peak",)
+
+
+@dataclass
+class LabelMap:
+    """How much each label is supported at each cell of a coarse grid over each image.
+
+    Three layouts: the K best classes of each cell (`ids` `[B, K, h, w]`), L labels of each image (`ids` `[B, L]`), or all
+    classes in their order (no ids).
+
+    Attributes:
+        values: `[B, K or L or C, h, w]` float, rows first.
+        ids: class indices, in the shape of the layout; a negative one is an empty place.
+        kind: logit; probability; mass (a transport plan: each label sums to 1 over space); attribution (signed).
+        fill: what one class that is not stored is worth: one number, or `[B, h, w]`. At most the least stored value of its
+            cell; the maps of `labels/annotate.py` keep the mass of what the K best leave out.
+        extent: `[B, 4]` x1, y1, x2, y2 in [0, 1]: the part of the full image that the grid covers; None: all of it.
+        activation: what makes probabilities of logits: softmax or sigmoid, as the teacher was trained.
+    """
+
+    values: Float[Tensor, "B n h w"]
+    ids: Integer[Tensor, "B ..."] | None = None
+    kind: str = "probability"
+    fill: Float[Tensor, "B h w"] | float = 0.0
+    extent: Float[Tensor, "B 4"] | None = None
+    activation: str = "softmax"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"label map: expected an activation of {', '.join(ACTIVATIONS)}, got '{self.activation}'")
+        if self.kind not in KINDS:
+            raise InputError(f"label map: expected a kind of {', '.join(KINDS)}, got '{self.kind}'")
+        if self.ids is not None and self.ids.shape not in (self.values.shape, self.values.shape[:2]):
+            raise InputError(
+                f"label map: ids {tuple(self.ids.shape)} fit neither each cell {tuple(self.values.shape)} nor each image "
+                f"{tuple(self.values.shape[:2])}"
+            )
+
+    def to_device(self, device: torch.device | str, non_blocking: bool = False) -> "LabelMap":
+        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "LabelMap":
+        return self._each(lambda column: column.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "LabelMap":
+        columns = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: change(column) for name, column in columns if isinstance(column, Tensor)})
+
+    def to(
+        self,
+        kind: str,
+        *,
+        temperature: float = 1.0,
+        num_classes: int | None = None,
+        calibration: str | None = None,
+    ) -> "LabelMap":
+        """The same map as another kind; the only conversion between kinds.
+
+        Logits become probabilities by each cell's softmax or by sigmoids; what is not stored takes part in a softmax with
+        its fill. Mass and attribution become probabilities only by a named calibration: `relative_to_peak` divides the
+        positive part of each label's map by its highest value, so that the label is present where it is strongest.
+
+        Args:
+            temperature: divides the logits before the activation.
+            num_classes: C; a softmax of a map that does not store all classes needs it.
+            calibration: one of CALIBRATIONS.
+
+        Raises:
+            InputError: a conversion that does not exist, or one that misses an argument.
+        """
+        if kind == self.kind:
+            return self
+        if self.values.dtype != torch.promote_types(self.values.dtype, torch.float32):
+            return self._each(lambda c: c.float() if c.is_floating_point() else c).to(
+                kind, temperature=temperature, num_classes=num_classes, calibration=calibration
+            )
+        if (self.kind, kind) == ("logit", "probability"):
+            if not temperature > 0:
+                raise InputError(f"temperature: expected more than 0, got {temperature}")
+            if self.activation == "sigmoid":
+                return self._sigmoid(temperature)
+            return self._softmax(temperature, num_classes)
+        if kind == "probability" and self.kind in ("mass", "attribution"):
+            if calibration not in CALIBRATIONS:
+                raise InputError(
+                    f"label map: {self.kind} is no probability; name a calibration of {', '.join(CALIBRATIONS)}, "
+                    f"got {calibration!r}"
+                )
+            if self.ids is not None and self.ids.ndim == 4:
+                raise InputError(f"label map: {calibration} needs whole maps of each label, got the best of each cell")
+            positive = self.values.clamp(min=0)
+            peak = positive.amax(dim=(2, 3), keepdim=True)
+            return replace(self, values=positive / peak.where(peak > 0, 1), kind=kind, fill=0.0)
+        raise InputError(f"label map: {self.kind} cannot become {kind}")
+
+    def _sigmoid(self, temperature: float) -> "LabelMap":
+        fill = (torch.as_tensor(self.fill, dtype=self.values.dtype, device=self.values.device) / temperature).sigmoid()
+        values = (self.values / temperature).sigmoid()
+        return replace(self, values=values, kind="probability", fill=fill if fill.ndim else fill.item())
+
+    def _softmax(self, temperature: float, num_classes: int | None) -> "LabelMap":
+        scaled = self.values / temperature
+        if self.ids is None:
+            return replace(self, values=scaled.softmax(dim=1), kind="probability", fill=0.0)
+        if num_classes is None or self.ids.ndim != 4:
+            raise InputError("label map: a softmax needs num_classes and the best classes of each cell, or all of them")
+        empty = self.ids < 0
+        rest = num_classes - (~empty).sum(dim=1, keepdim=True)
+        fill = torch.as_tensor(self.fill, dtype=scaled.dtype, device=scaled.device) / temperature
+        fill = fill.expand(scaled.shape[0], *scaled.shape[2:]).unsqueeze(1)
+        stored = scaled.masked_fill(empty, -torch.inf)
+        total = torch.cat([stored, (fill + rest.log())], dim=1).logsumexp(dim=1, keepdim=True)
+        return replace(self, values=(stored - total).exp(), kind="probability", fill=(fill - total).exp().squeeze(1))
+
+
 @dataclass
 class Batch:
     """One step's input.
@@ -46,20 +167,24 @@ class Batch:
         targets: `[B, C]` float32: 1 present, 0 absent, NaN unknown.
         index: `[B]` int64, the row of each image in the manifest.
         view: what part of each full image `images` shows. With several views of an image, they are adjacent.
+        label_map: the full images' label maps, in the order of `images`, where the method asks for them.
     """
 
     images: Shaped[Tensor, "B in_chans H W"]
     targets: Float[Tensor, "B C"]
     index: Int64[Tensor, " B"]
     view: CropBox
+    label_map: LabelMap | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return Batch(**moved)
+        columns = ("images", "targets", "index", "view")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in columns}
+        return Batch(**moved, label_map=self.label_map and self.label_map.to_device(device, non_blocking))
 
     def pin_memory(self) -> "Batch":
         """What torch's DataLoader calls where a GPU is used."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: c.pin_memory() for name, c in columns.items() if c is not None})
 
 
 @dataclass

@@ -1,0 +1,73 @@
+"""Coordinates of label maps, in one place: boxes, cells, flips and turns.
+
+Boxes are x1, y1, x2, y2 in [0, 1] of the full image, x first; maps are `[..., h, w]`, rows first. Cell (i, j) of an h x w
+grid covers rows i / h to (i + 1) / h and columns j / w to (j + 1) / w of the grid's extent; its centre is at (i + 0.5) / h.
+"""
+
+import torch
+from jaxtyping import Float, Float64, Shaped
+from torch import Tensor
+
+from mlvision.types import CropBox
+
+
+def boxes_in_grid(
+    boxes: Float[Tensor, "B 4"], grid: tuple[int, int], extent: Float[Tensor, "B 4"] | None = None
+) -> Float[Tensor, "B 4"]:
+    """Boxes of the full image in units of cells: 0 to w across, 0 to h down, from the corner of the grid's extent."""
+    if extent is not None:
+        boxes = (boxes - extent[:, :2].repeat(1, 2)) / (extent[:, 2:] - extent[:, :2]).repeat(1, 2)
+    height, width = grid
+    return boxes * boxes.new_tensor([width, height, width, height])
+
+
+def roi_weights(
+    low: Float[Tensor, " B"], high: Float[Tensor, " B"], num_cells: int, output_size: int
+) -> Float64[Tensor, "B S n"]:
+    """RoIAlign along one axis: the weight of each cell in each of S equal bins of the interval from `low` to `high`.
+
+    A bin is the mean of ceil(length / S) points, each linear between the two nearest cell centres; points beyond the outer
+    centres take the outermost cell, points more than half a cell outside the grid count 0. An interval of no length gives 0.
+
+    `low` and `high` are in cells. RoIAlign is the outer product of the weights of its rows and columns. Equal to torchvision's
+    `roi_align(..., sampling_ratio=-1, aligned=True)`; each cell's sum over the points is taken in closed form, so the cost
+    does not depend on the number of points, nor does the host wait for it.
+    """
+    # Start, length and number of points in the boxes' own precision, as torchvision has them: a rounding to the next
+    # number of points moves the result.
+    start, stop = low - 0.5, high - 0.5
+    size = (stop - start) / output_size
+    points = size.ceil().clamp(min=0).double()
+    start, size = start.double(), size.double()
+    step = size / points.clamp(min=1)
+    bins = torch.arange(output_size, device=low.device)
+    first = start[:, None] + size[:, None] * bins + step[:, None] / 2
+    # knots: the cell centres at 0..n-1, and the ends of the border at -1 and n.
+    knots = torch.arange(-1, num_cells + 1, dtype=torch.float64, device=low.device)
+    spacing = step.where(step > 0, 1)[:, None, None]
+    # Points below each knot, and the sum of their positions.
+    below = ((knots - first[..., None]) / spacing).ceil().clamp(min=0).minimum(points[:, None, None])
+    total = below * first[..., None] + spacing * below * (below - 1) / 2
+    count, position = below.diff(dim=-1), total.diff(dim=-1)  # between neighbouring knots
+    weights = torch.zeros(*first.shape, num_cells, dtype=torch.float64, device=low.device)
+    weights[..., 0] += count[..., 0]
+    weights[..., -1] += count[..., -1]
+    between, where, left = count[..., 1:-1], position[..., 1:-1], knots[1:-2]
+    weights[..., :-1] += between * (left + 1) - where
+    weights[..., 1:] += where - between * left
+    return weights / points.clamp(min=1)[:, None, None]
+
+
+def orient(maps: Shaped[Tensor, "B ... S S2"], view: CropBox) -> Shaped[Tensor, "B ... S S2"]:
+    """Maps of the crops as the views show them: mirrored left to right, then turned, where the views were."""
+    if view.flipped is not None:
+        maps = torch.where(_per_image(view.flipped, maps), maps.flip(-1), maps)
+    if view.quarter_turns is not None:
+        turns = view.quarter_turns % 4
+        for number in (1, 2, 3):
+            maps = torch.where(_per_image(turns == number, maps), maps.rot90(number, (-2, -1)), maps)
+    return maps
+
+
+def _per_image(column: Shaped[Tensor, " B"], maps: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B ..."]:
+    return column.view(-1, *[1] * (maps.ndim - 1))

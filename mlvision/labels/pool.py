@@ -1,0 +1,238 @@
+"""LabelPooling: what a label map says of the part of the image that a view shows.
+
+Source: Yun et al., "Re-labeling ImageNet: from Single to Multi-Labels, from Global to Localized Labels", CVPR 2021, section
+3.3: RoIAlign of the map on the crop's box.
+
+DEVIATION: the published loader makes a dense map of all classes and pools that; here only what is stored is touched, which
+is the same sum: a pooled value is the fill's mean over the box plus the weighted difference of each stored value to it. The
+published fill of 0 is not built in: what a class that is not stored is worth belongs to the map.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mlvision.errors import InputError
+from mlvision.labels.geometry import boxes_in_grid, orient, roi_weights
+from mlvision.types import CropBox, LabelMap
+
+OPERATORS = ("mean_logit", "mean_probability", "max", "log_sum_exp", "top_q")
+_CHUNK = 1 << 24  # values that one step of a large pooling may hold
+
+
+def pool_label_map(
+    label_map: LabelMap,
+    view: CropBox,
+    num_classes: int,
+    *,
+    output_size: int = 1,
+    operator: str = "mean_logit",
+    sharpness: float = 10.0,
+    top_share: float = 0.25,
+    deterministic: bool = False,
+) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
+    """Every class's value in each view, in the kind of the map.
+
+    Args:
+        label_map: of the full images, in the order of the views.
+        output_size: S: 1 for one value a view, more for a grid over it (with the view's flip and turns).
+        operator: how the cells of a box (or bin) become one value. mean_logit and mean_probability: their mean, by the
+            weights of RoIAlign; each takes a map of that kind. max: the highest of the cells that have a weight.
+            log_sum_exp: `log(sum w exp(r v)) / r`, between the mean (small r) and the maximum (large r). top_q: the mean
+            of the highest share of the cells that have a weight.
+        sharpness: r of log_sum_exp.
+        top_share: the share of top_q, above 0 to 1; at least one cell.
+        deterministic: the same sum to the last bit on every call, on a GPU too.
+
+    Raises:
+        InputError: no such operator, a mean of another kind than the map's, or an argument out of range.
+    """
+    _check(label_map, view, operator, output_size, sharpness, top_share)
+    values = label_map.values.to(torch.promote_types(label_map.values.dtype, torch.float32))
+    fill = torch.as_tensor(label_map.fill, dtype=values.dtype, device=values.device)
+    fill = fill.expand(len(values), *values.shape[2:])
+    height, width = values.shape[2:]
+    boxes = boxes_in_grid(view.boxes, (height, width), label_map.extent)
+    rows = roi_weights(boxes[:, 1], boxes[:, 3], height, output_size).to(values.dtype)
+    columns = roi_weights(boxes[:, 0], boxes[:, 2], width, output_size).to(values.dtype)
+    # Bins first, cells last: [B, S * S, h * w]
+    weights = torch.einsum("bph,bqw->bpqhw", rows, columns).flatten(3).flatten(1, 2)
+
+    def pool(images: slice) -> Tensor:
+        part = weights[images]
+        v, f = values[images].flatten(2), fill[images].flatten(1)
+        ids = None if label_map.ids is None else label_map.ids[images].long()
+        if ids is not None and ids.ndim == 4:
+            ids = ids.flatten(2)
+        if operator == "max":
+            return _maximum(v, ids, f, part, num_classes)
+        if operator == "top_q":
+            return _top_share(v, ids, f, part, num_classes, top_share)
+        if operator == "log_sum_exp":
+            return _log_sum_exp(v, ids, f, part, num_classes, sharpness, deterministic)
+        return _mean(v, ids, f, part, num_classes, deterministic)
+
+    bins = output_size * output_size
+    pooled = _in_parts(pool, len(values), bins * max(values[0].numel() if len(values) else 1, num_classes))
+    if output_size == 1:
+        return pooled.squeeze(2)
+    return orient(pooled.unflatten(2, (output_size, output_size)), view)
+
+
+def _check(
+    label_map: LabelMap, view: CropBox, operator: str, output_size: int, sharpness: float, top_share: float
+) -> None:
+    if operator not in OPERATORS:
+        raise InputError(f"operator: expected one of {', '.join(OPERATORS)}, got '{operator}'")
+    if operator.startswith("mean_") and operator != f"mean_{label_map.kind}":
+        raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.to first")
+    if len(view.boxes) != len(label_map.values):
+        raise InputError(f"{len(view.boxes)} views and {len(label_map.values)} label maps: expected one for each")
+    if output_size < 1 or not sharpness > 0 or not 0 < top_share <= 1:
+        raise InputError(
+            f"expected output_size >= 1, sharpness > 0 and top_share in (0, 1], got {output_size}, {sharpness}, {top_share}"
+        )
+
+
+def _in_parts(pool: Callable[[slice], Tensor], num_images: int, size: int) -> Tensor:
+    """Few images at a time where one step would hold too much; `size`: values of one image."""
+    step = max(1, _CHUNK // max(size, 1))
+    if num_images <= step:
+        return pool(slice(None))
+    return torch.cat([pool(slice(start, start + step)) for start in range(0, num_images, step)])
+
+
+def _mean(
+    values: Float[Tensor, "B n P"],
+    ids: Tensor | None,
+    fill: Float[Tensor, "B P"],
+    weights: Float[Tensor, "B Q P"],
+    num_classes: int,
+    deterministic: bool,
+) -> Float[Tensor, "B C Q"]:
+    """sum(w * fill) + sum over stored of w * (value - fill); n values at P cells, Q bins."""
+    if ids is None:
+        return torch.einsum("bcp,bqp->bcq", values, weights)
+    background = torch.einsum("bp,bqp->bq", fill, weights)[:, None].expand(-1, num_classes, -1)
+    excess = values - fill[:, None]
+    if ids.ndim == 2:  # whole maps of some labels
+        parts = torch.einsum("bnp,bqp->bnq", excess, weights)
+        return _scatter(background, ids, parts, deterministic)
+    parts = (excess[:, :, None] * weights[:, None]).transpose(2, 3).flatten(1, 2)
+    return _scatter(background, ids.flatten(1), parts, deterministic)
+
+
+def _scatter(
+    onto: Float[Tensor, "B C Q"], ids: Tensor, parts: Float[Tensor, "B m Q"], deterministic: bool
+) -> Float[Tensor, "B C Q"]:
+    """`onto` plus `parts` at the classes `ids` `[B, m]`; parts of empty places (negative ids) are left out."""
+    num_images, num_classes, num_bins = onto.shape
+    parts = parts.masked_fill(ids.unsqueeze(2) < 0, 0).flatten(0, 1)
+    rows = torch.arange(num_images, device=ids.device)[:, None] * num_classes
+    places = (rows + ids.clamp(min=0)).flatten()
+    onto = onto.reshape(num_images * num_classes, num_bins)
+    if deterministic:
+        onto = onto.index_put((places,), parts, accumulate=True)  # sorts by place on a GPU
+    elif num_bins == 1:
+        onto = onto.squeeze(1).scatter_add(0, places, parts.squeeze(1)).unsqueeze(1)
+    else:
+        onto = onto.index_add(0, places, parts)
+    return onto.view(num_images, num_classes, num_bins)
+
+
+def _maximum(
+    values: Float[Tensor, "B n P"],
+    ids: Tensor | None,
+    fill: Float[Tensor, "B P"],
+    weights: Float[Tensor, "B Q P"],
+    num_classes: int,
+) -> Float[Tensor, "B C Q"]:
+    """Highest value of the cells of each bin.
+
+    The fill takes part by its highest value. That is exact, though a class may be stored just there: where it is, its
+    stored value is at least the fill (see LabelMap).
+    """
+    outside = weights == 0
+    lowest = -torch.inf
+    if ids is None:
+        return torch.stack(
+            [values.masked_fill(outside[:, q, None], lowest).amax(2) for q in range(weights.shape[1])], dim=2
+        )
+    best = fill[:, None].masked_fill(outside, lowest).amax(2)[:, None].expand(-1, num_classes, -1)
+    stored = values[:, :, None].masked_fill(outside[:, None], lowest)  # [B, n, Q, P]
+    if ids.ndim == 2:
+        stored, places = stored.amax(3), ids
+    else:
+        stored, places = stored.transpose(2, 3).flatten(1, 2), ids.flatten(1)
+    stored = stored.masked_fill(places.unsqueeze(2) < 0, lowest)
+    places = places.clamp(min=0).unsqueeze(2).expand_as(stored)
+    return best.scatter_reduce(1, places, stored, reduce="amax")
+
+
+def _log_sum_exp(
+    values: Float[Tensor, "B n P"],
+    ids: Tensor | None,
+    fill: Float[Tensor, "B P"],
+    weights: Float[Tensor, "B Q P"],
+    num_classes: int,
+    sharpness: float,
+    deterministic: bool,
+) -> Float[Tensor, "B C Q"]:
+    """The weighted mean of exp(r v), each class relative to its own highest value: nothing overflows or vanishes."""
+    best = _maximum(values, ids, fill, weights, num_classes)
+    base = best.where(best.isfinite(), 0)  # a bin without cells stays at -inf
+    if ids is None:
+        total = torch.einsum("bqcp,bqp->bcq", (sharpness * (values[:, None] - base.mT[..., None])).exp(), weights)
+        return base + total.log() / sharpness
+    highest = fill[:, None].masked_fill(weights == 0, -torch.inf).amax(2).nan_to_num(neginf=0)  # [B, Q]
+    background = (weights * (sharpness * (fill[:, None] - highest[..., None])).exp()).sum(2)
+    background = background[:, None] * (sharpness * (highest[:, None] - base)).exp()
+    per_cell = ids if ids.ndim == 3 else ids[..., None].expand_as(values)
+    # What a stored value replaces is the fill of its cell: [B, n, Q, P]
+    own = base.transpose(1, 2)[:, None].expand(-1, values.shape[1], -1, -1)
+    own = own.gather(3, per_cell.clamp(min=0)[:, :, None].expand(-1, -1, weights.shape[1], -1))
+    excess = (sharpness * (values[:, :, None] - own)).exp() - (sharpness * (fill[:, None, None] - own)).exp()
+    parts = (excess * weights[:, None]).where(weights[:, None] > 0, 0)
+    if ids.ndim == 2:
+        total = _scatter(background, ids, parts.sum(3), deterministic)
+    else:
+        total = _scatter(background, ids.flatten(1), parts.transpose(2, 3).flatten(1, 2), deterministic)
+    return base + total.log() / sharpness
+
+
+def _top_share(
+    values: Float[Tensor, "B n P"],
+    ids: Tensor | None,
+    fill: Float[Tensor, "B P"],
+    weights: Float[Tensor, "B Q P"],
+    num_classes: int,
+    share: float,
+) -> Float[Tensor, "B C Q"]:
+    """The mean of the highest `share` of each bin's cells, a part of the classes at a time."""
+    outside = weights == 0
+    num_best = ((~outside).sum(2) * share).ceil().clamp(min=1)  # [B, Q]
+    ranks = torch.arange(values.shape[2], device=values.device)
+    chosen = ranks < num_best[..., None]
+    step = max(1, _CHUNK // max(1, weights.numel()))
+    pooled = []
+    for start in range(0, num_classes, step):
+        classes = range(start, min(start + step, num_classes))
+        dense = _densify(values, ids, fill, classes)
+        ordered = dense[:, :, None].masked_fill(outside[:, None], -torch.inf).sort(dim=3, descending=True).values
+        pooled.append(ordered.where(chosen[:, None], 0).sum(3) / num_best[:, None])
+    return torch.cat(pooled, dim=1)
+
+
+def _densify(
+    values: Float[Tensor, "B n P"], ids: Tensor | None, fill: Float[Tensor, "B P"], classes: range
+) -> Float[Tensor, "B c P"]:
+    """The maps of some classes, whole."""
+    if ids is None:
+        return values[:, classes.start : classes.stop]
+    per_cell = ids if ids.ndim == 3 else ids[..., None].expand_as(values)
+    inside = (per_cell >= classes.start) & (per_cell < classes.stop)
+    places = (per_cell - classes.start).where(inside, len(classes))  # one row more, for the others
+    dense = fill[:, None].repeat(1, len(classes) + 1, 1)
+    return dense.scatter(1, places, values)[:, :-1]
