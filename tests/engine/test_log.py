@@ -1,3 +1,7 @@
+import os
+import signal
+import time
+
 import pytest
 
 from mlvision.engine.log import RunLog
@@ -48,3 +52,33 @@ def test_a_shortened_file_is_refused(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     with pytest.raises(InputError, match=r"metrics.csv: 22 bytes, but the checkpoint was saved at 1000"):
         log.cut(1000, step=5)
+
+
+def test_tensorboard_after_a_kill_shows_each_step_once(tmp_path):
+    """What was written after the checkpoint is purged, what was written before it is on the disk though nobody closed."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    child = os.fork()
+    if child == 0:
+        try:
+            log = RunLog(tmp_path, tensorboard=True)
+            for step in range(1, 5):
+                log.metrics(step, 0, {"train/loss": 1 / step})
+            position = log.position()  # a checkpoint at step 4
+            (tmp_path / "position").write_text(str(position))
+            for step in range(5, 8):
+                log.metrics(step, 0, {"train/loss": 99.0})
+            log.position()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    time.sleep(1.1)  # TensorBoard orders the files of a folder by the second in their names
+    log = RunLog(tmp_path, tensorboard=True, resume=True)
+    log.cut(int((tmp_path / "position").read_text()), step=4)
+    for step in range(5, 10):
+        log.metrics(step, 0, {"train/loss": 1 / step})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(step, pytest.approx(1 / step)) for step in range(1, 10)]
