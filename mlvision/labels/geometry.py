@@ -29,9 +29,9 @@ def roi_weights(
     A bin is the mean of ceil(length / S) points, each linear between the two nearest cell centres; points beyond the outer
     centres take the outermost cell, points more than half a cell outside the grid count 0. An interval of no length gives 0.
 
-    `low` and `high` are in cells. RoIAlign is the outer product of the weights of its rows and columns. Equal to torchvision's
-    `roi_align(..., sampling_ratio=-1, aligned=True)`; each cell's sum over the points is taken in closed form, so the cost
-    does not depend on the number of points, nor does the host wait for it.
+    `low` and `high` are in cells. RoIAlign is the outer product of the weights of its rows and columns. Equal to
+    torchvision's `roi_align(..., sampling_ratio=-1, aligned=True)`; each cell's sum over the points is taken in closed
+    form, so the cost does not depend on the number of points, nor does the host wait for it.
     """
     # Start, length and number of points in the boxes' own precision, as torchvision has them: a rounding to the next
     # number of points moves the result.
@@ -56,6 +56,27 @@ def roi_weights(
     weights[..., :-1] += between * (left + 1) - where
     weights[..., 1:] += where - between * left
     return weights / points.clamp(min=1)[:, None, None]
+
+
+def overlaps(low: Float[Tensor, " B"], high: Float[Tensor, " B"], num_cells: int) -> Float[Tensor, "B n"]:
+    """How much of each cell along one axis lies between `low` and `high`, which are in cells: 0 to 1."""
+    cells = torch.arange(num_cells, dtype=low.dtype, device=low.device)
+    return (torch.minimum(high[:, None], cells + 1) - torch.maximum(low[:, None], cells)).clamp(min=0)
+
+
+def boxes_in_image(patch: Float[Tensor, "#B 4"], view: CropBox) -> Float[Tensor, "B 4"]:
+    """Boxes in [0, 1] of views, as boxes of the full images: turns, flips and crops undone."""
+    x1, y1, x2, y2 = patch.expand(len(view.boxes), -1).unbind(1)
+    if view.quarter_turns is not None:
+        for number in (1, 2, 3):
+            turned = view.quarter_turns % 4 >= number  # undone one clockwise turn at a time
+            x1, y1, x2, y2 = (
+                torch.where(turned, new, old) for new, old in ((1 - y2, x1), (x1, y1), (1 - y1, x2), (x2, y2))
+            )
+    if view.flipped is not None:
+        x1, x2 = torch.where(view.flipped, 1 - x2, x1), torch.where(view.flipped, 1 - x1, x2)
+    corner, size = view.boxes[:, :2].repeat(1, 2), (view.boxes[:, 2:] - view.boxes[:, :2]).repeat(1, 2)
+    return corner + size * torch.stack([x1, y1, x2, y2], dim=1)
 
 
 def orient(maps: Shaped[Tensor, "B ... S S2"], view: CropBox) -> Shaped[Tensor, "B ... S S2"]:

@@ -11,11 +11,11 @@ published fill of 0 is not built in: what a class that is not stored is worth be
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.labels.geometry import boxes_in_grid, orient, roi_weights
+from mlvision.labels.geometry import boxes_in_grid, orient, overlaps, roi_weights
 from mlvision.types import CropBox, LabelMap
 
 OPERATORS = ("mean_logit", "mean_probability", "max", "log_sum_exp", "top_q")
@@ -31,6 +31,7 @@ def pool_label_map(
     operator: str = "mean_logit",
     sharpness: float = 10.0,
     top_share: float = 0.25,
+    hole: Float[Tensor, "B 4"] | None = None,
     deterministic: bool = False,
 ) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
     """Every class's value in each view, in the kind of the map.
@@ -44,6 +45,8 @@ def pool_label_map(
             of the highest share of the cells that have a weight.
         sharpness: r of log_sum_exp.
         top_share: the share of top_q, above 0 to 1; at least one cell.
+        hole: `[B, 4]` x1, y1, x2, y2 in [0, 1] of the full image: a part of each box that something covers, as in CutMix.
+            Cells then count by the area of them that is left, in place of RoIAlign's points. For output_size=1.
         deterministic: the same sum to the last bit on every call, on a GPU too.
 
     Raises:
@@ -53,12 +56,14 @@ def pool_label_map(
     values = label_map.values.to(torch.promote_types(label_map.values.dtype, torch.float32))
     fill = torch.as_tensor(label_map.fill, dtype=values.dtype, device=values.device)
     fill = fill.expand(len(values), *values.shape[2:])
-    height, width = values.shape[2:]
-    boxes = boxes_in_grid(view.boxes, (height, width), label_map.extent)
-    rows = roi_weights(boxes[:, 1], boxes[:, 3], height, output_size).to(values.dtype)
-    columns = roi_weights(boxes[:, 0], boxes[:, 2], width, output_size).to(values.dtype)
-    # Bins first, cells last: [B, S * S, h * w]
-    weights = torch.einsum("bph,bqw->bpqhw", rows, columns).flatten(3).flatten(1, 2)
+    grid, extent = (values.shape[2], values.shape[3]), label_map.extent
+    if hole is None:
+        weights = _roi_align(boxes_in_grid(view.boxes, grid, extent), grid, output_size)
+    elif output_size == 1:
+        weights = _visible(boxes_in_grid(view.boxes, grid, extent), boxes_in_grid(hole, grid, extent), grid)
+    else:
+        raise InputError(f"hole: expected output_size=1 with it, got {output_size}")
+    weights = weights.to(values.dtype)
 
     def pool(images: slice) -> Tensor:
         part = weights[images]
@@ -94,6 +99,27 @@ def _check(
         raise InputError(
             f"expected output_size >= 1, sharpness > 0 and top_share in (0, 1], got {output_size}, {sharpness}, {top_share}"
         )
+
+
+def _roi_align(boxes: Float[Tensor, "B 4"], grid: tuple[int, int], output_size: int) -> Float64[Tensor, "B Q P"]:
+    """Weights of the P = h * w cells in each of the Q = S * S bins."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    rows, columns = roi_weights(y1, y2, grid[0], output_size), roi_weights(x1, x2, grid[1], output_size)
+    return torch.einsum("bph,bqw->bpqhw", rows, columns).flatten(3).flatten(1, 2)
+
+
+def _visible(
+    boxes: Float[Tensor, "B 4"], holes: Float[Tensor, "B 4"], grid: tuple[int, int]
+) -> Float64[Tensor, "B 1 P"]:
+    """Each cell's share of the area that is in its box and not in the hole; all 0 where nothing is left."""
+    holes = torch.cat([holes[:, :2].maximum(boxes[:, :2]), holes[:, 2:].minimum(boxes[:, 2:])], dim=1)
+    inside, covered = (
+        torch.einsum("bh,bw->bhw", overlaps(b[:, 1], b[:, 3], grid[0]), overlaps(b[:, 0], b[:, 2], grid[1])).flatten(1)
+        for b in (boxes.double(), holes.double())
+    )
+    left = inside - covered
+    left = left.where(left > 1e-9, 0)  # what rounding leaves of a cell that is wholly covered
+    return (left / left.sum(1, keepdim=True).clamp(min=1e-9))[:, None]
 
 
 def _in_parts(pool: Callable[[slice], Tensor], num_images: int, size: int) -> Tensor:
