@@ -15,6 +15,7 @@ from mlvision.models.backbone import (
     load_weights,
 )
 from mlvision.models.classifier import Classifier
+from mlvision.models.dense import AveragedTeacher, DenseTeacher, Teacher, build_teacher, check_identity
 from mlvision.models.heads import HeadConfig, LinearHead, LinearHeadConfig
 from mlvision.models.weights import LoadReport
 
@@ -51,15 +52,20 @@ def build_classifier(
 
 __all__ = [
     "HEADS",
+    "AveragedTeacher",
     "Backbone",
     "BackboneConfig",
     "Classifier",
+    "DenseTeacher",
     "HeadConfig",
     "LinearHead",
     "LinearHeadConfig",
     "LoadReport",
     "Preprocessing",
+    "Teacher",
     "build_backbone",
     "build_classifier",
     "build_head",
+    "build_teacher",
+    "check_identity",
 ]
