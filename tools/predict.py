@@ -64,9 +64,10 @@ def main(argv: list[str]) -> None:
             for batch in loader:
                 with run.precision.autocast():
                     logits = run.method.predict(batch.images.to(run.precision.device))
-                for row, scores in zip(batch.index.tolist(), logits.float().sigmoid().cpu().tolist(), strict=True):
-                    labels = [name for name, s in zip(run.classes, scores, strict=True) if s >= options.threshold]
-                    writer.writerow([manifest.records[row].key, ";".join(labels), *(f"{s:.6f}" for s in scores)])
+                scores = run.method.scores(logits.float()).cpu().tolist()
+                for row, found in zip(batch.index.tolist(), scores, strict=True):
+                    labels = [name for name, s in zip(run.classes, found, strict=True) if s >= options.threshold]
+                    writer.writerow([manifest.records[row].key, ";".join(labels), *(f"{s:.6f}" for s in found)])
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,10 +2,12 @@
 
 from mlvision.losses.asymmetric import asymmetric_loss
 from mlvision.losses.bce import binary_cross_entropy
+from mlvision.losses.softmax import softmax_cross_entropy
 
 LOSSES = {
     "bce": binary_cross_entropy,
     "asl": asymmetric_loss,
+    "softmax": softmax_cross_entropy,
 }
 
-__all__ = ["LOSSES", "asymmetric_loss", "binary_cross_entropy"]
+__all__ = ["LOSSES", "asymmetric_loss", "binary_cross_entropy", "softmax_cross_entropy"]

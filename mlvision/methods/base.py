@@ -33,10 +33,12 @@ class Method(nn.Module):
     Attributes:
         needs_label_map: the loader puts a label map into every batch.
         num_views: how many views of each image a batch holds, adjacent.
+        activation: what makes probabilities of its logits: sigmoid, or softmax where it trains them so.
     """
 
     needs_label_map = False
     num_views = 1
+    activation = "sigmoid"
     mean: Tensor
     std: Tensor
 
@@ -61,6 +63,10 @@ class Method(nn.Module):
     def predict(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
         """Logits of raw images; differentiable."""
         return self.classify(images).logits
+
+    def scores(self, logits: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        """Logits to what the method takes for probabilities."""
+        return logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
 
     def forward(self, batch: Batch) -> StepOutput:
         """One training step's loss, and detached scalars to log."""

@@ -1,4 +1,4 @@
-"""The plain multi-label classifier: one sigmoid a class, BCE or the asymmetric loss."""
+"""The plain classifier: one sigmoid a class with BCE or the asymmetric loss, or one softmax over all."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,16 @@ from mlvision.types import Batch, StepOutput
 @dataclass(frozen=True)
 class BaselineConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "baseline"
-    loss: Annotated[str, "bce, or asl (asymmetric loss)"] = "bce"
+    loss: Annotated[str, "bce, asl (asymmetric loss), or softmax (classes that exclude each other)"] = "bce"
     gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
     gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
     clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    smoothing: Annotated[float, "label smoothing: this share of each label is spread evenly over all classes"] = 0.0
     class_weights: Annotated[str, "none, or inverse_sqrt: 1 / sqrt(positives in the training split), mean 1"] = "none"
 
 
 class Baseline(Method):
-    """Independent sigmoids over one image-level feature.
+    """Independent sigmoids, or one softmax, over one image-level feature.
 
     Source: for asl, Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021.
     """
@@ -39,6 +40,10 @@ class Baseline(Method):
             raise InputError(f"method.loss: expected one of {', '.join(LOSSES)}, got '{config.loss}'")
         if config.class_weights not in ("none", "inverse_sqrt"):
             raise InputError(f"method.class_weights: expected none or inverse_sqrt, got '{config.class_weights}'")
+        if not 0 <= config.smoothing < 1:
+            raise InputError(f"method.smoothing: expected a share in [0, 1), got {config.smoothing}")
+        self.smoothing = config.smoothing
+        self.activation = "softmax" if config.loss == "softmax" else "sigmoid"
         own = {"asl": {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos, "clip": config.clip}}
         self.loss = partial(LOSSES[config.loss], **own.get(config.loss, {}))
         self.loss(
@@ -54,5 +59,7 @@ class Baseline(Method):
             self.class_weights.copy_(weights / weights.mean())
 
     def forward(self, batch: Batch) -> StepOutput:
-        logits = self.predict(batch.images)
-        return StepOutput(self.loss(logits, batch.targets, class_weights=self.class_weights))
+        targets = batch.targets
+        if self.smoothing:
+            targets = (1 - self.smoothing) * targets + self.smoothing / targets.shape[1]
+        return StepOutput(self.loss(self.predict(batch.images), targets, class_weights=self.class_weights))

@@ -62,7 +62,7 @@ def test_images_without_any_label_are_finite(loss):
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_extreme_logits_are_finite_and_right(loss, dtype):
+def test_extreme_logits_are_finite(loss, dtype):
     logits = torch.tensor([[1e4, -1e4, 0.0, 60.0, -60.0]], dtype=dtype, requires_grad=True)
     for targets in (torch.zeros(1, 5), torch.ones(1, 5), torch.full((1, 5), 0.5)):
         values = loss(logits, targets, reduction="none")
@@ -70,7 +70,12 @@ def test_extreme_logits_are_finite_and_right(loss, dtype):
         assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert values.isfinite().all()
         assert gradient.isfinite().all()
-    # A present label at logit -x costs x.
+
+
+@pytest.mark.parametrize("loss", [LOSSES["bce"], LOSSES["asl"]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_present_label_at_logit_minus_x_costs_x(loss, dtype):
+    logits = torch.tensor([[1e4, -1e4, 0.0, 60.0, -60.0]], dtype=dtype)
     present = loss(logits, torch.ones(1, 5), reduction="none")[0]
     torch.testing.assert_close(present[[1, 4]].double(), -logits[0, [1, 4]].double())
     assert present[0] == 0

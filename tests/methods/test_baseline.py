@@ -89,10 +89,26 @@ def test_groups_are_backbone_and_head_without_overlap():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "mse"}, "method.loss: expected one of bce, asl, got 'mse'"),
+        ({"loss": "mse"}, "method.loss: expected one of bce, asl, softmax, got 'mse'"),
         ({"class_weights": "balanced"}, "method.class_weights: expected none or inverse_sqrt, got 'balanced'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("loss", ["bce", "softmax"])
+def test_smoothing_spreads_a_share_of_each_label(loss):
+    method, batch = build(loss=loss, smoothing=0.3).eval(), make_batch()
+    smooth = 0.7 * batch.targets + 0.3 / 3
+    expected = build(loss=loss).eval()(Batch(batch.images, smooth, batch.index, batch.view)).loss
+    torch.testing.assert_close(method(batch).loss, expected)
+    with pytest.raises(InputError, match=r"method.smoothing: expected a share in \[0, 1\), got 1.0"):
+        build(smoothing=1.0)
+
+
+def test_scores_are_what_was_trained():
+    logits = torch.tensor([[1.0, 2.0, -3.0]])
+    torch.testing.assert_close(build().scores(logits), logits.sigmoid())
+    torch.testing.assert_close(build(loss="softmax").scores(logits), logits.softmax(1))

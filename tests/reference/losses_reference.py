@@ -31,6 +31,19 @@ def asymmetric_loss_table(logits, targets, gamma_neg, gamma_pos, clip, class_wei
     return table
 
 
+def softmax_cross_entropy_table(logits, targets, class_weights=None):
+    """`-w_c y_c / sum(y) log softmax(z)_c` over the known classes of each image, 0 where y is NaN."""
+    table = np.zeros(logits.shape)
+    for b, row in enumerate(targets):
+        known = [c for c in range(len(row)) if not math.isnan(row[c])]
+        total = sum(math.exp(logits[b, c]) for c in known)
+        labels = sum(row[c] for c in known)
+        for c in known if labels else []:
+            w = 1 if class_weights is None else class_weights[c]
+            table[b, c] = -w * row[c] / labels * math.log(math.exp(logits[b, c]) / total)
+    return table
+
+
 def asymmetric_gradient(x, y, gamma_neg, gamma_pos, clip, detach_focal):
     """d loss / d logit of one hard label, differentiated by hand."""
     p = 1 / (1 + math.exp(-x))
