@@ -1,0 +1,394 @@
+"""The label-map store: one folder of memory-mapped arrays, read a batch at a time, written in blocks that survive a kill.
+
+    meta.json       what the maps are of and how they were made (StoreMeta)
+    values.npy      [N, K, h, w] the K best of each cell, highest first; or [N, C, h, w] all classes (top_k = 0)
+    ids.npy         [N, K, h, w] their classes: uint16, or uint32 above 65,536 classes; not where top_k = 0
+    fill.npy        [N, h, w] float16: what one class that is not stored is worth; not where top_k = 0
+    scale.npy       [N, 2] float32: lowest value and step of each image; only where values are uint8
+    done.npy        [N] uint8: 1 where the row is whole
+
+N images in the order of the record list, C classes, h x w cells.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from mlvision.errors import InputError
+from mlvision.types import ACTIVATIONS, KINDS, LabelMap
+
+FORMAT = "mlvision label maps"
+FORMAT_VERSION = 1
+DTYPES = ("float16", "uint8")
+META = "meta.json"
+_HIGHEST = float(np.finfo(np.float16).max)
+
+Rows = Sequence[int] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the teacher saw the images.
+
+    Attributes:
+        squash: each axis was resized on its own, so that map and image agree in coordinates from 0 to 1.
+        extent: x1, y1, x2, y2 in [0, 1]: the part of every image that the grid covers; None: all of it.
+    """
+
+    squash: bool = True
+    extent: tuple[float, float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What the maps of a store are of, and how they were made.
+
+    Attributes:
+        record_hash: of the list of images; row i of each array is its i-th.
+        class_hash: of the class names in their order.
+        teacher: its name, for people; `teacher_hash` tells its weights apart.
+        preprocessing: whatever decides the teacher's input (size, interpolation, mean, std, flips, ...), as JSON has it.
+        grid: (h, w).
+        kind: of the values; see LabelMap.
+        activation: what makes logits probabilities: softmax or sigmoid, as the teacher was trained; None: nothing.
+        top_k: how many classes a cell stores; 0: all.
+        block_size: rows of one block; the last may be shorter.
+        dtype: of the values on disk: float16, or uint8 with a scale for each image.
+        precision: that the teacher computed in.
+        approximate: the measured difference between mean map and teacher logits where they are not equal; None: equal.
+    """
+
+    record_hash: str
+    num_records: int
+    class_hash: str
+    num_classes: int
+    teacher: str
+    teacher_hash: str
+    grid: tuple[int, int]
+    kind: str
+    activation: str | None
+    top_k: int
+    block_size: int
+    dtype: str = "float16"
+    precision: str = "fp32"
+    approximate: float | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    geometry: Geometry = Geometry()
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", KINDS), ("dtype", DTYPES), ("activation", (None, *ACTIVATIONS))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"label maps: expected a {name} of {choices}, got {getattr(self, name)!r}")
+        if min(self.num_records, self.num_classes, self.block_size, *self.grid) < 1:
+            raise InputError(f"label maps: expected images, classes, cells and rows of a block, got {self}")
+        if not 0 <= self.top_k <= self.num_classes:
+            raise InputError(f"top_k: expected 0 to the {self.num_classes} classes, got {self.top_k}")
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array, `done` last."""
+        n, cells = self.num_records, self.grid
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {}
+        arrays["values"] = ((n, self.top_k or self.num_classes, *cells), self.dtype)
+        if self.top_k:
+            arrays["ids"] = ((n, self.top_k, *cells), "uint16" if self.num_classes <= 1 << 16 else "uint32")
+            arrays["fill"] = ((n, *cells), "float16")
+        if self.dtype == "uint8":
+            arrays["scale"] = ((n, 2), "float32")
+        return arrays | {"done": ((n,), "uint8")}
+
+    @property
+    def hash(self) -> str:
+        """sha256 of all of it: the same for stores of the same maps."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """As meta.json has it, lists for tuples."""
+        return json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
+
+
+class LabelMapStore:
+    """Label maps on disk. Only the path goes to another process, which maps the files itself on its first read."""
+
+    def __init__(self, path: Path, meta: StoreMeta):
+        self.path = path
+        self.meta = meta
+
+    @classmethod
+    def open(cls, path: Path | str) -> "LabelMapStore":
+        """Read what the store is; its arrays are opened by the first read.
+
+        Raises:
+            InputError: no store, or one of another format version.
+        """
+        return cls(Path(path), _read_meta(Path(path)))
+
+    def __len__(self) -> int:
+        return self.meta.num_records
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "meta": self.meta}  # a pickled memory map would be a copy of the whole file
+
+    def check(self, *, record_hash: str, class_hash: str, num_records: int) -> None:
+        """Refuse a store that does not belong to this list of images and classes, or that is not finished.
+
+        Raises:
+            InputError: names both sides, or how many rows are missing.
+        """
+        meta = self.meta
+        if meta.class_hash != class_hash:
+            raise InputError(f"{self.path}: made for the class list {meta.class_hash}, but the data has {class_hash}")
+        if (meta.record_hash, meta.num_records) != (record_hash, num_records):
+            raise InputError(
+                f"{self.path}: made for the record list {meta.record_hash} of {meta.num_records:,} images, but the data "
+                f"has {record_hash} of {num_records:,}"
+            )
+        undone = int((self._arrays["done"] == 0).sum())
+        if undone:
+            raise InputError(
+                f"{self.path}: {undone:,} of {num_records:,} rows are unfinished; make the maps again with the same "
+                "options to resume"
+            )
+
+    def read(self, indices: Rows) -> LabelMap:
+        """The maps of some rows, in that order; rows may repeat.
+
+        Values are float16 as stored, or float32 where stored as uint8; ids are int32; the fill is float32.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise InputError(f"{self.path}: rows 0 to {len(self) - 1}, asked for {rows.min()} to {rows.max()}")
+        # One gather an array: a batch costs little more than one row.
+        part = {name: array.take(rows, axis=0) for name, array in self._arrays.items() if name != "done"}
+        extent = self.meta.geometry.extent
+        return LabelMap(
+            values=torch.from_numpy(_decode(part["values"], part.get("scale"))),
+            ids=torch.from_numpy(part["ids"].astype(np.int32)) if "ids" in part else None,
+            kind=self.meta.kind,
+            fill=torch.from_numpy(part["fill"]).float() if "fill" in part else 0.0,  # numpy converts float16 slowly
+            extent=None if extent is None else torch.tensor(extent).repeat(len(rows), 1),
+            activation=self.meta.activation or "softmax",
+        )
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        # Plain views: np.memmap's own indexing costs more than a row.
+        return {name: array.view(np.ndarray) for name, array in _open_arrays(self.path, self.meta).items()}
+
+
+class LabelMapWriter:
+    """Fills a store in blocks of consecutive rows; block j belongs to rank j mod world_size.
+
+    A block's data is on the disk before its rows are marked as done, and a block with an undone row is made again whole. So
+    the store is the same, byte for byte, however often it was interrupted and however many ranks wrote it, if the maps are.
+    Nothing is written through a memory map: a full disk is then an error, not a SIGBUS.
+    """
+
+    def __init__(self, path: Path, meta: StoreMeta, rank: int = 0, world_size: int = 1):
+        self.path = path
+        self.meta = meta
+        self.rank = rank
+        self.world_size = world_size
+        self._places = {n: (array.offset, array.strides[0]) for n, array in _open_arrays(path, meta).items()}
+        self._next = -1  # the row that goes on with a block half written
+
+    @classmethod
+    def create_or_resume(
+        cls, path: Path | str, meta: StoreMeta, *, rank: int = 0, world_size: int = 1, timeout: float = 60.0
+    ) -> "LabelMapWriter":
+        """Open the store of this `meta`, or make an empty one: rank 0 does that, the others wait up to `timeout` seconds.
+
+        Raises:
+            InputError: another store is there (names the first difference), or rank 0 made none in time.
+        """
+        path = Path(path)
+        if rank == 0 and not (path / META).is_file():
+            _create(path, meta)
+        deadline = time.monotonic() + timeout
+        while not (path / META).is_file():
+            if time.monotonic() > deadline:
+                raise InputError(f"{path}: rank {rank} waited {timeout:g} s, but rank 0 made no store there")
+            time.sleep(0.05)
+        found, wanted = _read_meta(path).to_json(), meta.to_json()
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise InputError(
+                    f"{path}: {key} is {found[key]!r} in the store that is there, but {value!r} was asked for; choose "
+                    "another folder or remove it"
+                )
+        return cls(path, meta, rank, world_size)
+
+    def outstanding(self) -> list[range]:
+        """The rows of each block that this rank has yet to make."""
+        done = np.load(self.path / "done.npy")
+        starts = range(self.rank * self.meta.block_size, len(done), self.world_size * self.meta.block_size)
+        return [block for block in map(self._block, starts) if not done[block.start : block.stop].all()]
+
+    def write(
+        self,
+        rows: Rows,
+        values: Float[Tensor, "n K h w"],
+        ids: Integer[Tensor, "n K h w"] | None = None,
+        fill: Float[Tensor, "n h w"] | None = None,
+    ) -> None:
+        """Write consecutive rows that start one of this rank's blocks or go on with it; the last of a block marks it done.
+
+        Raises:
+            InputError: other rows or shapes, or a row that cannot be stored: it is named.
+        """
+        first, last = int(rows[0]), int(rows[-1])
+        block = self._block(first)
+        mine = block.start // self.meta.block_size % self.world_size == self.rank
+        whole = np.array_equal(np.asarray(rows), np.arange(first, min(first + len(rows), block.stop)))
+        if not (mine and whole and first in (block.start, self._next)):
+            raise InputError(
+                f"{self.path}: rows {first} to {last} neither start nor go on with a block of rank {self.rank} of "
+                f"{self.world_size}, in blocks of {self.meta.block_size} rows"
+            )
+        given = {"values": values.float(), "ids": ids, "fill": None if fill is None else fill.float()}
+        arrays = {name: column.detach().cpu().numpy() for name, column in given.items() if column is not None}
+        self._check(arrays, first, len(rows))
+        arrays = _encode(arrays, self.meta)
+        for name, array in arrays.items():
+            self._put(name, first, array)
+        self._next = last + 1
+        if self._next == block.stop:
+            for name in arrays:
+                _sync(self.path / f"{name}.npy")
+            self._put("done", block.start, np.ones(len(block), dtype=np.uint8))
+            _sync(self.path / "done.npy")
+
+    def _block(self, row: int) -> range:
+        start = row - row % self.meta.block_size
+        return range(start, min(start + self.meta.block_size, self.meta.num_records))
+
+    def _put(self, name: str, row: int, array: np.ndarray) -> None:
+        file = self.path / f"{name}.npy"
+        offset, stride = self._places[name]
+        try:
+            with open(file, "r+b") as opened:
+                opened.seek(offset + row * stride)
+                opened.write(array.tobytes())
+        except OSError as error:
+            raise InputError(f"{file}: could not be written ({error.strerror}); finished blocks are kept") from error
+
+    def _check(self, arrays: dict[str, np.ndarray], first: int, num_rows: int) -> None:
+        """Refuse rows that the arrays cannot hold, or that a LabelMap does not allow."""
+        layout = self.meta.layout()
+        expected = {n: (num_rows, *layout[n][0][1:]) for n in ("values", "ids", "fill") if n in layout}
+        given = {name: array.shape for name, array in arrays.items()}
+        if given != expected:
+            raise InputError(f"{self.path}: the store takes {expected}, got {given}")
+        names = [name for name in expected if name != "ids"]
+        faults = {f"{n} not finite in float16": ~(np.abs(arrays[n]) <= _HIGHEST) for n in names}
+        if "ids" in arrays:
+            ids, num_classes = arrays["ids"], self.meta.num_classes
+            faults[f"class ids outside the {num_classes} classes"] = (ids < 0) | (ids >= num_classes)
+            faults["a class twice in one cell"] = np.diff(np.sort(ids, axis=1), axis=1) == 0
+            faults["a fill above the least stored value"] = arrays["fill"] > arrays["values"].min(axis=1)
+        for fault, where in faults.items():
+            if where.any():
+                raise InputError(f"{self.path}: row {first + int(np.argwhere(where)[0, 0])}: {fault}")
+
+
+def _encode(arrays: dict[str, np.ndarray], meta: StoreMeta) -> dict[str, np.ndarray]:
+    """As on disk. The fill is at most the least value of its cell as it will be read, not only as it was given."""
+    stored = {}
+    if meta.dtype == "uint8":
+        low, high = (end(arrays["values"], axis=(1, 2, 3)) for end in (np.min, np.max))
+        step = (high - low) / np.float32(255)
+        each = (slice(None), None, None, None)
+        levels = (arrays["values"] - low[each]) / np.where(step > 0, step, 1)[each]
+        stored["values"] = np.rint(levels).clip(0, 255).astype(np.uint8)
+        stored["scale"] = np.stack([low, step], axis=1)
+    else:
+        stored["values"] = arrays["values"].astype(np.float16)
+    if "ids" in arrays:
+        stored["ids"] = arrays["ids"].astype(meta.layout()["ids"][1])
+        least = _decode(stored["values"], stored.get("scale")).min(axis=1)
+        below = least.astype(np.float16)
+        below = np.where(below > least, np.nextafter(below, np.float16(-np.inf)), below)
+        stored["fill"] = np.minimum(arrays["fill"].astype(np.float16), below)
+    return stored
+
+
+def _decode(values: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    if scale is None:
+        return values
+    low, step = scale[:, :, None, None, None].swapaxes(0, 1)
+    return values * step + low
+
+
+def _create(path: Path, meta: StoreMeta) -> None:
+    """An empty store, prepared beside its place and moved there whole; of several that try at once, one succeeds."""
+    prefix = f"{path.name}.partial-"
+    partial = path.with_name(prefix + uuid.uuid4().hex)
+    try:
+        partial.mkdir(parents=True)
+        for name, (shape, dtype) in meta.layout().items():
+            file = partial / f"{name}.npy"
+            np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)  # holes: no blocks yet
+            _sync(file)
+        (partial / META).write_text(json.dumps(meta.to_json(), indent=2) + "\n")
+        _sync(partial / META)
+        _sync(partial)
+        os.rename(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (path / META).is_file():
+            raise InputError(f"{path}: the store could not be made there ({error.strerror})") from error
+    # What killed runs left. Safe now only: no other process can still move its own to a path that is taken.
+    for folder in path.parent.iterdir():
+        if folder.name.startswith(prefix):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_meta(path: Path) -> StoreMeta:
+    if not (path / META).is_file():
+        raise InputError(f"{path}: no label-map store ({META} is missing)")
+    try:
+        content = json.loads((path / META).read_text())
+        version = content.pop("format"), content.pop("format_version")
+        if version != (FORMAT, FORMAT_VERSION):
+            raise InputError(f"{path / META}: format {version}, but this code reads {(FORMAT, FORMAT_VERSION)}")
+        extent = content["geometry"]["extent"]
+        geometry = Geometry(**content.pop("geometry") | {"extent": extent and tuple(extent)})
+        return StoreMeta(**content | {"grid": tuple(content["grid"]), "geometry": geometry})
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path / META}: does not describe a label-map store ({error})") from error
+
+
+def _open_arrays(path: Path, meta: StoreMeta) -> dict[str, np.memmap]:
+    arrays = {}
+    for name, (shape, dtype) in meta.layout().items():
+        file = path / f"{name}.npy"
+        try:
+            array = np.lib.format.open_memmap(file, mode="r")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be opened ({error})") from error
+        if (array.shape, array.dtype) != (shape, np.dtype(dtype)):
+            raise InputError(f"{file}: holds {array.dtype} {array.shape}, but {META} says {dtype} {shape}")
+        arrays[name] = array
+    return arrays
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk: a file's content, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
