@@ -26,7 +26,7 @@ def top_k_of(
     logits the log of their mean exponential, for sigmoid logits the logit of their mean probability, for probabilities
     their mean. It never exceeds the least stored value; where all classes are stored it is that value.
 
-    Of equal values the lower class comes first, on every device: the maps are bit for bit the same where the logits are.
+    Of equal values the lower class comes first, on every device: the same logits give the same classes.
 
     Args:
         kind: logit or probability.

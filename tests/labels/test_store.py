@@ -84,7 +84,7 @@ def in_child(work) -> int:
 # What is read is what was written
 
 
-@pytest.mark.parametrize(("num_classes", "on_disk"), [(20, "uint16"), (1000, "uint16"), (70_001, "uint32")])
+@pytest.mark.parametrize(("num_classes", "on_disk"), [(20, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
 def test_best_of_each_cell_are_read_as_written(tmp_path, num_classes, on_disk):
     meta = meta_of(num_classes=num_classes)
     store = fill_store(tmp_path / "maps", meta)
@@ -238,6 +238,21 @@ def test_a_block_is_done_with_its_last_row(tmp_path):
         resumed.write([5], *rows_of(meta, [5]))  # what another process wrote of the block is not trusted
     resumed.write(range(3, 6), *rows_of(meta, range(3, 6)))
     assert content(tmp_path / "maps") == content(tmp_path / "whole")
+
+
+def test_data_is_on_the_disk_before_its_rows_are_done(tmp_path, monkeypatch):
+    """A power cut may lose what was not synced, in any order; a kill alone would not show it."""
+    meta = meta_of(dtype="uint8")
+    writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta)
+    steps = []
+    put = writer._put
+    monkeypatch.setattr(writer, "_put", lambda name, *rest: (put(name, *rest), steps.append(("put", name))))
+    monkeypatch.setattr(store_file, "_sync", lambda path: steps.append(("sync", path.stem)))
+    writer.write([0, 1], *rows_of(meta, [0, 1]))
+    data = {"values", "ids", "fill", "scale"}
+    done = steps.index(("put", "done"))
+    assert steps[done:] == [("put", "done"), ("sync", "done")]
+    assert all(steps.index(("put", name)) < steps.index(("sync", name)) < done for name in data)
 
 
 def test_killed_at_many_lines_and_resumed_equals_one_made_in_one_go(tmp_path):
