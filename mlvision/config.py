@@ -46,6 +46,7 @@ class Config:
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
     precision: Annotated[str, "auto (fp32 on a CPU, bf16 or fp16 on a GPU), fp32, bf16 or fp16"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    label_maps: Annotated[str, "store of the training images' label maps, made by tools/make_label_maps.py"] = ""
     data: DataConfig = field(default_factory=lambda: _default(DataConfig))
     view: ViewConfig = field(default_factory=ViewConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -237,7 +238,8 @@ def describe_options(cls: type) -> str:
 
 def _describe(cls: type, prefix: str, skip: frozenset[str] = frozenset()) -> Iterator[str]:
     hints = _hints(cls)
-    for option in dataclasses.fields(cls):
+    # Groups last: what followed one would read as a part of it. A subclass's own options come after its base's groups.
+    for option in sorted(dataclasses.fields(cls), key=lambda one: dataclasses.is_dataclass(_bare(hints[one.name]))):
         if option.name in skip:
             continue
         kind = _bare(hints[option.name])

@@ -32,6 +32,7 @@ from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything
 from mlvision.errors import InputError
+from mlvision.labels.store import LabelMapStore
 from mlvision.methods import METHODS, Method
 from mlvision.models import Preprocessing, build_classifier
 
@@ -54,6 +55,12 @@ class Run:
     val_loader: Loader
     precision: Precision
     bad_images: list[tuple[str, str, str]]
+    label_maps: LabelMapStore | None
+
+    @property
+    def data_hash(self) -> str:
+        """What a run must find unchanged when it goes on: training and validation records, and label maps."""
+        return self.train.hash + self.val.hash + (self.label_maps.meta.hash if self.label_maps else "")
 
 
 @dataclass
@@ -98,18 +105,41 @@ def build_run(config: Config) -> Run:
     check_options(method, config.optim, config.checkpoint)
     order = method.make_sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
+    label_maps = _open_label_maps(config, method, train)
     return Run(
         config=config,
         method=method,
         train=train,
         val=val,
         train_loader=train_loader(
-            train, TrainView(view), config.loader, config.seed, order=order, num_views=method.num_views
+            train,
+            TrainView(view),
+            config.loader,
+            config.seed,
+            order=order,
+            num_views=method.num_views,
+            label_maps=label_maps,
         ),
         val_loader=eval_loader(val, _eval_view(view), config.loader),
         precision=precision,
         bad_images=bad,
+        label_maps=label_maps,
     )
+
+
+def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMapStore | None:
+    """The store of a method that needs one, checked against the training images and classes."""
+    if not method.needs_label_map:
+        if config.label_maps:
+            raise InputError(f"label_maps: method {config.method.name} uses none, got {config.label_maps}")
+        return None
+    if not config.label_maps:
+        raise InputError(
+            f"label_maps: method {config.method.name} needs the folder of a store; make one with tools/make_label_maps.py"
+        )
+    store = LabelMapStore.open(config.label_maps)
+    store.check(record_hash=train.hash, class_hash=train.class_hash, num_records=len(train))
+    return store
 
 
 def resolve(config: Config) -> Config:
@@ -344,7 +374,10 @@ def start_folder(run: Run, folder: Path) -> None:
     with open(folder / "images.csv", "w", newline="") as file:
         rows = [(role, record.key) for role, m in (("train", run.train), ("val", run.val)) for record in m.records]
         csv.writer(file).writerows([("split", "key"), *rows])
-    (folder / "environment.json").write_text(json.dumps(describe_environment(run.precision.device), indent=2) + "\n")
+    environment = describe_environment(run.precision.device)
+    if run.label_maps:
+        environment["label_maps"] = run.label_maps.meta.to_json()
+    write_json(folder / "environment.json", environment)
     save_options(run.config, folder / "config.yaml")  # last: its presence says that a run is here
 
 
@@ -410,7 +443,7 @@ def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:
     """Put one split's metrics into the run's metrics.json, beside those of other splits."""
     path = run.folder / "metrics.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    _write_json(path, known | {role: metrics})
+    write_json(path, known | {role: metrics})
 
 
 def write_record(run: LoadedRun, metrics: dict[str, Any]) -> bool:
@@ -429,11 +462,12 @@ def write_record(run: LoadedRun, metrics: dict[str, Any]) -> bool:
         "parameters": sum(p.numel() for p in run.method.parameters()),
         "environment": environment,
     }
-    _write_json(run.folder / "record.json", record)
+    write_json(run.folder / "record.json", record)
     return True
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write strict JSON, NaN as null, whole or not at all; infinity would be a fault and is refused."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
     partial.replace(path)

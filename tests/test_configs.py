@@ -10,7 +10,8 @@ import torch
 
 from mlvision.config import Config, parse_options, to_plain
 from mlvision.engine.optim import build_optimizer
-from mlvision.run import build_run
+from mlvision.labels.store import LabelMapWriter, StoreMeta
+from mlvision.run import build_run, read_training_manifests
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "grids" not in p.parts)
@@ -52,6 +53,27 @@ def make_data(config: Config, scenes_root: Path, root: Path) -> None:
             )
 
 
+def make_label_maps(arguments: list[str], folder: Path) -> None:
+    """Random logits for the training images of a config."""
+    config = parse_options(Config, arguments, prog="train.py", description="")
+    manifest = read_training_manifests(config)[0]
+    num_images, num_classes = len(manifest), len(manifest.classes)
+    meta = StoreMeta(
+        manifest.hash,
+        num_images,
+        manifest.class_hash,
+        num_classes,
+        "random",
+        "",
+        (3, 4),
+        "logit",
+        "softmax",
+        0,
+        num_images,
+    )
+    LabelMapWriter.create_or_resume(folder, meta).write(range(num_images), torch.randn(num_images, num_classes, 3, 4))
+
+
 def cases():
     """Each config in the precision that it asks for; those for a GPU in both low precisions."""
     for path in CONFIGS:
@@ -76,6 +98,9 @@ def test_config_takes_a_step(path, precision, scenes_root, tmp_path, monkeypatch
         "loader.batch_size=4",
     ]
     torch.manual_seed(0)
+    if config.label_maps:
+        make_label_maps([str(path), *arguments], tmp_path / "maps")
+        arguments.append(f"label_maps={tmp_path}/maps")
     run = build_run(parse_options(Config, [str(path), *arguments], prog="train.py", description=""))
     optimizer = build_optimizer(run.method.parameter_groups(), run.config.optim)
     batch = next(iter(run.train_loader))

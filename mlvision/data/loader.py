@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import cv2
@@ -21,6 +22,7 @@ from mlvision.data.images import read_record
 from mlvision.data.manifest import Manifest
 from mlvision.data.transforms import EvalView, TrainView, View
 from mlvision.errors import InputError
+from mlvision.labels.store import LabelMapStore
 from mlvision.types import Batch, CropBox
 
 # An epoch to the rows of the manifest that it visits, in order and over all ranks; equally many in every epoch.
@@ -57,11 +59,19 @@ class ImageDataset(Dataset):
     An item is (epoch, index): the epoch reaches workers that live through many epochs with the work itself.
     """
 
-    def __init__(self, manifest: Manifest, view: TrainView | EvalView, seed: int = 0, num_views: int = 1) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        view: TrainView | EvalView,
+        seed: int = 0,
+        num_views: int = 1,
+        label_maps: LabelMapStore | None = None,
+    ) -> None:
         self.manifest = manifest
         self.view = view
         self.seed = seed
         self.num_views = num_views
+        self.label_maps = label_maps
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -148,22 +158,24 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in rank_slice(batch, self.rank, self.world_size)]
 
 
-def collate(samples: list[Sample] | InputError) -> Batch | InputError:
+def collate(samples: list[Sample] | InputError, label_maps: LabelMapStore | None = None) -> Batch | InputError:
     """Samples to one Batch, with a row for each view; an InputError passes through."""
     if isinstance(samples, InputError):
         return samples
     rows = [(view, sample) for sample in samples for view in sample.views]
     # Stacked in the memory order that views have, channels last: several times faster than turning each image round.
     images = default_collate([view.image.permute(1, 2, 0) for view, _ in rows]).permute(0, 3, 1, 2)
+    index = torch.tensor([sample.index for _, sample in rows])
     return Batch(
         images=images,
         targets=torch.stack([sample.target for _, sample in rows]),
-        index=torch.tensor([sample.index for _, sample in rows]),
+        index=index,
         view=CropBox(
             boxes=torch.tensor([view.box for view, _ in rows], dtype=torch.float32),
             flipped=torch.tensor([view.flipped for view, _ in rows]),
             quarter_turns=torch.tensor([view.quarter_turns for view, _ in rows]),
         ),
+        label_map=label_maps.read(index.numpy()) if label_maps else None,
     )
 
 
@@ -189,7 +201,7 @@ class Loader:
             dataset,
             batch_sampler=batches,
             num_workers=config.num_workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, label_maps=dataset.label_maps),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
             prefetch_factor=config.prefetch if has_workers else None,
@@ -234,14 +246,18 @@ def train_loader(
     *,
     order: EpochOrder | None = None,
     num_views: int = 1,
+    label_maps: LabelMapStore | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Full batches in each epoch's order, by default shuffled; several views give a batch that many times the rows."""
+    """Full batches in each epoch's order, by default shuffled; several views give a batch that many times the rows.
+
+    `label_maps`: a store whose rows are those of the manifest; every batch then has the maps of its images.
+    """
     if order is None:
         order = shuffled(len(manifest), seed)
     batches = EpochBatches(order, config.batch_size, rank, world_size)
-    return Loader(ImageDataset(manifest, view, seed, num_views), batches, config)
+    return Loader(ImageDataset(manifest, view, seed, num_views, label_maps), batches, config)
 
 
 def eval_loader(

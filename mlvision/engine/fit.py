@@ -169,7 +169,7 @@ def fit(
         check_classes(run_dir / LAST, saved["classes"], tuple(classes))
         if saved["data_hash"] != data_hash:
             raise InputError(
-                f"{run_dir / LAST}: the training or validation records have changed since it was saved "
+                f"{run_dir / LAST}: the training or validation records, or the label maps, have changed since it was saved "
                 f"(then {saved['data_hash'][:12]}, now {data_hash[:12]})"
             )
         state.restore(run_dir / LAST, saved)

@@ -9,6 +9,7 @@ published fill of 0 is not built in: what a class that is not stored is worth be
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -84,6 +85,37 @@ def pool_label_map(
     if output_size == 1:
         return pooled.squeeze(2)
     return orient(pooled.unflatten(2, (output_size, output_size)), view)
+
+
+def pool_probabilities(
+    label_map: LabelMap,
+    view: CropBox,
+    num_classes: int,
+    *,
+    operator: str,
+    temperature: float = 1.0,
+    **options: Any,
+) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
+    """The probability of every class in each view: the activation of the pooled logits (mean_logit), or the pooled
+    probabilities of the cells (every other operator).
+
+    Args:
+        temperature: divides logits before their activation.
+        options: further arguments of `pool_label_map`.
+
+    Raises:
+        InputError: see `pool_label_map` and `LabelMap.to`.
+    """
+    if operator == "mean_logit":
+        pooled = pool_label_map(label_map, view, num_classes, operator=operator, **options)
+        cells = pooled if pooled.ndim == 4 else pooled[..., None, None]
+        probable = LabelMap(cells, None, "logit", activation=label_map.activation).to(
+            "probability", temperature=temperature
+        )
+        return probable.values.view_as(pooled)
+    probable = label_map.to("probability", temperature=temperature, num_classes=num_classes)
+    pooled = pool_label_map(probable, view, num_classes, operator=operator, **options)
+    return pooled.clamp(0, 1)  # sums of weights are rounded; a box without any cell has no maximum
 
 
 def _check(

@@ -4,7 +4,23 @@ from collections.abc import Callable
 
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.methods.baseline import Baseline, BaselineConfig
+from mlvision.methods.relabel import Relabel, RelabelConfig
+from mlvision.methods.token_labeling import TokenLabeling, TokenLabelingConfig
 
-METHODS: dict[str, tuple[type[MethodConfig], Callable[..., Method]]] = {"baseline": (BaselineConfig, Baseline)}
+METHODS: dict[str, tuple[type[MethodConfig], Callable[..., Method]]] = {
+    "baseline": (BaselineConfig, Baseline),
+    "relabel": (RelabelConfig, Relabel),
+    "token_labeling": (TokenLabelingConfig, TokenLabeling),
+}
 
-__all__ = ["METHODS", "Baseline", "BaselineConfig", "Method", "MethodConfig"]
+__all__ = [
+    "METHODS",
+    "Baseline",
+    "BaselineConfig",
+    "Method",
+    "MethodConfig",
+    "Relabel",
+    "RelabelConfig",
+    "TokenLabeling",
+    "TokenLabelingConfig",
+]

@@ -24,6 +24,7 @@ from mlvision.data.loader import (
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError
+from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.types import Batch
 
 VIEW = TrainView(ViewConfig(color_jitter=0.3), (12, 20))
@@ -96,6 +97,25 @@ def test_views_of_an_image_are_adjacent_and_differ(manifest):
         np.testing.assert_array_equal(batch.targets, single.targets.repeat_interleave(3, dim=0))
         boxes = batch.view.boxes.reshape(4, 3, 4).tolist()
         assert all(len({tuple(box) for box in views}) == 3 for views in boxes)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_holds_the_label_maps_of_its_images(manifest, tmp_path, num_workers):
+    meta = StoreMeta(
+        manifest.hash, NUM_IMAGES, manifest.class_hash, 4, "a ramp", "", (2, 3), "logit", "sigmoid", 0, NUM_IMAGES
+    )
+    maps = torch.arange(NUM_IMAGES * 4 * 6).view(NUM_IMAGES, 4, 2, 3).float()
+    LabelMapWriter.create_or_resume(tmp_path / "maps", meta).write(range(NUM_IMAGES), maps)
+    store = LabelMapStore.open(tmp_path / "maps")
+    loader = train_loader(manifest, VIEW, config(num_workers), seed=5, num_views=2, label_maps=store)
+    seen = 0
+    for batch in loader:
+        assert (batch.label_map.kind, batch.label_map.activation) == ("logit", "sigmoid")
+        assert torch.equal(batch.label_map.values.float(), maps[batch.index])
+        moved = batch.to("cpu")
+        assert torch.equal(moved.label_map.values, batch.label_map.values)
+        seen += len(batch.index)
+    assert seen == 24
 
 
 # Reproducibility

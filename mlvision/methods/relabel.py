@@ -1,0 +1,206 @@
+"""ReLabel: a student learns what a teacher's label map says of the part of the image that it sees."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mlvision.errors import InputError
+from mlvision.labels import OPERATORS, pool_probabilities
+from mlvision.labels.mix import Mix, MixConfig, draw_mix
+from mlvision.labels.oracle import oracle_targets, split_oracle
+from mlvision.losses import asymmetric_loss, binary_cross_entropy, softmax_cross_entropy
+from mlvision.methods.base import Method, MethodConfig
+from mlvision.models import Classifier, Preprocessing
+from mlvision.types import Batch, CropBox, LabelMap, StepOutput
+
+TARGETS = {"softmax": "mean_logit", "multilabel": "max", "gated": "max", "oracle": ""}  # with each one's own operator
+FUSIONS = ("none", "convex", "gate")
+REGIONS = ("crop", "image", "swapped")
+FILLS = ("stored", "zero")
+
+
+@dataclass(frozen=True)
+class RelabelConfig(MethodConfig):
+    name: Annotated[str, "which method: a key of METHODS"] = "relabel"
+    target: Annotated[
+        str,
+        "softmax: one distribution over the classes (the paper); multilabel: one probability a class; gated: the annotated "
+        "labels, where the view shows them; oracle: maps of annotated areas",
+    ] = "multilabel"
+    operator: Annotated[
+        str,
+        "how the cells of a view become one value: mean_logit, mean_probability, max, log_sum_exp or top_q; empty: "
+        "mean_logit for softmax, max for multilabel and gated",
+    ] = ""
+    sharpness: Annotated[float, "log_sum_exp: its r; small is the mean, large the maximum"] = 10.0
+    top_share: Annotated[float, "top_q: share of the cells that count"] = 0.25
+    temperature: Annotated[float, "divides the teacher's logits"] = 1.0
+    loss: Annotated[str, "bce, or asl (asymmetric loss); softmax has its cross-entropy"] = "bce"
+    gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
+    gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
+    clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    fusion: Annotated[
+        str, "with the annotated labels. none: maps alone; convex: a weighted mean; gate: maps times annotation"
+    ] = "none"
+    annotation_weight: Annotated[float, "convex: weight of the annotated labels"] = 0.5
+    gate_low: Annotated[float, "gated: a label is absent where the view shows at most this share of its peak"] = 0.1
+    gate_high: Annotated[float, "gated: it is present from this share on; between the two it is unknown"] = 0.5
+    visible: Annotated[float, "oracle: a label is present where the view shows this share of its area"] = 0.25
+    region: Annotated[
+        str,
+        "what is pooled. crop: what the view shows; image: all (no localisation); swapped: the crop with x and y exchanged, "
+        "an error of published loaders, to measure its cost",
+    ] = "crop"
+    mix: MixConfig = field(default_factory=MixConfig)
+    fill: Annotated[
+        str, "what unstored classes are worth. stored: what the store says; zero: a logit of 0, as published"
+    ] = "stored"
+
+
+class Relabel(Method):
+    """Training on pooled label maps; prediction is the plain classifier's.
+
+    Source: Yun et al., "Re-labeling ImageNet: from Single to Multi-Labels, from Global to Localized Labels", CVPR 2021.
+    With target=softmax this is the paper's: the mean logit of the crop, softmax, cross-entropy.
+
+    DEVIATION: multilabel turns each cell into probabilities first and pools these, by default their maximum: an object that
+    fills few of the crop's cells is there all the same, while the mean logit lets only the largest object win. Fill and
+    coordinates: see `mlvision.labels.pool`.
+    """
+
+    needs_label_map = True
+
+    def __init__(self, config: RelabelConfig, classifier: Classifier, preprocessing: Preprocessing):
+        super().__init__(classifier, preprocessing)
+        _check(config)
+        self.config = config
+        self.mixes = True
+        self.activation = "softmax" if config.target == "softmax" else "sigmoid"
+        self.operator = config.operator or TARGETS[config.target]
+        if config.target == "softmax":
+            self.loss = softmax_cross_entropy
+        elif config.loss == "asl":
+            gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
+            self.loss = partial(asymmetric_loss, **gammas, clip=config.clip)
+            self.loss(torch.zeros(1, 1), torch.zeros(1, 1))  # refuses what is out of range now
+        else:
+            self.loss = binary_cross_entropy
+
+    def on_epoch_start(self, epoch: int) -> None:
+        mix = self.config.mix
+        self.mixes = mix.until_epoch == 0 or epoch < mix.until_epoch
+
+    def forward(self, batch: Batch) -> StepOutput:
+        size = (batch.images.shape[2], batch.images.shape[3])
+        mix = draw_mix(self.config.mix, size) if self.mixes else None
+        targets = self.targets(batch, mix)
+        known = targets.isfinite()
+        logs = {"target_sum": targets.where(known, 0).sum(1).mean(), "unknown_share": 1 - known.float().mean()}
+        images = mix.images(batch.images) if mix else batch.images
+        return StepOutput(self.loss(self.predict(images), targets), logs)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, mix: Mix | None = None) -> Float[Tensor, "B C"]:
+        """What the student is to say of each view; NaN where that is unknown."""
+        assert batch.label_map is not None
+        label_map = batch.label_map if self.config.fill == "stored" else zero_fill(batch.label_map)
+
+        def pool(view: CropBox, hole: Tensor | None) -> Tensor:
+            return self._targets(label_map, batch.targets, view, hole)
+
+        if mix is None:
+            return pool(batch.view, None)
+        return mix.targets(pool, batch.view, (batch.images.shape[2], batch.images.shape[3]))
+
+    def _targets(
+        self, label_map: LabelMap, annotated: Float[Tensor, "B C"], view: CropBox, hole: Float[Tensor, "B 4"] | None
+    ) -> Float[Tensor, "B C"]:
+        """Targets of views of which `hole` is covered."""
+        config = self.config
+        view, hole = _region(config.region, view, hole)
+        if config.target == "oracle":
+            cover, crowd = split_oracle(label_map, self.classifier.num_classes)
+            shown = oracle_targets(cover, crowd, view, self.classifier.num_classes, tau=config.visible, hole=hole)
+            return shown.where(annotated.isfinite(), torch.nan)
+        pooled = self._pool(label_map, view, hole)
+        if config.target == "gated":
+            return self._gate(label_map, annotated, pooled)
+        if config.fusion == "none":
+            return pooled
+        if config.fusion == "gate":
+            return pooled * annotated
+        if config.target == "softmax":  # a distribution too
+            annotated = annotated / annotated.nansum(1, keepdim=True).clamp(min=1)
+        mixed = (1 - config.annotation_weight) * pooled + config.annotation_weight * annotated
+        return mixed.where(annotated.isfinite(), pooled)
+
+    def _pool(
+        self, label_map: LabelMap, view: CropBox, hole: Float[Tensor, "B 4"] | None = None
+    ) -> Float[Tensor, "B C"]:
+        """Probabilities of each view; a distribution over the classes where a softmax learns them."""
+        config = self.config
+        pooled = pool_probabilities(
+            label_map,
+            view,
+            self.classifier.num_classes,
+            operator=self.operator,
+            temperature=config.temperature,
+            sharpness=config.sharpness,
+            top_share=config.top_share,
+            hole=hole,
+        )
+        return pooled / pooled.sum(1, keepdim=True) if config.target == "softmax" else pooled
+
+    def _gate(
+        self, label_map: LabelMap, annotated: Float[Tensor, "B C"], pooled: Float[Tensor, "B C"]
+    ) -> Float[Tensor, "B C"]:
+        """Annotated labels that the view shows, by the share of the label's value in the whole image."""
+        whole = self._pool(label_map, CropBox(annotated.new_tensor([0.0, 0, 1, 1]).expand(len(annotated), -1)))
+        shown = pooled / whole.clamp(min=torch.finfo(pooled.dtype).tiny)
+        gate = torch.where(shown >= self.config.gate_high, 1.0, torch.nan)
+        gate = torch.where(shown <= self.config.gate_low, 0.0, gate)
+        return torch.where(annotated == 1, gate, annotated)
+
+
+def _region(
+    region: str, view: CropBox, hole: Float[Tensor, "B 4"] | None
+) -> tuple[CropBox, Float[Tensor, "B 4"] | None]:
+    """The part of the image whose cells are pooled, and what is covered of it."""
+    if region == "image":
+        return CropBox(view.boxes.new_tensor([0.0, 0, 1, 1]).expand_as(view.boxes)), None
+    if region == "swapped":
+        return CropBox(view.boxes[:, [1, 0, 3, 2]]), None if hole is None else hole[:, [1, 0, 3, 2]]
+    return view, hole
+
+
+def zero_fill(label_map: LabelMap) -> LabelMap:
+    """The published fill: a logit of 0 for every class that is not stored; the ablation of it."""
+    if label_map.kind != "logit":
+        raise InputError(f"method.fill: zero is a logit, the label maps hold values of kind {label_map.kind}")
+    return replace(label_map, fill=0.0)
+
+
+def _check(config: RelabelConfig) -> None:
+    share = "a number from 0 to 1"
+    for name, is_valid, expected in (
+        ("target", config.target in TARGETS, f"one of {', '.join(TARGETS)}"),
+        ("operator", config.operator in ("", *OPERATORS), f"one of {', '.join(OPERATORS)}, or nothing"),
+        ("loss", config.loss in ("bce", "asl"), "bce or asl"),
+        ("fusion", config.fusion in FUSIONS, f"one of {', '.join(FUSIONS)}"),
+        ("region", config.region in REGIONS, f"one of {', '.join(REGIONS)}"),
+        ("fill", config.fill in FILLS, f"one of {', '.join(FILLS)}"),
+        ("temperature", config.temperature > 0, "more than 0"),
+        ("sharpness", config.sharpness > 0, "more than 0"),
+        ("top_share", 0 < config.top_share <= 1, "a number above 0, at most 1"),
+        ("annotation_weight", 0 <= config.annotation_weight <= 1, share),
+        ("visible", 0 < config.visible <= 1, "a number above 0, at most 1"),
+        ("gate_low", 0 <= config.gate_low < config.gate_high, "0 or more and below gate_high"),
+    ):
+        if not is_valid:
+            raise InputError(f"method.{name}: expected {expected}, got {getattr(config, name)!r}")
+    if config.fusion != "none" and config.target in ("gated", "oracle"):
+        raise InputError(f"method.fusion: target={config.target} takes the annotation in already; expected none")

@@ -1,0 +1,148 @@
+"""Token Labeling: every cell of the backbone's map learns a label of its own, beside the image's."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from mlvision.errors import InputError
+from mlvision.labels import pool_probabilities
+from mlvision.labels.mix import Mix, MixConfig, draw_mix
+from mlvision.losses import binary_cross_entropy, softmax_cross_entropy
+from mlvision.methods.base import Method, MethodConfig
+from mlvision.models import Classifier, Preprocessing
+from mlvision.types import Batch, LabelMap, StepOutput
+
+# target: the operators of the image's label and of a cell's
+TARGETS = {"softmax": ("mean_logit", "mean_logit"), "multilabel": ("max", "mean_probability")}
+IMAGE_LABELS = ("map", "annotation")
+
+
+@dataclass(frozen=True)
+class TokenLabelingConfig(MethodConfig):
+    name: Annotated[str, "which method: a key of METHODS"] = "token_labeling"
+    target: Annotated[
+        str, "softmax: a distribution over the classes (the paper); multilabel: one probability a class"
+    ] = "softmax"
+    image_label: Annotated[str, "what the image's own logits learn: map (pooled over the view) or annotation"] = "map"
+    image_weight: Annotated[float, "weight of the image's loss"] = 1.0
+    token_weight: Annotated[float, "weight of the cells' mean loss; 0.5 in the paper, 1 in its code's defaults"] = 0.5
+    inference_weight: Annotated[
+        float, "prediction: the image's logits plus this share of each class's highest cell; the paper's code: 0.5"
+    ] = 0.0
+    temperature: Annotated[float, "divides the teacher's logits"] = 1.0
+    smoothing: Annotated[float, "label smoothing of both losses: this share is spread evenly over all classes"] = 0.0
+    mix: Annotated[float, "alpha of MixToken's Beta distribution: pairs of images, pasted along cells; 0: none"] = 0.0
+
+
+class TokenLabeling(Method):
+    """A linear head on each cell of the backbone's map (patch tokens of a ViT, grid of a CNN) learns from label maps.
+
+    Source: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", NeurIPS 2021.
+
+    DEVIATION: MixToken pastes the images themselves, along the borders of cells, and mixes the cells' targets likewise. For
+    patches that do not overlap this is the paper's exchange of embedded tokens, and pasting the outputs back is mixing the
+    targets; a convolutional network or stem does mix at the seams. With target=multilabel (ours) the cells' probabilities
+    are pooled and learnt by BCE.
+    """
+
+    needs_label_map = True
+
+    def __init__(self, config: TokenLabelingConfig, classifier: Classifier, preprocessing: Preprocessing):
+        super().__init__(classifier, preprocessing)
+        _check(config)
+        backbone = classifier.backbone
+        if backbone.grid[0] != backbone.grid[1]:
+            raise InputError(f"method.name: token_labeling needs a square grid of cells, got {backbone.grid}")
+        self.config = config
+        self.activation = "softmax" if config.target == "softmax" else "sigmoid"
+        self.loss = softmax_cross_entropy if config.target == "softmax" else binary_cross_entropy
+        self.tokens = nn.Conv2d(backbone.map_features, classifier.num_classes, 1)
+        nn.init.normal_(self.tokens.weight, std=0.01)
+        nn.init.zeros_(self.tokens.get_parameter("bias"))
+
+    def forward(self, batch: Batch) -> StepOutput:
+        config = self.config
+        images, image_targets, token_targets = batch.images, *self.targets(batch)
+        mix = draw_mix(MixConfig(cutmix=config.mix), self.classifier.backbone.grid)
+        if mix:
+            images = self._pasted(mix, images)
+            token_targets = mix.images(token_targets)
+            image_targets = mix.share * image_targets + (1 - mix.share) * image_targets.flip(0)
+        logits, cells = self._both(images)
+        image_loss = self.loss(logits, self._smooth(image_targets))
+        token_loss = self.loss(_rows(cells), self._smooth(_rows(token_targets)))
+        loss = config.image_weight * image_loss + config.token_weight * token_loss
+        return StepOutput(loss, {"image_loss": image_loss.detach(), "token_loss": token_loss.detach()})
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
+        """What the image's logits and the cells' logits are to say of each view."""
+        assert batch.label_map is not None
+        num_classes, temperature = self.classifier.num_classes, self.config.temperature
+        of_image, of_token = TARGETS[self.config.target]
+        token_targets = pool_probabilities(
+            batch.label_map,
+            batch.view,
+            num_classes,
+            operator=of_token,
+            temperature=temperature,
+            output_size=self.classifier.backbone.grid[0],
+        ).reshape(len(batch.images), num_classes, *self.classifier.backbone.grid)
+        if self.config.image_label == "annotation":
+            return batch.targets, token_targets
+        return pool_probabilities(
+            batch.label_map, batch.view, num_classes, operator=of_image, temperature=temperature
+        ), token_targets
+
+    def predict(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
+        if not self.config.inference_weight:
+            return super().predict(images)
+        logits, cells = self._both(images)
+        return logits + self.config.inference_weight * cells.amax((2, 3))
+
+    def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
+        """What the cells say of the views; the grid covers the view."""
+        return LabelMap(self._both(images)[1], None, "logit", activation=self.activation)
+
+    def _both(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
+        """Logits of the image and of its cells, in at least float32 also under autocast."""
+        features = self.classifier.backbone(self.normalise(images))
+        logits = self.classifier.head(features).logits
+        with torch.autocast(features.map.device.type, enabled=False):
+            cells = self.tokens(features.map.to(self.tokens.weight.dtype))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), cells
+
+    def _pasted(self, mix: Mix, images: Shaped[Tensor, "B in_chans H W"]) -> Shaped[Tensor, "B in_chans H W"]:
+        """The images mixed as the grid is: a patch of cells, in pixels."""
+        assert mix.patch is not None
+        height, width = images.shape[2:]
+        rows, columns = self.classifier.backbone.grid
+        x1, y1, x2, y2 = mix.patch
+        pixels = (x1 * width // columns, y1 * height // rows, x2 * width // columns, y2 * height // rows)
+        return Mix(mix.config, mix.share, pixels).images(images)
+
+    def _smooth(self, targets: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        return (1 - self.config.smoothing) * targets + self.config.smoothing / targets.shape[1]
+
+
+def _rows(cells: Float[Tensor, "B C h w"]) -> Float[Tensor, "N C"]:
+    """One row a cell."""
+    return cells.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _check(config: TokenLabelingConfig) -> None:
+    for name, is_valid, expected in (
+        ("target", config.target in TARGETS, f"one of {', '.join(TARGETS)}"),
+        ("image_label", config.image_label in IMAGE_LABELS, f"one of {', '.join(IMAGE_LABELS)}"),
+        ("image_weight", config.image_weight >= 0, "0 or more"),
+        ("token_weight", config.token_weight >= 0, "0 or more"),
+        ("inference_weight", config.inference_weight >= 0, "0 or more"),
+        ("temperature", config.temperature > 0, "more than 0"),
+        ("smoothing", 0 <= config.smoothing < 1, "a share in [0, 1)"),
+        ("mix", config.mix >= 0, "0 or more"),
+    ):
+        if not is_valid:
+            raise InputError(f"method.{name}: expected {expected}, got {getattr(config, name)!r}")

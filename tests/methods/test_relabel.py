@@ -1,0 +1,207 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mlvision.errors import InputError
+from mlvision.labels import pool_label_map
+from mlvision.labels.mix import MixConfig
+from mlvision.methods import Relabel, RelabelConfig
+from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
+from mlvision.models.backbone import BackboneConfig
+from mlvision.types import Batch, CropBox, LabelMap
+
+NUM_CLASSES = 5
+BOXES = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 1.0, 0.5], [0.1, 0.3, 0.9, 0.6]])
+
+
+def build(**options) -> Relabel:
+    torch.manual_seed(0)
+    classifier = build_classifier(BackboneConfig("test_resnet"), LinearHeadConfig(), NUM_CLASSES, image_size=(64, 96))
+    return Relabel(RelabelConfig(**options), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9))
+
+
+def logit_map(activation="softmax") -> LabelMap:
+    return LabelMap(
+        3 * torch.randn(3, NUM_CLASSES, 4, 6, generator=torch.Generator().manual_seed(1)), kind="logit",
+        activation=activation,
+    )  # fmt: skip
+
+
+def make_batch(label_map: LabelMap, targets=None) -> Batch:
+    images = torch.randint(256, (3, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    if targets is None:
+        targets = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, math.nan], [0, 0, 0, 0, 0]])
+    return Batch(images, targets, torch.arange(3), CropBox(BOXES), label_map)
+
+
+# Targets
+
+
+def test_softmax_targets_are_the_papers():
+    """The softmax of the crop's mean logit, and its cross-entropy."""
+    method, batch = build(target="softmax", temperature=2.0), make_batch(logit_map())
+    expected = (pool_label_map(batch.label_map, batch.view, NUM_CLASSES) / 2).softmax(1)
+    targets = method.targets(batch)
+    torch.testing.assert_close(targets, expected)
+    torch.testing.assert_close(targets.sum(1), torch.ones(3))
+    method.eval()
+    loss = -(expected * method.predict(batch.images).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(method(batch).loss, loss)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_multilabel_targets_are_the_highest_probability_of_the_crops_cells(activation):
+    method, batch = build(), make_batch(logit_map(activation))
+    cells = batch.label_map.values
+    cells = cells.softmax(1) if activation == "softmax" else cells.sigmoid()
+    targets = method.targets(batch)
+    torch.testing.assert_close(targets[0], cells[0].amax((1, 2)))
+    # The upper right quarter of 4 x 6 cells: RoIAlign's points reach half a cell beyond neither border.
+    torch.testing.assert_close(targets[1], cells[1, :, :2, 3:].amax((1, 2)))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(method.eval().predict(batch.images), targets)
+    torch.testing.assert_close(method(batch).loss, loss * NUM_CLASSES)
+
+
+def test_mean_logit_of_a_sigmoid_teacher_is_activated_after_pooling():
+    method, batch = build(operator="mean_logit"), make_batch(logit_map("sigmoid"))
+    torch.testing.assert_close(
+        method.targets(batch), pool_label_map(batch.label_map, batch.view, NUM_CLASSES).sigmoid()
+    )
+
+
+def test_gated_targets_keep_annotated_labels_that_the_view_shows():
+    values = torch.full((1, NUM_CLASSES, 1, 4), -20.0)
+    values[0, 0, 0, 0] = 20  # class 0 on the left
+    values[0, 1, 0, 3] = 20  # class 1 on the right
+    values[0, 2, 0, 2], values[0, 2, 0, 3] = math.log(0.25 / 0.75), math.log(0.9 / 0.1)  # class 2: weak where we look
+    values[0, 3] = 20  # never annotated
+    label_map = LabelMap(values, kind="logit", activation="sigmoid")
+    targets = torch.tensor([[1, 1, 1, 0, math.nan]])
+    view = CropBox(torch.tensor([[0.0, 0, 0.625, 1]]))
+    batch = Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), targets, torch.arange(1), view, label_map)
+    found = build(target="gated").targets(batch)[0]
+    assert found.tolist()[:2] == [1, 0]
+    assert found[2].isnan()  # a share of 0.28 of its peak: between 0.1 and 0.5
+    assert found[3] == 0
+    assert found[4].isnan()
+
+
+def test_oracle_targets_follow_the_visible_area():
+    """Two maps a class: what objects cover, and what crowd regions cover."""
+    cover, crowd = torch.zeros(1, NUM_CLASSES, 2, 4), torch.zeros(1, NUM_CLASSES, 2, 4)
+    cover[0, 0, :, 0] = 1  # outside the view
+    cover[0, 1, 0, 2] = 1  # inside
+    cover[0, 2, 1, :] = 1  # a fifth of it inside: unknown
+    crowd[0, 3, 0, 3] = 1  # crowd inside
+    label_map = LabelMap(torch.cat([cover, crowd], 1), kind="probability")
+    view = CropBox(torch.tensor([[0.5, 0.0, 1.0, 0.7]]))
+    targets = torch.tensor([[1.0, 0, 1, 1, 0]])
+    batch = Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), targets, torch.arange(1), view, label_map)
+    found = build(target="oracle").targets(batch)[0]
+    assert found[[0, 1, 4]].tolist() == [0, 1, 0]
+    assert found[2].isnan()
+    assert found[3].isnan()
+
+
+def test_fusion_with_the_annotation():
+    batch = make_batch(logit_map())
+    alone = build().targets(batch)
+    convex = build(fusion="convex", annotation_weight=0.25).targets(batch)
+    known = batch.targets.isfinite()
+    torch.testing.assert_close(convex[known], 0.75 * alone[known] + 0.25 * batch.targets[known])
+    torch.testing.assert_close(convex[~known], alone[~known])
+    gate = build(fusion="gate").targets(batch)
+    torch.testing.assert_close(gate, alone * batch.targets, equal_nan=True)
+    softmax = build(target="softmax", fusion="convex").targets(batch)
+    torch.testing.assert_close(softmax[0].sum(), torch.tensor(1.0))
+
+
+def test_regions():
+    batch = make_batch(logit_map())
+    whole = CropBox(torch.tensor([[0.0, 0, 1, 1]]).expand(3, -1))
+    expected = build().targets(Batch(batch.images, batch.targets, batch.index, whole, batch.label_map))
+    assert torch.equal(build(region="image").targets(batch), expected)
+    swapped = CropBox(BOXES[:, [1, 0, 3, 2]])
+    expected = build().targets(Batch(batch.images, batch.targets, batch.index, swapped, batch.label_map))
+    assert torch.equal(build(region="swapped").targets(batch), expected)
+    assert not torch.equal(build().targets(batch), expected)
+
+
+def test_zero_fill_is_the_published_one():
+    values, ids = logit_map().values.topk(2, dim=1)
+    label_map = LabelMap(values, ids, "logit", values[:, -1] - 9)
+    batch = make_batch(label_map)
+    zero = LabelMap(values, ids, "logit", 0.0)
+    expected = pool_label_map(zero, batch.view, NUM_CLASSES).softmax(1)
+    torch.testing.assert_close(build(target="softmax", fill="zero").targets(batch), expected)
+
+
+# Mixing
+
+
+def test_a_mixed_step_uses_mixed_images_and_targets(monkeypatch):
+    method, batch = build(mix=MixConfig(cutmix=1.0)), make_batch(logit_map("sigmoid"))
+    seen = []
+    monkeypatch.setattr(method, "predict", lambda images: seen.append(images) or torch.zeros(3, NUM_CLASSES))
+    torch.manual_seed(4)
+    method(batch)
+    changed = (seen[0] != batch.images).any(1)
+    assert changed.any()
+    assert torch.equal(seen[0][changed.unsqueeze(1).expand_as(seen[0])],
+                       batch.images.flip(0)[changed.unsqueeze(1).expand_as(seen[0])])  # fmt: skip
+
+
+def test_mixing_stops_at_its_epoch():
+    method, batch = build(mix=MixConfig(mixup=1.0, until_epoch=2)), make_batch(logit_map())
+    losses = []
+    for epoch in (1, 2):
+        method.on_epoch_start(epoch)
+        method.eval()
+        torch.manual_seed(1)
+        losses.append(method(batch).loss.item())
+    plain = build().eval()
+    plain.load_state_dict(method.state_dict())
+    assert losses[1] == pytest.approx(plain(batch).loss.item())
+    assert losses[0] != pytest.approx(losses[1])
+
+
+# The model
+
+
+def test_only_training_knows_of_label_maps():
+    method, batch = build().eval(), make_batch(logit_map())
+    assert method.needs_label_map
+    logits = method.predict(batch.images)
+    np.testing.assert_allclose(method.scores(logits).detach(), logits.detach().sigmoid())
+    assert build(target="softmax").activation == "softmax"
+    output = method(batch)
+    output.loss.backward()
+    assert all(p.grad is not None for p in method.parameters())
+    assert all(not value.requires_grad for value in output.logs.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "hard"}, "method.target: expected one of softmax, multilabel, gated, oracle, got 'hard'"),
+        ({"operator": "sum"}, "method.operator: expected one of mean_logit"),
+        ({"fusion": "both"}, "method.fusion: expected one of none, convex, gate"),
+        ({"target": "gated", "fusion": "gate"}, "method.fusion: target=gated takes the annotation in already"),
+        ({"temperature": 0.0}, "method.temperature: expected more than 0, got 0.0"),
+        ({"gate_low": 0.6}, "method.gate_low: expected 0 or more and below gate_high"),
+        ({"region": "yx"}, "method.region: expected one of crop, image, swapped"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        build(**options)
+
+
+def test_zero_fill_of_probabilities_is_refused():
+    batch = make_batch(LabelMap(torch.zeros(3, NUM_CLASSES, 4, 6)))
+    with pytest.raises(
+        InputError, match="method.fill: zero is a logit, the label maps hold values of kind probability"
+    ):
+        build(fill="zero").targets(batch)
