@@ -60,7 +60,7 @@ def draw_precision_recall(
     mean, num_skipped = mean_average_precision(ap)
     facts = f"mAP {mean:.4f} (plain), {len(s):,} images, {len(order)} classes"
     facts += f", {num_skipped} without positives left out" if num_skipped else ""
-    figure.suptitle(_literal(f"{title}\n{facts}" if title else facts), fontsize=13, color=INK)
+    figure.suptitle(literal(f"{title}\n{facts}" if title else facts), fontsize=13, color=INK)
 
     colours = dict.fromkeys(order, OTHER)
     if len(order) >= 2 * NUM_NAMED:
@@ -144,7 +144,7 @@ def _draw_bars(
             continue
         axes.barh(y, ap[c], height=0.72, color=colours[c])
         axes.text(ap[c] + 0.01, y, f"{ap[c]:.3f}", fontsize=size, color=INK, va="center")
-        names.append(f"{_literal(_short(classes[c]))}  ({supports[c]:,})")
+        names.append(f"{literal(short(classes[c]))}  ({supports[c]:,})")
     axes.set_yticks(range(len(rows)), names, fontsize=size)
     axes.set(
         xlim=(0, 1.1),
@@ -166,10 +166,10 @@ def _strip(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _short(name: str, longest: int = 28) -> str:
+def short(name: str, longest: int = 28) -> str:
     return name if len(name) <= longest else name[: longest - 3] + "..."
 
 
-def _literal(text: str) -> str:
-    """Keep matplotlib from reading the dollars of a class name as mathematics."""
+def literal(text: str) -> str:
+    """Keep matplotlib from reading the dollars of a name as mathematics."""
     return text.replace("$", r"\$")

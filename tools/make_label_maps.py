@@ -1,0 +1,361 @@
+"""Make label maps with a teacher, or judge them.
+
+CONFIG names the images and classes: that of the student, which must find its maps made for its own records.
+
+python tools/make_label_maps.py CONFIG teacher=[runs/teacher] out=maps/teacher
+python tools/make_label_maps.py CONFIG teacher=[oracle] oracle_split=train out=maps/oracle
+python tools/make_label_maps.py report maps/teacher CONFIG
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mlvision.config import Config, describe_options, parse_options, run_command
+from mlvision.data import DataConfig, read_split
+from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
+from mlvision.data.manifest import Manifest, check_same_classes
+from mlvision.data.transforms import EvalView
+from mlvision.engine.checkpoint import check_classes
+from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
+from mlvision.engine.precision import resolve_device, resolve_precision
+from mlvision.errors import InputError
+from mlvision.labels.annotate import annotate, verify
+from mlvision.labels.oracle import oracle_map
+from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.metrics.quality_page import draw_quality, summarise
+from mlvision.models import BackboneConfig
+from mlvision.models.dense import AveragedTeacher, Teacher, build_teacher, check_identity
+from mlvision.run import load_run, read_role, write_json
+from mlvision.types import ACTIVATIONS
+
+ORACLE, TIMM = "oracle", "timm"
+JSON, PNG = "quality.json", "quality.png"
+
+
+@dataclass(frozen=True)
+class LabelMapOptions:
+    """Which images, which teacher, which maps."""
+
+    teacher: Annotated[
+        list[str],
+        "run folders or checkpoints, one or an ensemble; timm: the model of model.*; oracle: annotated objects",
+    ] = field(default_factory=list)
+    out: Annotated[str, "folder of the store; one with the same options is continued"] = ""
+    split: Annotated[str, "whose images: train, val or test"] = "train"
+    scales: Annotated[list[float], "averaged input sizes, as factors on the teacher's own; 2 gives a finer map"] = (
+        field(default_factory=lambda: [1.0])
+    )
+    flip: Annotated[bool, "average with the mirrored image"] = False
+    combination: Annotated[str, "of several teachers or views: mean_logit or mean_probability"] = "mean_logit"
+    activation: Annotated[str, "softmax or sigmoid; empty: as the teacher was trained (timm: softmax)"] = ""
+    top_k: Annotated[int, "classes that each cell stores; 0: all"] = 5
+    dtype: Annotated[str, "of the stored values: float16 or uint8"] = "float16"
+    grid: Annotated[list[int], "oracle: rows and columns of its maps"] = field(default_factory=lambda: [14, 14])
+    oracle_split: Annotated[str, "oracle: split whose objects are drawn, by image key; empty: the images' own"] = ""
+    strict: Annotated[bool, "refuse a teacher whose mean map is not its logits"] = False
+    verify: Annotated[int, "rows, drawn at random, that are made again and compared at the end; 0: none"] = 0
+    batch_size: Annotated[int, "images a step; a part of what decides the last bits of a map"] = 32
+    device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    precision: Annotated[str, "auto (fp32 on a CPU, bf16 or fp16 on a GPU), fp32, bf16 or fp16"] = "fp32"
+    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=lambda: Config().data)
+
+    def __post_init__(self) -> None:
+        for name, is_valid, expected in (
+            ("activation", self.activation in ("", *ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}, or nothing"),
+            ("grid", len(self.grid) == 2 and min(self.grid) >= 1, "[rows, columns]"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("verify", self.verify >= 0, "0 or more"),
+            ("threads", self.threads >= 0, "0 or more"),
+        ):
+            if not is_valid:
+                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class ReportOptions(LabelQualityConfig):
+    """Which maps are judged, and by what."""
+
+    split: Annotated[str, "whose images the maps are of: train, val or test"] = "train"
+    labels_split: Annotated[
+        str, "split whose labels and objects judge the maps, matched by image key; empty: the images' own"
+    ] = ""
+    out: Annotated[str, f"folder for {JSON} and {PNG}; empty: the store's own"] = ""
+    teacher: Annotated[
+        list[str], "run folders of the teacher: compare pooled labels with its answers to real crops"
+    ] = field(default_factory=list)
+    device: Annotated[str, "of the teacher: auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    data: DataConfig = field(default_factory=lambda: Config().data)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads < 0:
+            raise InputError(f"threads: expected 0 or more, got {self.threads}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What makes the maps of a list of images: `maps_of` takes what `batches` gives beside the rows.
+
+    Attributes:
+        batches: the images of some rows, in their order.
+        meta: what these maps are; but for the list of images.
+    """
+
+    maps_of: Callable[[Any], Float[Tensor, "B C h w"]]
+    batches: Callable[[Sequence[int]], Iterator[tuple[Sequence[int], Any]]]
+    meta: dict[str, Any]
+
+
+def main(argv: list[str]) -> None:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(f"usage: make_label_maps.py [report STORE] [config.yaml ...] [key=value ...]\n\n{__doc__}")
+        print(f"Options:\n{describe_options(LabelMapOptions)}\n\nOptions of report:\n{describe_options(ReportOptions)}")
+        return
+    if argv[0] == "report":
+        if len(argv) < 2 or "=" in argv[1]:
+            raise InputError("report: expected the folder of a store")
+        options = parse_options(ReportOptions, argv[2:], prog="make_label_maps.py", description=__doc__)
+        print(report(argv[1], options))
+        return
+    options = parse_options(LabelMapOptions, argv, prog="make_label_maps.py", description=__doc__)
+    store = make(options)
+    print(f"{len(store)} maps of {store.meta.grid[0]}x{store.meta.grid[1]} cells: {options.out}")
+
+
+def make(options: LabelMapOptions) -> LabelMapStore:
+    """The finished store.
+
+    Raises:
+        InputError: a teacher, images or a store that do not fit together.
+    """
+    if not options.out or not options.teacher:
+        raise InputError(f"expected teacher= and out=, got {options.teacher} and '{options.out}'")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    manifest, bad = read_images(options)
+    for _, key, reason in bad:
+        print(f"left out: {key} ({reason})", file=sys.stderr)
+    source = oracle_source(options, manifest) if options.teacher == [ORACLE] else teacher_source(options, manifest)
+    meta = StoreMeta(
+        record_hash=manifest.hash,
+        num_records=len(manifest),
+        class_hash=manifest.class_hash,
+        block_size=options.batch_size,
+        dtype=options.dtype,
+        **source.meta,
+    )
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    writer = LabelMapWriter.create_or_resume(options.out, meta, rank=rank, world_size=world_size)
+    rows = [row for block in writer.outstanding() for row in block]
+    if rows:
+        annotate(source.maps_of, source.batches(rows), writer)
+    store = LabelMapStore.open(options.out)
+    if options.verify and rank == 0 and world_size == 1:
+        # Whole blocks: a batch of another size may differ in its last bits.
+        blocks = np.random.default_rng(0).permutation(range(0, len(manifest), options.batch_size))
+        chosen = sorted(blocks[: -(-options.verify // options.batch_size)])
+        rows = [row for start in chosen for row in range(start, min(start + options.batch_size, len(manifest)))]
+        worst = verify(
+            source.maps_of, source.batches(rows), store, tolerance=8e-3 if options.dtype == "uint8" else 1e-3
+        )
+        print(f"verified {len(rows)} maps: largest difference {worst:.2g} of their size")
+    return store
+
+
+def read_images(options: LabelMapOptions | ReportOptions) -> tuple[Manifest, list[tuple[str, str, str]]]:
+    """The images as a student's run reads them, and (split, key, reason) of each that was left out."""
+    # Reading the records needs of a run's options no more than these.
+    config = Config(data=options.data, loader=LoaderConfig(num_workers=options.num_workers))
+    return read_role(config, options.split)
+
+
+def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
+    """Maps by networks. The whole image is squashed to the teacher's size, so that map and image share coordinates."""
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    teacher, activation, weights_hash = build_teachers(options, manifest, device)
+    teacher.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    view = EvalView(teacher.image_size, teacher.preprocessing.interpolation, "squash")
+    dataset = ImageDataset(manifest, view)
+    loading = LoaderConfig(num_workers=options.num_workers)
+
+    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        order = np.asarray(rows)
+        for batch in Loader(dataset, EpochBatches(lambda _: order, options.batch_size, drop_last=False), loading):
+            yield batch.index.tolist(), batch.images.to(device).contiguous(memory_format=torch.channels_last)
+
+    def maps_of(images: Tensor) -> Tensor:
+        with precision.autocast():
+            return teacher.maps(images)
+
+    _, some = next(batches(range(min(8, len(manifest)))))
+    gap = check_identity(teacher, some, options.strict)
+    if gap is not None:
+        print(
+            f"approximate: the mean of the maps differs from the teacher's logits by up to {gap:.3g}", file=sys.stderr
+        )
+    return Source(
+        maps_of,
+        batches,
+        {
+            "num_classes": teacher.num_classes,
+            "teacher": ", ".join(options.teacher),
+            "teacher_hash": weights_hash,
+            "grid": teacher.grid,
+            "kind": "logit",
+            "activation": activation,
+            "top_k": min(options.top_k, teacher.num_classes),
+            "precision": precision.name,
+            "approximate": gap,
+            "preprocessing": {
+                **asdict(teacher.preprocessing),
+                "size": list(teacher.image_size),
+                **{name: getattr(options, name) for name in ("scales", "flip", "combination")},
+            },
+        },
+    )
+
+
+def build_teachers(options: LabelMapOptions, manifest: Manifest, device: torch.device) -> tuple[Teacher, str, str]:
+    """The teacher, averaged where that is asked for, its activation, and the hash of all weights.
+
+    Raises:
+        InputError: a teacher of other classes than the data's, or teachers trained with different activations.
+    """
+    teachers, activations, digest = [], set(), hashlib.sha256()
+    for name in options.teacher:
+        if name == TIMM:
+            teachers.append(build_teacher(options.model))
+            activations.add("softmax")
+        else:
+            run = load_run(name, device=str(device))
+            check_classes(Path(name), list(run.classes), manifest.classes)
+            teachers.append(build_teacher(run.method))
+            activations.add(run.method.activation)
+        if teachers[-1].num_classes != len(manifest.classes):
+            raise InputError(
+                f"teacher: {name} has {teachers[-1].num_classes} classes, the data has {len(manifest.classes)}"
+            )
+        for key, tensor in sorted(teachers[-1].state_dict().items()):
+            digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    if not options.activation and len(activations) > 1:
+        raise InputError(f"teacher: trained as {' and '.join(sorted(activations))}; say which to use with activation=")
+    activation = options.activation or activations.pop()
+    if len(teachers) == 1 and options.scales == [1.0] and not options.flip:
+        return teachers[0], activation, digest.hexdigest()
+    averaged = AveragedTeacher(
+        teachers, scales=options.scales, flip=options.flip, combination=options.combination, activation=activation
+    )
+    return averaged, activation, digest.hexdigest()
+
+
+def oracle_source(options: LabelMapOptions, manifest: Manifest) -> Source:
+    """Maps of the annotated objects' areas: C maps of what objects cover, then C of what crowd regions cover."""
+    drawn = read_split(options.data, options.oracle_split) if options.oracle_split else manifest
+    check_classes(Path(drawn.split), list(drawn.classes), manifest.classes)
+    objects = {record.key: record.boxes for record in drawn.records}
+    missing = [record.key for record in manifest.records if objects.get(record.key) is None]
+    if missing:
+        raise InputError(f"oracle: {len(missing)} images have no objects in '{drawn.split}', the first is {missing[0]}")
+    rows_columns, num_classes = (options.grid[0], options.grid[1]), len(manifest.classes)
+
+    def cover(row: int) -> Tensor:
+        boxes = objects[manifest.records[row].key]
+        assert boxes is not None
+        one = oracle_map(boxes.xyxy, boxes.labels, boxes.crowd, boxes.segmentation, num_classes, rows_columns)
+        maps = torch.zeros(2, num_classes, *rows_columns)
+        maps[0, one.ids], maps[1, one.ids] = torch.from_numpy(one.cover), torch.from_numpy(one.unknown)
+        return maps.flatten(0, 1)
+
+    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        for start in range(0, len(rows), options.batch_size):
+            part = rows[start : start + options.batch_size]
+            yield part, part
+
+    return Source(
+        lambda rows: torch.stack([cover(row) for row in rows]),
+        batches,
+        {
+            "num_classes": 2 * num_classes,
+            "teacher": f"{ORACLE} of {drawn.split}",
+            "teacher_hash": drawn.hash,
+            "grid": rows_columns,
+            "kind": "probability",
+            "activation": None,
+            "top_k": 0,
+        },
+    )
+
+
+def report(path: str, options: ReportOptions) -> str:
+    """Judge the label maps of a store, write quality.json and quality.png, and sum up.
+
+    Raises:
+        InputError: a store, images, labels or a teacher that do not fit together.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    store = LabelMapStore.open(path)
+    folder = Path(options.out or path)
+    if not folder.is_dir():
+        raise InputError(f"out: the folder {folder} does not exist")
+    manifest, _ = read_images(options)
+    teacher = made_by(store, manifest, options) if options.teacher else None
+    quality = judge_label_maps(store, manifest, judging_manifest(manifest, options), options, teacher)
+    write_json(folder / JSON, quality)
+    partial = folder / f"{PNG}.partial"
+    draw_quality(partial, quality)
+    partial.replace(folder / PNG)
+    return f"{summarise(quality)}\nwritten: {folder / JSON}, {folder / PNG}"
+
+
+def judging_manifest(manifest: Manifest, options: ReportOptions) -> Manifest:
+    """What is known of each image of `manifest`, in its order.
+
+    Raises:
+        InputError: the other split lacks an image, or has other classes.
+    """
+    if not options.labels_split:
+        return manifest
+    other = read_split(options.data, options.labels_split)
+    check_same_classes(manifest, other)
+    place = {record.key: row for row, record in enumerate(other.records)}
+    missing = [record.key for record in manifest.records if record.key not in place]
+    if missing:
+        raise InputError(
+            f"labels_split: '{other.split}' lacks {len(missing):,} of the {len(manifest):,} images of '{manifest.split}', "
+            f"the first is {missing[0]}"
+        )
+    return other.select(place[record.key] for record in manifest.records)
+
+
+def made_by(store: LabelMapStore, manifest: Manifest, options: ReportOptions) -> Teacher:
+    """The runs as the store averaged them."""
+    if TIMM in options.teacher:
+        raise InputError(f"teacher: the report compares with run folders, got {TIMM}")
+    made = store.meta.preprocessing
+    asked = LabelMapOptions(
+        teacher=options.teacher,
+        activation=store.meta.activation or "",
+        **{name: made[name] for name in ("scales", "flip", "combination") if name in made},
+    )
+    device = resolve_device(options.device)
+    return build_teachers(asked, manifest, device)[0].to(device)
+
+
+if __name__ == "__main__":
+    run_command(main)
