@@ -1,0 +1,280 @@
+"""Measure ours against a peer, interleaved in one process; as ratios, for times of a shared machine are not stable.
+
+python tools/benchmark.py pooling store annotate relabel
+python tools/benchmark.py pooling pairs=60 out=docs/performance/pooling.json
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+from tqdm import tqdm
+
+from mlvision.config import describe_options, parse_options, run_command
+from mlvision.engine.optim import OptimConfig, build_optimizer
+from mlvision.errors import InputError
+from mlvision.labels import pool_label_map
+from mlvision.labels.annotate import top_k_of
+from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.methods import Baseline, BaselineConfig, Relabel, RelabelConfig
+from mlvision.methods.base import Method
+from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
+from mlvision.models.dense import DenseTeacher
+from mlvision.run import describe_environment, write_json
+from mlvision.types import Batch, CropBox, LabelMap
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    pairs: Annotated[int, "interleaved measurements of ours and the peer"] = 30
+    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    device: Annotated[str, "cpu, cuda or cuda:<number>"] = "cpu"
+    out: Annotated[str, "JSON to write; empty: none"] = ""
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.threads < 0:
+            raise InputError(f"expected pairs >= 1 and threads >= 0, got {self.pairs} and {self.threads}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `ratio` is the peer's time over ours: above 1, ours is faster.
+
+    Attributes:
+        interval: the 10th and 90th percentile of the pairs' ratios.
+        difference: largest difference of the results, where both give the same thing.
+    """
+
+    what: str
+    peer: str
+    ratio: float
+    interval: tuple[float, float]
+    ours_ms: float
+    peer_ms: float
+    asked: str
+    difference: float | None = None
+    note: str = ""
+
+
+def compare(ours: Callable[[], Any], peer: Callable[[], Any], options: BenchmarkOptions) -> dict[str, Any]:
+    """Times of interleaved pairs, in alternating order, after a warm-up of each."""
+    times = np.empty((options.pairs, 2))
+    ours()
+    peer()
+    for pair in range(options.pairs):
+        for which in (0, 1) if pair % 2 else (1, 0):
+            started = time.perf_counter()
+            (ours, peer)[which]()
+            if options.device != "cpu":
+                torch.cuda.synchronize()
+            times[pair, which] = time.perf_counter() - started
+    ratios = times[:, 1] / times[:, 0]
+    low, high = np.quantile(ratios, [0.1, 0.9])
+    return {
+        "ratio": float(np.median(ratios)),
+        "interval": (float(low), float(high)),
+        "ours_ms": 1e3 * float(np.median(times[:, 0])),
+        "peer_ms": 1e3 * float(np.median(times[:, 1])),
+    }
+
+
+def random_maps(num_images: int, num_classes: int, side: int, device: str, k: int = 5) -> LabelMap:
+    """Smooth logits, as a network makes them, and the k best of each cell."""
+    noise = torch.Generator().manual_seed(0)
+    coarse = 4 * torch.randn(num_images, num_classes, 4, 4, generator=noise)
+    values, ids, fill = [], [], []
+    for part in coarse.split(64):
+        maps = torch.nn.functional.interpolate(part, (side, side), mode="bicubic")
+        best = top_k_of(maps, k, "logit", "softmax")
+        for column, found in zip((values, ids, fill), best, strict=True):
+            column.append(found)
+    return LabelMap(torch.cat(values), torch.cat(ids), "logit", torch.cat(fill)).to_device(device)
+
+
+def random_crops(num_images: int, device: str) -> CropBox:
+    """Boxes as random resized crops of 8 % to 100 % have them."""
+    noise = torch.Generator().manual_seed(1)
+    sides = torch.empty(num_images, 2).uniform_(0.3, 1.0, generator=noise)
+    corner = (1 - sides) * torch.rand(num_images, 2, generator=noise)
+    return CropBox(torch.cat([corner, corner + sides], 1).to(device))
+
+
+def pooling(options: BenchmarkOptions) -> Iterator[Row]:
+    """Sparse LabelPooling against a dense scatter and torchvision's roi_align."""
+    side, num_classes = 15, 1000
+    for num_images, asked in ((64, "15x"), (256, "30x")):
+        label_map, view = (
+            random_maps(num_images, num_classes, side, options.device),
+            random_crops(num_images, options.device),
+        )
+        assert label_map.ids is not None
+        ids, fill = label_map.ids.long(), torch.as_tensor(label_map.fill)
+        rois = torch.cat([torch.arange(num_images, device=options.device)[:, None], view.boxes * side], 1)
+
+        def dense(
+            ids: Tensor = ids, fill: Tensor = fill, values: Tensor = label_map.values, rois: Tensor = rois
+        ) -> Tensor:
+            maps = fill[:, None].repeat(1, num_classes, 1, 1).scatter_(1, ids, values)
+            return roi_align(maps, rois, (1, 1), 1.0, -1, aligned=True).flatten(1)
+
+        def sparse(label_map: LabelMap = label_map, view: CropBox = view) -> Tensor:
+            return pool_label_map(label_map, view, num_classes)
+
+        stored = sum(t.numel() * t.element_size() for t in (label_map.values, label_map.ids, fill))
+        yield Row(
+            what=f"sparse LabelPooling, B={num_images}, C={num_classes}, {side}x{side}",
+            peer="dense scatter + torchvision roi_align",
+            asked=f"{asked}, difference 1e-5, 2 % of its memory",
+            difference=float((sparse() - dense()).abs().max()),
+            note=f"the maps take {stored / (num_images * num_classes * side * side * 4):.2%} of the dense ones",
+            **compare(sparse, dense, options),
+        )
+
+
+def store(options: BenchmarkOptions) -> Iterator[Row]:
+    """A batch of 256 rows of the store against 256 files of torch.save."""
+    num_images, batch, side, k = 8000, 256, 15, 5
+    label_map = random_maps(num_images, 1000, side, "cpu", k)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        meta = StoreMeta("", num_images, "", 1000, "", "", (side, side), "logit", "softmax", k, num_images)
+        writer = LabelMapWriter.create_or_resume(folder / "store", meta)
+        writer.write(range(num_images), label_map.values, label_map.ids, torch.as_tensor(label_map.fill))
+        opened = LabelMapStore.open(folder / "store")
+        assert label_map.ids is not None
+        for row, (values, ids) in enumerate(zip(label_map.values, label_map.ids, strict=True)):
+            torch.save(torch.stack([values, ids.float()]), folder / f"{row}.pt")
+        rows = np.random.default_rng(0)
+
+        def read() -> LabelMap:
+            return opened.read(rows.integers(num_images, size=batch))
+
+        def load() -> Tensor:
+            chosen = rows.integers(num_images, size=batch).tolist()
+            return torch.stack([torch.load(folder / f"{row}.pt", weights_only=True) for row in chosen])
+
+        size = sum(path.stat().st_size for path in (folder / "store").iterdir()) / num_images
+        measured = compare(read, load, options)
+    yield Row(
+        what=f"label-map store, {batch} random rows, K={k}, {side}x{side}",
+        peer="torch.load of one file each",
+        asked="500x, at most 5,000 bytes an image",
+        note=f"{size:,.0f} bytes an image",
+        **measured,
+    )
+
+
+def annotate(options: BenchmarkOptions) -> Iterator[Row]:
+    """Making maps, best classes included, against the teacher's plain forward."""
+    for name, side in (("tf_efficientnet_lite0", 224), ("resnet50", 224)):
+        torch.manual_seed(0)
+        classifier = build_classifier(BackboneConfig(name), LinearHeadConfig(), 1000, image_size=side).eval()
+        teacher = DenseTeacher(classifier).to(options.device)
+        images = torch.randint(256, (16, 3, side, side), dtype=torch.uint8, device=options.device)
+
+        def make(teacher: DenseTeacher = teacher, images: Tensor = images) -> Any:
+            with torch.inference_mode():
+                return top_k_of(teacher.maps(images), 5, "logit", "softmax")
+
+        def plain(teacher: DenseTeacher = teacher, images: Tensor = images) -> Tensor:
+            with torch.inference_mode():
+                return teacher.logits(images)
+
+        yield Row(
+            what=f"label maps of {name}, {side} px, B=16",
+            peer="the teacher's forward",
+            asked="at most 1.15x its time: ratio 0.87",
+            **compare(make, plain, options),
+        )
+
+
+def relabel(options: BenchmarkOptions) -> Iterator[Row]:
+    """A training step on label maps against the baseline's, on the same images."""
+    side, num_images, num_classes = 128, 32, 1000
+    batch = Batch(
+        torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8),
+        torch.randint(2, (num_images, num_classes)).float(),
+        torch.arange(num_images),
+        random_crops(num_images, "cpu"),
+        random_maps(num_images, num_classes, 15, "cpu"),
+    ).to(options.device)
+    torch.manual_seed(0)
+    classifier = build_classifier(BackboneConfig("resnet18"), LinearHeadConfig(), num_classes, image_size=side)
+    preprocessing = classifier.backbone.preprocessing
+    methods = {
+        "softmax": Relabel(RelabelConfig(target="softmax"), classifier, preprocessing),
+        "multilabel": Relabel(RelabelConfig(), classifier, preprocessing),
+        "baseline": Baseline(BaselineConfig(), classifier, preprocessing),
+    }
+
+    def step(method: Method) -> Callable[[], None]:
+        method.to(options.device).train()
+        optimizer = build_optimizer(method.parameter_groups(), OptimConfig())
+
+        def run() -> None:
+            method(batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return run
+
+    baseline = step(methods["baseline"])
+    for target in ("softmax", "multilabel"):
+        yield Row(
+            what=f"ReLabel step, {target}, ResNet-18, {side} px, B={num_images}, C={num_classes}",
+            peer="the baseline's step",
+            asked="at most 3 % more: ratio 0.97",
+            **compare(step(methods[target]), baseline, options),
+        )
+
+
+BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
+    "pooling": pooling,
+    "store": store,
+    "annotate": annotate,
+    "relabel": relabel,
+}
+
+
+def main(argv: list[str]) -> None:
+    names = [argument for argument in argv if "=" not in argument and not argument.startswith("-")]
+    if {"-h", "--help"} & set(argv) or not argv:
+        print(f"usage: benchmark.py NAME ... [key=value ...]\n\n{__doc__}")
+        for name, benchmark in BENCHMARKS.items():
+            print(f"  {name:10}{benchmark.__doc__}")
+        print(f"\n{describe_options(BenchmarkOptions)}")
+        return
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown or not names:
+        raise InputError(f"expected some of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}")
+    rest = [argument for argument in argv if argument not in names]
+    options = parse_options(BenchmarkOptions, rest, prog="benchmark.py", description=__doc__)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    environment = describe_environment(torch.device(options.device))
+    print(
+        f"{environment['machine']}, {environment['threads']} threads, load {os.getloadavg()[0]:.1f}; {options.pairs} pairs"
+    )
+    rows = []
+    for name in tqdm(names, disable=None):
+        for row in BENCHMARKS[name](options):
+            low, high = row.interval
+            print(f"{row.what} / {row.peer}: {row.ratio:.3g}x ({low:.3g} to {high:.3g}); asked: {row.asked}")
+            print(f"    {row.ours_ms:.3g} ms against {row.peer_ms:.3g} ms", end="")
+            print("" if row.difference is None else f", difference {row.difference:.1e}", end="")
+            print(f"; {row.note}" if row.note else "")
+            rows.append(asdict(row))
+    if options.out:
+        write_json(Path(options.out), {"rows": rows, "environment": environment, "load": os.getloadavg()[0]})
+
+
+if __name__ == "__main__":
+    run_command(main)
