@@ -7,14 +7,16 @@ python train.py configs/scenes_efficientnet_lite0_baseline.yaml resume=auto
 from mlvision.config import Config, parse_options, run_command
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.engine.fit import fit
-from mlvision.run import build_run, choose_folder, start_folder
+from mlvision.run import build_run, choose_folder, note_resumption, start_folder
 
 
 def main(argv: list[str]) -> None:
     config = parse_options(Config, argv, prog="python train.py", description="Train a multi-label classifier.")
     run = build_run(config)
     folder, resume = choose_folder(run.config)
-    if not resume:
+    if resume:
+        note_resumption(run, folder)
+    else:
         start_folder(run, folder)
     for split, key, reason in run.bad_images:
         print(f"left out of {split}: {key} ({reason})")

@@ -381,6 +381,13 @@ def start_folder(run: Run, folder: Path) -> None:
     save_options(run.config, folder / "config.yaml")  # last: its presence says that a run is here
 
 
+def note_resumption(run: Run, folder: Path) -> None:
+    """Add this machine and code to environment.json: a run may go on with others than it began with."""
+    environment = json.loads((folder / "environment.json").read_text())
+    environment.setdefault("resumed", []).append(describe_environment(run.precision.device))
+    write_json(folder / "environment.json", environment)
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside its config: command, code, packages and machine."""
     return {

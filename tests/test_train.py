@@ -243,6 +243,10 @@ def test_resume_auto_finds_the_newest_equal_run(smoke_arguments, tmp_path, monke
     train_script.main([*once, "resume=auto"])
     assert f"resuming runs/{first.name}" in capsys.readouterr().out
     assert len(list((tmp_path / "runs").iterdir())) == 2
+    environment = json.loads((first / "environment.json").read_text())
+    (again,) = environment["resumed"]
+    assert again["machine"] == environment["machine"]
+    assert again["started"] >= environment["started"]
 
 
 def test_evaluation_refuses_images_that_were_trained_on(trained):
