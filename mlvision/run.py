@@ -138,7 +138,13 @@ def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMa
             f"label_maps: method {config.method.name} needs the folder of a store; make one with tools/make_label_maps.py"
         )
     store = LabelMapStore.open(config.label_maps)
-    store.check(record_hash=train.hash, class_hash=train.class_hash, num_records=len(train))
+    try:
+        store.check(record_hash=train.hash, class_hash=train.class_hash, num_records=len(train))
+    except InputError as error:
+        raise InputError(
+            f"label_maps: {error}. Maps belong to the training records as data.* gives them (root, train, val_fraction, "
+            "val_seed, ...): give those that the maps were made with, or make others with tools/make_label_maps.py"
+        ) from None
     return store
 
 

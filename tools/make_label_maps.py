@@ -202,7 +202,8 @@ def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
         with precision.autocast():
             return teacher.maps(images)
 
-    _, some = next(batches(range(min(8, len(manifest)))))
+    # Read here: loader processes for so few images would be waited for at the end.
+    some = torch.stack([dataset[0, row].views[0].image for row in range(min(8, len(manifest)))]).to(device)
     gap = check_identity(teacher, some, options.strict)
     if gap is not None:
         print(

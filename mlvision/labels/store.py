@@ -149,11 +149,13 @@ class LabelMapStore:
         """
         meta = self.meta
         if meta.class_hash != class_hash:
-            raise InputError(f"{self.path}: made for the class list {meta.class_hash}, but the data has {class_hash}")
+            raise InputError(
+                f"{self.path}: made for the class list {meta.class_hash[:12]}, but the data has {class_hash[:12]}"
+            )
         if (meta.record_hash, meta.num_records) != (record_hash, num_records):
             raise InputError(
-                f"{self.path}: made for the record list {meta.record_hash} of {meta.num_records:,} images, but the data "
-                f"has {record_hash} of {num_records:,}"
+                f"{self.path}: made for the record list {meta.record_hash[:12]} of {meta.num_records:,} images, but the data "
+                f"has {record_hash[:12]} of {num_records:,}"
             )
         undone = int((self._arrays["done"] == 0).sum())
         if undone:
