@@ -154,8 +154,8 @@ class LabelMapStore:
             )
         if (meta.record_hash, meta.num_records) != (record_hash, num_records):
             raise InputError(
-                f"{self.path}: made for the record list {meta.record_hash[:12]} of {meta.num_records:,} images, but the data "
-                f"has {record_hash[:12]} of {num_records:,}"
+                f"{self.path}: made for the record list {meta.record_hash[:12]} of {meta.num_records:,} images, but the "
+                f"data has {record_hash[:12]} of {num_records:,}"
             )
         undone = int((self._arrays["done"] == 0).sum())
         if undone:
