@@ -1,4 +1,6 @@
-"""The one error type that means "what the user gave is wrong"."""
+"""The one error type that means "what the user gave is wrong", and the check of option ranges that raises it."""
+
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -7,3 +9,14 @@ class InputError(ValueError):
     Its message is one line that names the file, key or label and what was expected; the scripts print it without a
     traceback and exit with 2.
     """
+
+
+def check_fields(options: object, prefix: str, rules: Iterable[tuple[str, bool, str]]) -> None:
+    """Refuse the first option that breaks its rule: (field, whether it holds, what was expected).
+
+    Raises:
+        InputError: names the option by `prefix` and field, with what was expected and what was given.
+    """
+    for name, holds, expected in rules:
+        if not holds:
+            raise InputError(f"{prefix}{name}: expected {expected}, got {getattr(options, name)!r}")

@@ -6,7 +6,7 @@ or label map (rows first).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer, Shaped
@@ -14,9 +14,23 @@ from torch import Tensor
 
 from mlvision.errors import InputError
 
+_Record = TypeVar("_Record", bound="_Columns")
+
 
 @dataclass
-class CropBox:
+class _Columns:
+    """A record of tensors, some of which may be missing, that change together."""
+
+    def pin_memory(self: _Record) -> _Record:
+        return self._each(lambda column: column.pin_memory())
+
+    def _each(self: _Record, change: Callable[[Tensor], Tensor]) -> _Record:
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(c) for name, c in columns.items() if isinstance(c, Tensor)})
+
+
+@dataclass
+class CropBox(_Columns):
     """The part of each full image that a view shows.
 
     Attributes:
@@ -32,13 +46,6 @@ class CropBox:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CropBox":
         return self._each(lambda column: column.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "CropBox":
-        return self._each(lambda column: column.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "CropBox":
-        columns = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: change(column) for name, column in columns if column is not None})
-
 
 KINDS = ("logit", "probability", "mass", "attribution")
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -47,7 +54,7 @@ CALIBRATIONS = ("relative_to_peak",)
 
 
 @dataclass
-class LabelMap:
+class LabelMap(_Columns):
     """How much each label is supported at each cell of a coarse grid over each image.
 
     Three layouts: the K best classes of each cell (`ids` `[B, K, h, w]`), L labels of each image (`ids` `[B, L]`), or all
@@ -83,13 +90,6 @@ class LabelMap:
 
     def to_device(self, device: torch.device | str, non_blocking: bool = False) -> "LabelMap":
         return self._each(lambda column: column.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "LabelMap":
-        return self._each(lambda column: column.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "LabelMap":
-        columns = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: change(column) for name, column in columns if isinstance(column, Tensor)})
 
     def to(
         self,

@@ -28,7 +28,7 @@ from mlvision.data.transforms import EvalView
 from mlvision.engine.checkpoint import check_classes
 from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
 from mlvision.engine.precision import resolve_device, resolve_precision
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.labels.annotate import annotate, verify
 from mlvision.labels.oracle import oracle_map
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
@@ -73,15 +73,14 @@ class LabelMapOptions:
     data: DataConfig = field(default_factory=lambda: Config().data)
 
     def __post_init__(self) -> None:
-        for name, is_valid, expected in (
+        rules = (
             ("activation", self.activation in ("", *ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}, or nothing"),
             ("grid", len(self.grid) == 2 and min(self.grid) >= 1, "[rows, columns]"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("verify", self.verify >= 0, "0 or more"),
             ("threads", self.threads >= 0, "0 or more"),
-        ):
-            if not is_valid:
-                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        )
+        check_fields(self, "", rules)
 
 
 @dataclass(frozen=True)

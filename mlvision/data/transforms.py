@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 
 Box = tuple[float, float, float, float]
 # An image and a seed to a view's pixels, its box x1, y1, x2, y2 in pixels of the image, and whether it was flipped.
@@ -52,7 +52,7 @@ class ViewConfig:
 
     def __post_init__(self) -> None:
         share = "a number from 0 to 1"
-        for name, is_valid, expected in (
+        rules = (
             ("size", self.size >= 1, "at least 1"),
             ("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("scale", _is_range(self.scale, 1.0), "[min, max] with 0 < min <= max <= 1"),
@@ -66,9 +66,8 @@ class ViewConfig:
             ("eval_resize", self.eval_resize in EVAL_RESIZES, f"one of {', '.join(EVAL_RESIZES)}"),
             ("crop_pct", self.crop_pct is None or 0 < self.crop_pct <= 1, "a number above 0, at most 1, or null"),
             ("interpolation", self.interpolation in ("", *INTERPOLATIONS), f"one of {', '.join(INTERPOLATIONS)}"),
-        ):
-            if not is_valid:
-                raise InputError(f"view.{name}: expected {expected}, got {getattr(self, name)!r}")
+        )
+        check_fields(self, "view.", rules)
 
 
 def _is_range(limits: tuple[float, float], largest: float) -> bool:

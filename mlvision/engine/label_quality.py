@@ -17,7 +17,7 @@ from mlvision.data.transforms import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError
 from mlvision.labels import pool_label_map, pool_probabilities
 from mlvision.labels.annotate import verify
-from mlvision.labels.geometry import boxes_in_grid
+from mlvision.labels.geometry import boxes_in_grid, whole_images
 from mlvision.labels.oracle import batch_oracle_maps, oracle_map, oracle_targets
 from mlvision.labels.store import LabelMapStore
 from mlvision.metrics import mass_in_box, pointing_game
@@ -156,7 +156,7 @@ def _collect_rows(
     if given.ids is not None:
         flat = given.ids.flatten(1).long()
         stored = torch.zeros(targets.shape, dtype=torch.bool).scatter(1, flat, True).numpy()
-    whole = given.extent if given.extent is not None else torch.tensor([0.0, 0, 1, 1]).expand(len(rows), 4)
+    whole = given.extent if given.extent is not None else whole_images(probable.values)
     part = {"targets": targets, "stored": stored, "pairs": _localise(probable, records)}
     part |= {f"whole/{name}": values for name, values in pooled(given, probable, whole, num_classes).items()}
 
@@ -292,7 +292,7 @@ def exact(
         assert maps is not None
         with torch.inference_mode():
             answer = teacher.logits(batch.images.to(_device_of(teacher))).float().cpu()
-        whole = maps.extent if maps.extent is not None else torch.tensor([0.0, 0, 1, 1]).expand_as(boxes)
+        whole = maps.extent if maps.extent is not None else whole_images(boxes)
         said = (pool_label_map(maps, CropBox(places), meta.num_classes) for places in (boxes, whole))
         gaps.append(torch.stack([divergence(answer, one, meta.activation) for one in said], dim=1).numpy())
         areas.append(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).numpy())

@@ -11,6 +11,11 @@ from torch import Tensor
 from mlvision.types import CropBox
 
 
+def whole_images(like: Float[Tensor, "B ..."]) -> Float[Tensor, "B 4"]:
+    """The box of each image as a whole, with the dtype and device of another column."""
+    return like.new_tensor([0.0, 0, 1, 1]).expand(len(like), -1)
+
+
 def boxes_in_grid(
     boxes: Float[Tensor, "B 4"], grid: tuple[int, int], extent: Float[Tensor, "B 4"] | None = None
 ) -> Float[Tensor, "B 4"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mlvision.errors import InputError
+from mlvision.errors import check_fields
 from mlvision.labels.geometry import boxes_in_image
 from mlvision.types import CropBox
 
@@ -41,15 +41,14 @@ class MixConfig:
     ] = True
 
     def __post_init__(self) -> None:
-        for name, is_valid, expected in (
+        rules = (
             ("cutmix", self.cutmix >= 0, "0 or more"),
             ("mixup", self.mixup >= 0, "0 or more"),
             ("probability", 0 <= self.probability <= 1, "a number from 0 to 1"),
             ("until_epoch", self.until_epoch >= 0, "0 or more"),
             ("targets", self.targets in ("exact", "linear"), "exact or linear"),
-        ):
-            if not is_valid:
-                raise InputError(f"method.mix.{name}: expected {expected}, got {getattr(self, name)!r}")
+        )
+        check_fields(self, "method.mix.", rules)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.labels.geometry import boxes_in_grid, overlaps
+from mlvision.labels.geometry import boxes_in_grid, overlaps, whole_images
 from mlvision.types import CropBox, LabelMap
 
 _PAIRS = 1 << 18  # pairs of edges that one step of the search for crossings compares
@@ -183,7 +183,7 @@ def oracle_targets(
         raise InputError("oracle targets: expected cover and unknown with the same labels of each image")
     if ids.numel() and int(ids.max()) >= num_classes:
         raise InputError(f"oracle targets: the maps have class {int(ids.max())}, expected 0 to {num_classes - 1}")
-    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=ids.device).expand(len(ids), 4)
+    whole = whole_images(view.boxes)
     seen, total = visible_area(cover, view.boxes, hole), visible_area(cover, whole)
     crowd, total_crowd = visible_area(unknown, view.boxes, hole), visible_area(unknown, whole)
     present = (total > 0) & (seen >= (tau - _SLACK) * total)

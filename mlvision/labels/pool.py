@@ -174,19 +174,19 @@ def _mean(
     if ids is None:
         return torch.einsum("bcp,bqp->bcq", values, weights)
     background = torch.einsum("bp,bqp->bq", fill, weights)[:, None].expand(-1, num_classes, -1)
-    excess = values - fill[:, None]
-    if ids.ndim == 2:  # whole maps of some labels
-        parts = torch.einsum("bnp,bqp->bnq", excess, weights)
-        return _scatter(background, ids, parts, deterministic)
-    parts = (excess[:, :, None] * weights[:, None]).transpose(2, 3).flatten(1, 2)
-    return _scatter(background, ids.flatten(1), parts, deterministic)
+    return _add(background, ids, (values - fill[:, None])[:, :, None] * weights[:, None], deterministic)
 
 
-def _scatter(
-    onto: Float[Tensor, "B C Q"], ids: Tensor, parts: Float[Tensor, "B m Q"], deterministic: bool
+def _add(
+    onto: Float[Tensor, "B C Q"], ids: Tensor, parts: Float[Tensor, "B n Q P"], deterministic: bool
 ) -> Float[Tensor, "B C Q"]:
-    """`onto` plus `parts` at the classes `ids` `[B, m]`; parts of empty places (negative ids) are left out."""
+    """`onto` plus what each cell adds to its bins, at the classes `ids`: one a cell, or one a map. Empty places (negative
+    ids) add nothing."""
     num_images, num_classes, num_bins = onto.shape
+    if ids.ndim == 2:
+        parts = parts.sum(3)
+    else:
+        ids, parts = ids.flatten(1), parts.transpose(2, 3).flatten(1, 2)
     parts = parts.masked_fill(ids.unsqueeze(2) < 0, 0).flatten(0, 1)
     rows = torch.arange(num_images, device=ids.device)[:, None] * num_classes
     places = (rows + ids.clamp(min=0)).flatten()
@@ -253,10 +253,7 @@ def _log_sum_exp(
     own = own.gather(3, per_cell.clamp(min=0)[:, :, None].expand(-1, -1, weights.shape[1], -1))
     excess = (sharpness * (values[:, :, None] - own)).exp() - (sharpness * (fill[:, None, None] - own)).exp()
     parts = (excess * weights[:, None]).where(weights[:, None] > 0, 0)
-    if ids.ndim == 2:
-        total = _scatter(background, ids, parts.sum(3), deterministic)
-    else:
-        total = _scatter(background, ids.flatten(1), parts.transpose(2, 3).flatten(1, 2), deterministic)
+    total = _add(background, ids, parts, deterministic)
     return base + total.log() / sharpness
 
 

@@ -2,6 +2,7 @@
 
 from mlvision.losses.asymmetric import asymmetric_loss
 from mlvision.losses.bce import binary_cross_entropy
+from mlvision.losses.smoothing import smooth_labels
 from mlvision.losses.softmax import softmax_cross_entropy
 
 LOSSES = {
@@ -10,4 +11,4 @@ LOSSES = {
     "softmax": softmax_cross_entropy,
 }
 
-__all__ = ["LOSSES", "asymmetric_loss", "binary_cross_entropy", "softmax_cross_entropy"]
+__all__ = ["LOSSES", "asymmetric_loss", "binary_cross_entropy", "smooth_labels", "softmax_cross_entropy"]

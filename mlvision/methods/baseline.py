@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlvision.data.manifest import Manifest
 from mlvision.errors import InputError
-from mlvision.losses import LOSSES
+from mlvision.losses import LOSSES, smooth_labels
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.types import Batch, StepOutput
@@ -59,7 +59,5 @@ class Baseline(Method):
             self.class_weights.copy_(weights / weights.mean())
 
     def forward(self, batch: Batch) -> StepOutput:
-        targets = batch.targets
-        if self.smoothing:
-            targets = (1 - self.smoothing) * targets + self.smoothing / targets.shape[1]
+        targets = smooth_labels(batch.targets, self.smoothing)
         return StepOutput(self.loss(self.predict(batch.images), targets, class_weights=self.class_weights))

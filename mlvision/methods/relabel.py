@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.labels import OPERATORS, pool_probabilities
+from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.labels.oracle import oracle_targets, split_oracle
 from mlvision.losses import asymmetric_loss, binary_cross_entropy, softmax_cross_entropy
@@ -159,7 +160,7 @@ class Relabel(Method):
         self, label_map: LabelMap, annotated: Float[Tensor, "B C"], pooled: Float[Tensor, "B C"]
     ) -> Float[Tensor, "B C"]:
         """Annotated labels that the view shows, by the share of the label's value in the whole image."""
-        whole = self._pool(label_map, CropBox(annotated.new_tensor([0.0, 0, 1, 1]).expand(len(annotated), -1)))
+        whole = self._pool(label_map, CropBox(whole_images(annotated)))
         shown = pooled / whole.clamp(min=torch.finfo(pooled.dtype).tiny)
         gate = torch.where(shown >= self.config.gate_high, 1.0, torch.nan)
         gate = torch.where(shown <= self.config.gate_low, 0.0, gate)
@@ -171,7 +172,7 @@ def _region(
 ) -> tuple[CropBox, Float[Tensor, "B 4"] | None]:
     """The part of the image whose cells are pooled, and what is covered of it."""
     if region == "image":
-        return CropBox(view.boxes.new_tensor([0.0, 0, 1, 1]).expand_as(view.boxes)), None
+        return CropBox(whole_images(view.boxes)), None
     if region == "swapped":
         return CropBox(view.boxes[:, [1, 0, 3, 2]]), None if hole is None else hole[:, [1, 0, 3, 2]]
     return view, hole
@@ -186,7 +187,7 @@ def zero_fill(label_map: LabelMap) -> LabelMap:
 
 def _check(config: RelabelConfig) -> None:
     share = "a number from 0 to 1"
-    for name, is_valid, expected in (
+    rules = (
         ("target", config.target in TARGETS, f"one of {', '.join(TARGETS)}"),
         ("operator", config.operator in ("", *OPERATORS), f"one of {', '.join(OPERATORS)}, or nothing"),
         ("loss", config.loss in ("bce", "asl"), "bce or asl"),
@@ -199,8 +200,7 @@ def _check(config: RelabelConfig) -> None:
         ("annotation_weight", 0 <= config.annotation_weight <= 1, share),
         ("visible", 0 < config.visible <= 1, "a number above 0, at most 1"),
         ("gate_low", 0 <= config.gate_low < config.gate_high, "0 or more and below gate_high"),
-    ):
-        if not is_valid:
-            raise InputError(f"method.{name}: expected {expected}, got {getattr(config, name)!r}")
+    )
+    check_fields(config, "method.", rules)
     if config.fusion != "none" and config.target in ("gated", "oracle"):
         raise InputError(f"method.fusion: target={config.target} takes the annotation in already; expected none")

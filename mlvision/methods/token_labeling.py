@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.labels import pool_probabilities
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
-from mlvision.losses import binary_cross_entropy, softmax_cross_entropy
+from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.types import Batch, LabelMap, StepOutput
@@ -57,6 +57,7 @@ class TokenLabeling(Method):
         if backbone.grid[0] != backbone.grid[1]:
             raise InputError(f"method.name: token_labeling needs a square grid of cells, got {backbone.grid}")
         self.config = config
+        self.mix = MixConfig(cutmix=config.mix)
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.loss = softmax_cross_entropy if config.target == "softmax" else binary_cross_entropy
         self.tokens = nn.Conv2d(backbone.map_features, classifier.num_classes, 1)
@@ -66,14 +67,14 @@ class TokenLabeling(Method):
     def forward(self, batch: Batch) -> StepOutput:
         config = self.config
         images, image_targets, token_targets = batch.images, *self.targets(batch)
-        mix = draw_mix(MixConfig(cutmix=config.mix), self.classifier.backbone.grid)
+        mix = draw_mix(self.mix, self.classifier.backbone.grid)
         if mix:
             images = self._pasted(mix, images)
             token_targets = mix.images(token_targets)
             image_targets = mix.share * image_targets + (1 - mix.share) * image_targets.flip(0)
         logits, cells = self._both(images)
-        image_loss = self.loss(logits, self._smooth(image_targets))
-        token_loss = self.loss(_rows(cells), self._smooth(_rows(token_targets)))
+        image_loss = self.loss(logits, smooth_labels(image_targets, config.smoothing))
+        token_loss = self.loss(_rows(cells), smooth_labels(_rows(token_targets), config.smoothing))
         loss = config.image_weight * image_loss + config.token_weight * token_loss
         return StepOutput(loss, {"image_loss": image_loss.detach(), "token_loss": token_loss.detach()})
 
@@ -124,9 +125,6 @@ class TokenLabeling(Method):
         pixels = (x1 * width // columns, y1 * height // rows, x2 * width // columns, y2 * height // rows)
         return Mix(mix.config, mix.share, pixels).images(images)
 
-    def _smooth(self, targets: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-        return (1 - self.config.smoothing) * targets + self.config.smoothing / targets.shape[1]
-
 
 def _rows(cells: Float[Tensor, "B C h w"]) -> Float[Tensor, "N C"]:
     """One row a cell."""
@@ -134,7 +132,7 @@ def _rows(cells: Float[Tensor, "B C h w"]) -> Float[Tensor, "N C"]:
 
 
 def _check(config: TokenLabelingConfig) -> None:
-    for name, is_valid, expected in (
+    rules = (
         ("target", config.target in TARGETS, f"one of {', '.join(TARGETS)}"),
         ("image_label", config.image_label in IMAGE_LABELS, f"one of {', '.join(IMAGE_LABELS)}"),
         ("image_weight", config.image_weight >= 0, "0 or more"),
@@ -143,6 +141,5 @@ def _check(config: TokenLabelingConfig) -> None:
         ("temperature", config.temperature > 0, "more than 0"),
         ("smoothing", 0 <= config.smoothing < 1, "a share in [0, 1)"),
         ("mix", config.mix >= 0, "0 or more"),
-    ):
-        if not is_valid:
-            raise InputError(f"method.{name}: expected {expected}, got {getattr(config, name)!r}")
+    )
+    check_fields(config, "method.", rules)

@@ -1,0 +1,12 @@
+"""Label smoothing."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def smooth_labels(targets: Float[Tensor, "B C"], share: float) -> Float[Tensor, "B C"]:
+    """Spread `share` of each label evenly over all classes, `(1 - s) y + s / C`; unknown (NaN) stays unknown.
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7.
+    """
+    return (1 - share) * targets + share / targets.shape[1]
