@@ -1,9 +1,10 @@
-"""Make label maps with a teacher, or judge them.
+"""Make label maps with a teacher, import published ones, or judge them.
 
 CONFIG names the images and classes: that of the student, which must find its maps made for its own records.
 
 python tools/make_label_maps.py CONFIG teacher=[runs/teacher] out=maps/teacher
 python tools/make_label_maps.py CONFIG teacher=[oracle] oracle_split=train out=maps/oracle
+python tools/make_label_maps.py import published/label_top5_train CONFIG axes=hw out=maps/published
 python tools/make_label_maps.py report maps/teacher CONFIG
 """
 
@@ -30,13 +31,14 @@ from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
 from mlvision.engine.precision import resolve_device, resolve_precision
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.annotate import annotate, verify
+from mlvision.labels.importers import detect_axes, import_published
 from mlvision.labels.oracle import oracle_map
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.metrics.quality_page import draw_quality, summarise
 from mlvision.models import BackboneConfig
 from mlvision.models.dense import AveragedTeacher, Teacher, build_teacher, check_identity
 from mlvision.run import load_run, read_role, write_json
-from mlvision.types import ACTIVATIONS
+from mlvision.types import ACTIVATIONS, LabelMap
 
 ORACLE, TIMM = "oracle", "timm"
 JSON, PNG = "quality.json", "quality.png"
@@ -84,6 +86,21 @@ class LabelMapOptions:
 
 
 @dataclass(frozen=True)
+class ImportOptions:
+    """Which published maps, and how they are read (`mlvision.labels.importers`)."""
+
+    out: Annotated[str, "folder of the store; one with the same options is continued"] = ""
+    split: Annotated[str, "whose images: train, val or test"] = "train"
+    axes: Annotated[str, "order of the files' map axes: hw (rows first) or wh; empty: found with reference="] = ""
+    reference: Annotated[str, "store of another teacher's maps of the same images, which tells the axes"] = ""
+    fill: Annotated[
+        str, "of classes that are not stored. zero: a logit of 0, as published; floor: the cell's least"
+    ] = "zero"
+    num_workers: Annotated[int, "processes that look for unreadable images; 0: the main one"] = 2
+    data: DataConfig = field(default_factory=lambda: Config().data)
+
+
+@dataclass(frozen=True)
 class ReportOptions(LabelQualityConfig):
     """Which maps are judged, and by what."""
 
@@ -121,17 +138,22 @@ class Source:
 
 def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
-        print(f"usage: make_label_maps.py [report STORE] [config.yaml ...] [key=value ...]\n\n{__doc__}")
-        print(f"Options:\n{describe_options(LabelMapOptions)}\n\nOptions of report:\n{describe_options(ReportOptions)}")
+        print(f"usage: make_label_maps.py [import ROOT | report STORE] [config.yaml ...] [key=value ...]\n\n{__doc__}")
+        print(f"Options:\n{describe_options(LabelMapOptions)}\n\nOptions of import:\n{describe_options(ImportOptions)}")
+        print(f"\nOptions of report:\n{describe_options(ReportOptions)}")
         return
+    if argv[0] in ("import", "report") and (len(argv) < 2 or "=" in argv[1]):
+        raise InputError(f"{argv[0]}: expected the folder of {'a store' if argv[0] == 'report' else 'published maps'}")
     if argv[0] == "report":
-        if len(argv) < 2 or "=" in argv[1]:
-            raise InputError("report: expected the folder of a store")
         options = parse_options(ReportOptions, argv[2:], prog="make_label_maps.py", description=__doc__)
         print(report(argv[1], options))
         return
-    options = parse_options(LabelMapOptions, argv, prog="make_label_maps.py", description=__doc__)
-    store = make(options)
+    if argv[0] == "import":
+        options = parse_options(ImportOptions, argv[2:], prog="make_label_maps.py", description=__doc__)
+        store = import_tree(argv[1], options)
+    else:
+        options = parse_options(LabelMapOptions, argv, prog="make_label_maps.py", description=__doc__)
+        store = make(options)
     print(f"{len(store)} maps of {store.meta.grid[0]}x{store.meta.grid[1]} cells: {options.out}")
 
 
@@ -175,7 +197,59 @@ def make(options: LabelMapOptions) -> LabelMapStore:
     return store
 
 
-def read_images(options: LabelMapOptions | ReportOptions) -> tuple[Manifest, list[tuple[str, str, str]]]:
+def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
+    """The finished store of published maps.
+
+    Raises:
+        InputError: files that are missing or not in the layout, axes that nothing tells, or another store in its place.
+    """
+    if not options.out or bool(options.axes) == bool(options.reference):
+        raise InputError(f"expected out= and one of axes= and reference=, got {options}")
+    manifest, _ = read_images(options)
+    keys, num_classes = [record.key for record in manifest.records], len(manifest.classes)
+    axes = options.axes or axes_by(options.reference, root, manifest, options.fill)
+    first = next(import_published(root, keys, num_classes, axes=axes, fill=options.fill)).values  # all files are there
+    meta = StoreMeta(
+        record_hash=manifest.hash,
+        num_records=len(manifest),
+        class_hash=manifest.class_hash,
+        num_classes=num_classes,
+        teacher=f"published maps in {Path(root).name}",
+        teacher_hash="",
+        grid=(first.shape[1], first.shape[2]),
+        kind="logit",
+        activation="softmax",
+        top_k=len(first),
+        block_size=LabelMapOptions.batch_size,
+        precision="as published",
+        preprocessing={"axes": axes, "fill": options.fill},
+    )
+    writer = LabelMapWriter.create_or_resume(options.out, meta)
+    for block in writer.outstanding():
+        maps = published_maps(root, [keys[row] for row in block], num_classes, axes, options.fill)
+        writer.write(block, maps.values, maps.ids, maps.fill)
+    return LabelMapStore.open(options.out)
+
+
+def axes_by(reference: str, root: str, manifest: Manifest, fill: str, images: int = 64) -> str:
+    """The axes of the published maps, by another teacher's maps of some of the images."""
+    store = LabelMapStore.open(reference)
+    store.check(record_hash=manifest.hash, class_hash=manifest.class_hash, num_records=len(manifest))
+    rows = np.unique(np.linspace(0, len(manifest) - 1, images).round().astype(int)).tolist()
+    keys = [manifest.records[row].key for row in rows]
+    as_stored = published_maps(root, keys, len(manifest.classes), "hw", fill)
+    return detect_axes(as_stored, store.read(rows), len(manifest.classes))
+
+
+def published_maps(root: str, keys: list[str], num_classes: int, axes: str, fill: str) -> LabelMap:
+    maps = list(import_published(root, keys, num_classes, axes=axes, fill=fill))
+    values, ids, fills = (torch.stack([getattr(one, name) for one in maps]) for name in ("values", "ids", "fill"))
+    return LabelMap(values=values, ids=ids.int(), kind="logit", fill=fills)
+
+
+def read_images(
+    options: LabelMapOptions | ImportOptions | ReportOptions,
+) -> tuple[Manifest, list[tuple[str, str, str]]]:
     """The images as a student's run reads them, and (split, key, reason) of each that was left out."""
     # Reading the records needs of a run's options no more than these.
     config = Config(data=options.data, loader=LoaderConfig(num_workers=options.num_workers))

@@ -240,3 +240,39 @@ def test_a_report_that_cannot_be_made_is_refused(arguments, store, tmp_path):
         make_label_maps.main(["report", "crops=2"])
     assert not list(tmp_path.rglob("quality*"))
     assert not list(store.path.glob("quality*"))
+
+
+def publish(store, manifest, root, swapped=False):
+    """The maps of a store as a published tree: `[2, K, h, w]`, values and ids as float32, in folders by class."""
+    for row, record in enumerate(manifest.records):
+        maps = store.read([row])
+        both = torch.stack([maps.values[0].float(), maps.ids[0].float()])
+        file = root / Path(record.key).parent.name / f"{Path(record.key).name.split('.')[0]}.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(both.mT.contiguous() if swapped else both, file)
+
+
+@pytest.mark.parametrize("axes", ["hw", "wh"])
+def test_a_published_tree_becomes_a_store(arguments, store, train_manifest, tmp_path, axes):
+    publish(store, train_manifest, tmp_path / "tree", swapped=axes == "wh")
+    script = ["import", str(tmp_path / "tree"), *arguments[:3]]
+    make_label_maps.main([*script, f"axes={axes}", "fill=floor", f"out={tmp_path}/maps"])
+    imported = LabelMapStore.open(tmp_path / "maps")
+    assert (imported.meta.grid, imported.meta.top_k, imported.meta.activation) == (store.meta.grid, 4, "softmax")
+    rows = range(len(store))
+    for name in ("values", "ids"):
+        np.testing.assert_array_equal(getattr(imported.read(rows), name), getattr(store.read(rows), name))
+    make_label_maps.main([*script, f"reference={store.path}", f"out={tmp_path}/told"])
+    assert LabelMapStore.open(tmp_path / "told").meta.preprocessing["axes"] == axes
+
+
+def test_an_import_that_nothing_tells_how_to_read_is_refused(arguments, store, train_manifest, tmp_path):
+    publish(store, train_manifest, tmp_path / "tree")
+    script = ["import", str(tmp_path / "tree"), *arguments[:3]]
+    with pytest.raises(InputError, match="one of axes= and reference="):
+        make_label_maps.main([*script, f"out={tmp_path}/maps"])
+    next((tmp_path / "tree").rglob("*.pt")).unlink()
+    with pytest.raises(InputError, match=r"\.pt"):
+        make_label_maps.main([*script, "axes=hw", f"out={tmp_path}/maps"])
+    with pytest.raises(InputError, match="published maps"):
+        make_label_maps.main(["import", "axes=hw"])
