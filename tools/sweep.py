@@ -36,6 +36,9 @@ class SweepOptions:
     seeds: Annotated[list[int], "each experiment is run once with each seed"] = field(default_factory=lambda: [0, 1, 2])
     runs: Annotated[str, "folder for the run folders; empty: runs/<name>"] = ""
     records: Annotated[str, "folder for the records of finished runs; empty: docs/results/<name>"] = ""
+    bounds: Annotated[list[str], "labels of two experiments between which the results measure the closed gap"] = field(
+        default_factory=list
+    )
     jobs: Annotated[int, "runs at once; on a shared CPU, give each fewer threads"] = 1
     dry_run: Annotated[bool, "print what would be run, and its state, without running it"] = False
 
@@ -109,6 +112,9 @@ def plan(options: SweepOptions) -> list[Planned]:
                 arguments = (experiment["config"], *options.overrides, *own, f"seed={seed}")
                 planned.append(Planned(f"{label}-seed{seed}", arguments))
     labels = [run.label for run in planned]
+    missing = set(options.bounds) - {label.rsplit("-seed", 1)[0] for label in labels}
+    if missing or len(options.bounds) not in (0, 2):
+        raise InputError(f"bounds: expected the labels of two experiments, got {options.bounds}")
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise InputError(f"experiments: two runs are called '{twice}'; give one of them a label")

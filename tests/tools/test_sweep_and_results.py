@@ -77,6 +77,7 @@ def test_a_changed_grid_is_noticed(grid, tmp_path):
         ),
         (f"experiments: [{{config: {SMOKE}}}, {{config: {SMOKE}}}]", "two runs are called"),
         (f"experiments: [{{config: {SMOKE}, overrides: [optim.lrr=1]}}]", "optim.lrr: no such option"),
+        (f"experiments: [{{config: {SMOKE}, label: a}}]\nbounds: [a, b]", "bounds: expected the labels of two"),
     ],
 )
 def test_bad_grids(tmp_path, text, message):
@@ -92,7 +93,7 @@ def test_every_grid_of_the_repository_is_sound():
 
 
 def test_the_committed_pages_are_those_of_the_records():
-    text = results_table.render(ROOT / "docs/results")
+    text = results_table.render(ROOT / "docs/results", ROOT / "configs/grids")
     assert (ROOT / "docs/results.md").read_text() == text
     readme = (ROOT / "README.md").read_text()
     assert results_table.fill_readme(readme, ROOT / "docs/results") == readme
@@ -106,11 +107,40 @@ def test_unlike_runs_are_not_averaged(grid, tmp_path):
     other["config"]["optim"]["weight_decay"] = 0.7
     records[0].with_name(records[0].name.replace("seed0", "seed1")).write_text(json.dumps(other))
     with pytest.raises(InputError, match=r"optim.weight_decay.*0.7"):
-        results_table.render(tmp_path / "records")
+        results_table.render(tmp_path / "records", tmp_path)
 
 
 def test_a_foreign_file_among_the_records_is_named(tmp_path):
     (tmp_path / "g").mkdir()
     (tmp_path / "g/x.json").write_text("{}")
     with pytest.raises(InputError, match=r"x.json: not a record of eval.py"):
-        results_table.render(tmp_path)
+        results_table.render(tmp_path, tmp_path)
+
+
+def record(seed, value):
+    """What the table uses of a record."""
+    measured = {"mAP": value, "CF1": 0.0, "OF1": 0.0}
+    config = {"seed": seed, "model": {"name": "net"}, "view": {"size": 8}, "optim": {"epochs": 1}}
+    environment = {"commit": "c", "machine": "m"}
+    metrics = {"weights": "raw", "raw": measured, "protocol": "p"}
+    return {"config": config, "parameters": 1, "metrics": metrics, "environment": environment}
+
+
+def test_the_closed_gap_is_measured_seed_by_seed(tmp_path, capsys):
+    values = {"low": (0.5, 0.6), "student": (0.7, 0.65), "high": (0.9, 0.8)}  # half and a quarter of the gap
+    experiments = {name: [record(seed, v) for seed, v in enumerate(pair)] for name, pair in values.items()}
+    experiments["student"].append(record(2, 0.1))  # a seed that the bounds lack
+    rows = results_table.table(experiments, ["low", "high"]).splitlines()
+    assert rows[0].endswith("| gap closed |")
+    assert rows[3].endswith(f"| {statistics.mean([0.5, 0.25]):.4f} +- {statistics.stdev([0.5, 0.25]):.4f} |")
+    assert rows[2].endswith("|  |")
+    for name, runs in experiments.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps(runs[0]))
+    folders = ",".join(str(tmp_path / name) for name in values)
+    results_table.main([f"runs=[{folders}]", "bounds=[low,high]"])
+    assert "| 0.5000 |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="expected two of low, student, high, got low, top"):
+        results_table.main([f"runs=[{folders}]", "bounds=[low,top]"])
+    with pytest.raises(InputError, match="no such record"):
+        results_table.main([f"runs=[{tmp_path}/nowhere]"])
