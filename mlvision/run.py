@@ -145,6 +145,10 @@ def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMa
             f"label_maps: {error}. Maps belong to the training records as data.* gives them (root, train, val_fraction, "
             "val_seed, ...): give those that the maps were made with, or make others with tools/make_label_maps.py"
         ) from None
+    try:
+        method.check_label_map(store.read([0]))
+    except InputError as error:
+        raise InputError(f"label_maps: {store.path}: {error}") from None
     return store
 
 

@@ -97,7 +97,7 @@ class LabelMap(_Columns):
         *,
         temperature: float = 1.0,
         num_classes: int | None = None,
-        calibration: str | None = None,
+        calibration: str = "",
     ) -> "LabelMap":
         """The same map as another kind; the only conversion between kinds.
 
@@ -129,7 +129,7 @@ class LabelMap(_Columns):
             if calibration not in CALIBRATIONS:
                 raise InputError(
                     f"label map: {self.kind} is no probability; name a calibration of {', '.join(CALIBRATIONS)}, "
-                    f"got {calibration!r}"
+                    f"got '{calibration}'"
                 )
             if self.ids is not None and self.ids.ndim == 4:
                 raise InputError(f"label map: {calibration} needs whole maps of each label, got the best of each cell")

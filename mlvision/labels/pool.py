@@ -53,7 +53,7 @@ def pool_label_map(
     Raises:
         InputError: no such operator, a mean of another kind than the map's, or an argument out of range.
     """
-    _check(label_map, view, operator, output_size, sharpness, top_share)
+    _check(label_map, view, num_classes, operator, output_size, sharpness, top_share)
     values = label_map.values.to(torch.promote_types(label_map.values.dtype, torch.float32))
     fill = torch.as_tensor(label_map.fill, dtype=values.dtype, device=values.device)
     fill = fill.expand(len(values), *values.shape[2:])
@@ -94,6 +94,7 @@ def pool_probabilities(
     *,
     operator: str,
     temperature: float = 1.0,
+    calibration: str = "",
     **options: Any,
 ) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
     """The probability of every class in each view: the activation of the pooled logits (mean_logit), or the pooled
@@ -101,6 +102,7 @@ def pool_probabilities(
 
     Args:
         temperature: divides logits before their activation.
+        calibration: what makes probabilities of mass and attribution, which are refused without it; see `LabelMap.to`.
         options: further arguments of `pool_label_map`.
 
     Raises:
@@ -113,18 +115,26 @@ def pool_probabilities(
             "probability", temperature=temperature
         )
         return probable.values.view_as(pooled)
-    probable = label_map.to("probability", temperature=temperature, num_classes=num_classes)
+    probable = label_map.to("probability", temperature=temperature, num_classes=num_classes, calibration=calibration)
     pooled = pool_label_map(probable, view, num_classes, operator=operator, **options)
     return pooled.clamp(0, 1)  # sums of weights are rounded; a box without any cell has no maximum
 
 
 def _check(
-    label_map: LabelMap, view: CropBox, operator: str, output_size: int, sharpness: float, top_share: float
+    label_map: LabelMap,
+    view: CropBox,
+    num_classes: int,
+    operator: str,
+    output_size: int,
+    sharpness: float,
+    top_share: float,
 ) -> None:
     if operator not in OPERATORS:
         raise InputError(f"operator: expected one of {', '.join(OPERATORS)}, got '{operator}'")
     if operator.startswith("mean_") and operator != f"mean_{label_map.kind}":
         raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.to first")
+    if label_map.ids is None and label_map.values.shape[1] != num_classes:
+        raise InputError(f"label maps of {label_map.values.shape[1]} classes, expected {num_classes}")
     if len(view.boxes) != len(label_map.values):
         raise InputError(f"{len(view.boxes)} views and {len(label_map.values)} label maps: expected one for each")
     if output_size < 1 or not sharpness > 0 or not 0 < top_share <= 1:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlvision.data.loader import EpochOrder, shuffled
 from mlvision.data.manifest import Manifest
 from mlvision.models import Classifier, Preprocessing
-from mlvision.types import Batch, HeadOutput, StepOutput
+from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ class Method(nn.Module):
 
     def prepare(self, manifest: Manifest) -> None:
         """See the training manifest once, before the first step; what is kept of it is a buffer."""
+
+    def check_label_map(self, label_map: LabelMap) -> None:
+        """See one map of the training images before the first step, where the method needs them.
+
+        Raises:
+            InputError: maps of a kind that the method cannot learn from.
+        """
 
     def make_sampler(self, manifest: Manifest, seed: int) -> EpochOrder:
         """The order of the training images in each epoch: a function of (seed, epoch)."""

@@ -16,7 +16,7 @@ from mlvision.labels.oracle import oracle_targets, split_oracle
 from mlvision.losses import asymmetric_loss, binary_cross_entropy, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
-from mlvision.types import Batch, CropBox, LabelMap, StepOutput
+from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
 
 TARGETS = {"softmax": "mean_logit", "multilabel": "max", "gated": "max", "oracle": ""}  # with each one's own operator
 FUSIONS = ("none", "convex", "gate")
@@ -40,6 +40,10 @@ class RelabelConfig(MethodConfig):
     sharpness: Annotated[float, "log_sum_exp: its r; small is the mean, large the maximum"] = 10.0
     top_share: Annotated[float, "top_q: share of the cells that count"] = 0.25
     temperature: Annotated[float, "divides the teacher's logits"] = 1.0
+    calibration: Annotated[
+        str,
+        "what makes probabilities of maps that hold mass or attributions: relative_to_peak; empty: such maps are refused",
+    ] = ""
     loss: Annotated[str, "bce, or asl (asymmetric loss); softmax has its cross-entropy"] = "bce"
     gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
     gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
@@ -104,11 +108,15 @@ class Relabel(Method):
         images = mix.images(batch.images) if mix else batch.images
         return StepOutput(self.loss(self.predict(images), targets), logs)
 
+    def check_label_map(self, label_map: LabelMap) -> None:
+        unknown = torch.full((len(label_map.values), self.classifier.num_classes), torch.nan)
+        self._targets(label_map, unknown, CropBox(whole_images(unknown)), None)
+
     @torch.no_grad()
     def targets(self, batch: Batch, mix: Mix | None = None) -> Float[Tensor, "B C"]:
         """What the student is to say of each view; NaN where that is unknown."""
         assert batch.label_map is not None
-        label_map = batch.label_map if self.config.fill == "stored" else zero_fill(batch.label_map)
+        label_map = batch.label_map
 
         def pool(view: CropBox, hole: Tensor | None) -> Tensor:
             return self._targets(label_map, batch.targets, view, hole)
@@ -145,11 +153,12 @@ class Relabel(Method):
         """Probabilities of each view; a distribution over the classes where a softmax learns them."""
         config = self.config
         pooled = pool_probabilities(
-            label_map,
+            label_map if config.fill == "stored" else zero_fill(label_map),
             view,
             self.classifier.num_classes,
             operator=self.operator,
             temperature=config.temperature,
+            calibration=config.calibration,
             sharpness=config.sharpness,
             top_share=config.top_share,
             hole=hole,
@@ -195,6 +204,7 @@ def _check(config: RelabelConfig) -> None:
         ("region", config.region in REGIONS, f"one of {', '.join(REGIONS)}"),
         ("fill", config.fill in FILLS, f"one of {', '.join(FILLS)}"),
         ("temperature", config.temperature > 0, "more than 0"),
+        ("calibration", config.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
         ("sharpness", config.sharpness > 0, "more than 0"),
         ("top_share", 0 < config.top_share <= 1, "a number above 0, at most 1"),
         ("annotation_weight", 0 <= config.annotation_weight <= 1, share),

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
 from mlvision.labels import pool_probabilities
+from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
-from mlvision.types import Batch, LabelMap, StepOutput
+from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
 
 # target: the operators of the image's label and of a cell's
 TARGETS = {"softmax": ("mean_logit", "mean_logit"), "multilabel": ("max", "mean_probability")}
@@ -33,6 +34,10 @@ class TokenLabelingConfig(MethodConfig):
         float, "prediction: the image's logits plus this share of each class's highest cell; the paper's code: 0.5"
     ] = 0.0
     temperature: Annotated[float, "divides the teacher's logits"] = 1.0
+    calibration: Annotated[
+        str,
+        "what makes probabilities of maps that hold mass or attributions: relative_to_peak; empty: such maps are refused",
+    ] = ""
     smoothing: Annotated[float, "label smoothing of both losses: this share is spread evenly over all classes"] = 0.0
     mix: Annotated[float, "alpha of MixToken's Beta distribution: pairs of images, pasted along cells; 0: none"] = 0.0
 
@@ -78,25 +83,19 @@ class TokenLabeling(Method):
         loss = config.image_weight * image_loss + config.token_weight * token_loss
         return StepOutput(loss, {"image_loss": image_loss.detach(), "token_loss": token_loss.detach()})
 
+    def check_label_map(self, label_map: LabelMap) -> None:
+        view = CropBox(whole_images(label_map.values.float()))
+        self._of_image(label_map, view)
+        self._of_tokens(label_map, view)
+
     @torch.no_grad()
     def targets(self, batch: Batch) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
         """What the image's logits and the cells' logits are to say of each view."""
         assert batch.label_map is not None
-        num_classes, temperature = self.classifier.num_classes, self.config.temperature
-        of_image, of_token = TARGETS[self.config.target]
-        token_targets = pool_probabilities(
-            batch.label_map,
-            batch.view,
-            num_classes,
-            operator=of_token,
-            temperature=temperature,
-            output_size=self.classifier.backbone.grid[0],
-        ).reshape(len(batch.images), num_classes, *self.classifier.backbone.grid)
+        of_tokens = self._of_tokens(batch.label_map, batch.view)
         if self.config.image_label == "annotation":
-            return batch.targets, token_targets
-        return pool_probabilities(
-            batch.label_map, batch.view, num_classes, operator=of_image, temperature=temperature
-        ), token_targets
+            return batch.targets, of_tokens
+        return self._of_image(batch.label_map, batch.view), of_tokens
 
     def predict(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
         if not self.config.inference_weight:
@@ -107,6 +106,25 @@ class TokenLabeling(Method):
     def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
         """What the cells say of the views; the grid covers the view."""
         return LabelMap(self._both(images)[1], None, "logit", activation=self.activation)
+
+    def _of_image(self, label_map: LabelMap, view: CropBox) -> Float[Tensor, "B C"]:
+        return self._pool(label_map, view, TARGETS[self.config.target][0])
+
+    def _of_tokens(self, label_map: LabelMap, view: CropBox) -> Float[Tensor, "B C h w"]:
+        grid = self.classifier.backbone.grid
+        pooled = self._pool(label_map, view, TARGETS[self.config.target][1], output_size=grid[0])
+        return pooled.reshape(*pooled.shape[:2], *grid)
+
+    def _pool(self, label_map: LabelMap, view: CropBox, operator: str, output_size: int = 1) -> Tensor:
+        return pool_probabilities(
+            label_map,
+            view,
+            self.classifier.num_classes,
+            operator=operator,
+            temperature=self.config.temperature,
+            calibration=self.config.calibration,
+            output_size=output_size,
+        )
 
     def _both(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
         """Logits of the image and of its cells, in at least float32 also under autocast."""
@@ -139,6 +157,7 @@ def _check(config: TokenLabelingConfig) -> None:
         ("token_weight", config.token_weight >= 0, "0 or more"),
         ("inference_weight", config.inference_weight >= 0, "0 or more"),
         ("temperature", config.temperature > 0, "more than 0"),
+        ("calibration", config.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
         ("smoothing", 0 <= config.smoothing < 1, "a share in [0, 1)"),
         ("mix", config.mix >= 0, "0 or more"),
     )

@@ -191,6 +191,7 @@ def test_only_training_knows_of_label_maps():
         ({"target": "gated", "fusion": "gate"}, "method.fusion: target=gated takes the annotation in already"),
         ({"temperature": 0.0}, "method.temperature: expected more than 0, got 0.0"),
         ({"gate_low": 0.6}, "method.gate_low: expected 0 or more and below gate_high"),
+        ({"calibration": "peak"}, "method.calibration: expected one of relative_to_peak, or nothing, got 'peak'"),
         ({"region": "yx"}, "method.region: expected one of crop, image, swapped"),
     ],
 )
@@ -199,9 +200,26 @@ def test_bad_options_are_named(options, message):
         build(**options)
 
 
-def test_zero_fill_of_probabilities_is_refused():
-    batch = make_batch(LabelMap(torch.zeros(3, NUM_CLASSES, 4, 6)))
-    with pytest.raises(
-        InputError, match="method.fill: zero is a logit, the label maps hold values of kind probability"
-    ):
-        build(fill="zero").targets(batch)
+@pytest.mark.parametrize(
+    ("options", "label_map", "message"),
+    [
+        ({}, LabelMap(torch.ones(1, 5, 4, 6), kind="attribution"), "attribution is no probability; name a calibration"),
+        ({"target": "softmax"}, LabelMap(torch.ones(1, 5, 4, 6), kind="mass"), "mean_logit of a map of mass"),
+        ({"fill": "zero"}, LabelMap(torch.ones(1, 5, 4, 6)), "method.fill: zero is a logit, the .* kind probability"),
+        ({"target": "oracle"}, logit_map(), "oracle"),
+        ({}, LabelMap(torch.ones(1, 10, 4, 6)), "label maps of 10 classes, expected 5"),
+    ],
+)
+def test_maps_that_cannot_be_learnt_from_are_refused_before_the_first_step(options, label_map, message):
+    with pytest.raises(InputError, match=message):
+        build(**options).check_label_map(label_map)
+    build().check_label_map(logit_map())
+
+
+def test_a_named_calibration_makes_targets_of_attributions():
+    values = torch.zeros(3, NUM_CLASSES, 4, 6)
+    values[:, 1, 3, 5], values[:, 2, 0, 0], values[:, 3] = 8, 2, -4
+    batch = make_batch(LabelMap(values, kind="attribution"))
+    targets = build(calibration="relative_to_peak").targets(batch)
+    assert targets[0].tolist() == [0, 1, 1, 0, 0]
+    assert targets[1, 1] == targets[1, 2] == 0  # the upper right quarter shows neither

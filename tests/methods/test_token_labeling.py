@@ -154,3 +154,11 @@ def test_a_grid_that_is_not_square_is_refused():
     classifier = build_classifier(BackboneConfig("test_resnet"), LinearHeadConfig(), C, image_size=(64, 96))
     with pytest.raises(InputError, match=r"token_labeling needs a square grid of cells, got \(\d+, \d+\)"):
         TokenLabeling(TokenLabelingConfig(), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9))
+
+
+def test_maps_that_cannot_be_learnt_from_are_refused_before_the_first_step():
+    attribution = LabelMap(torch.ones(1, C, 4, 6), kind="attribution")
+    with pytest.raises(InputError, match="attribution is no probability; name a calibration of relative_to_peak"):
+        build(target="multilabel").check_label_map(attribution)
+    build(target="multilabel", calibration="relative_to_peak").check_label_map(attribution)
+    build().check_label_map(LabelMap(torch.ones(1, C, 4, 6), kind="logit"))
