@@ -167,7 +167,8 @@ class LabelMapStore:
     def read(self, indices: Rows) -> LabelMap:
         """The maps of some rows, in that order; rows may repeat.
 
-        Values are float16 as stored, or float32 where stored as uint8; ids are int32; the fill is float32.
+        Values are float16 as stored, or float32 where stored as uint8; ids are int16, or int64 above 32,768 classes; the
+        fill is float32.
         """
         rows = np.asarray(indices, dtype=np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
@@ -177,12 +178,16 @@ class LabelMapStore:
         extent = self.meta.geometry.extent
         return LabelMap(
             values=torch.from_numpy(_decode(part["values"], part.get("scale"))),
-            ids=torch.from_numpy(part["ids"].astype(np.int32)) if "ids" in part else None,
+            ids=torch.from_numpy(self._signed(part["ids"])) if "ids" in part else None,
             kind=self.meta.kind,
             fill=torch.from_numpy(part["fill"]).float() if "fill" in part else 0.0,  # numpy converts float16 slowly
             extent=None if extent is None else torch.tensor(extent).repeat(len(rows), 1),
             activation=self.meta.activation or "softmax",
         )
+
+    def _signed(self, ids: np.ndarray) -> np.ndarray:
+        # torch knows little of unsigned types. The same bytes, where no id is above int16: a copy costs as much as the read.
+        return ids.view(np.int16) if self.meta.num_classes <= 1 << 15 else ids.astype(np.int64)
 
     @cached_property
     def _arrays(self) -> dict[str, np.ndarray]:

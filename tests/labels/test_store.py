@@ -84,14 +84,22 @@ def in_child(work) -> int:
 # What is read is what was written
 
 
-@pytest.mark.parametrize(("num_classes", "on_disk"), [(20, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
-def test_best_of_each_cell_are_read_as_written(tmp_path, num_classes, on_disk):
+@pytest.mark.parametrize(
+    ("num_classes", "on_disk", "read"),
+    [
+        (20, "uint16", torch.int16),
+        (32_768, "uint16", torch.int16),
+        (65_536, "uint16", torch.int64),
+        (65_537, "uint32", torch.int64),
+    ],
+)
+def test_best_of_each_cell_are_read_as_written(tmp_path, num_classes, on_disk, read):
     meta = meta_of(num_classes=num_classes)
     store = fill_store(tmp_path / "maps", meta)
     assert np.load(tmp_path / "maps" / "ids.npy", mmap_mode="r").dtype == on_disk
     order = [4, 0, 4, 3]
     maps, (values, ids, fill) = store.read(order), rows_of(meta, order)
-    assert (maps.values.dtype, maps.ids.dtype, maps.fill.dtype) == (torch.float16, torch.int32, torch.float32)
+    assert (maps.values.dtype, maps.ids.dtype, maps.fill.dtype) == (torch.float16, read, torch.float32)
     assert torch.equal(maps.values, values.half())
     assert torch.equal(maps.ids.long(), ids)
     assert maps.ids.max() == num_classes - 1
