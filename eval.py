@@ -64,14 +64,18 @@ def main(argv: list[str]) -> dict:
         **results,
     }
     write_metrics(run, role, metrics)
-    if role == "test" and not write_record(run, metrics):
-        print("this run has not been trained to its end: no record.json is written for it")
+    written = ["metrics.json", f"per_class_{role}.csv", f"precision_recall_{role}.png"]
+    if role == "test":
+        if write_record(run, metrics):
+            written.append("record.json")
+        else:
+            print("this run has not been trained to its end: no record.json is written for it")
     print(metrics["protocol"])
     for weights, summary in results.items():
         shown = f"mAP (plain) {summary['mAP']:.4f}  CF1 {summary['CF1']:.4f}  OF1 {summary['OF1']:.4f}"
         mark = "*" if weights == chosen else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
-    print(f"written to {run.folder}: metrics.json, per_class_{role}.csv, precision_recall_{role}.png")
+    print(f"written to {run.folder}: {', '.join(written)}")
     return metrics
 
 

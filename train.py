@@ -22,10 +22,10 @@ def main(argv: list[str]) -> None:
         print(f"left out of {split}: {key} ({reason})")
     print(
         f"{'resuming' if resume else 'training'} {folder}: {len(run.train)} train and {len(run.val)} val images, "
-        f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, {run.config.threads} threads\n"
+        f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, threads={run.config.threads}\n"
         f"validation: {run.val.protocol}; {run.config.view.size} px"
     )
-    fit(
+    state = fit(
         run.method,
         run.train_loader,
         run.val_loader,
@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
         resume=resume,
         callbacks=[ProgressBar()],
     )
-    print(f"done; python eval.py {folder} reads the test split")
+    if state.epoch == run.config.optim.epochs:
+        print(f"done; python eval.py {folder} reads the test split")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,9 @@ def test_resume_auto_finds_the_newest_equal_run(smoke_arguments, tmp_path, monke
     assert len(list((tmp_path / "runs").iterdir())) == 2
     capsys.readouterr()
     train_script.main([*once, "resume=auto"])
-    assert f"resuming runs/{first.name}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"resuming runs/{first.name}" in output
+    assert "all 1 epochs are trained already" in output
     assert len(list((tmp_path / "runs").iterdir())) == 2
     environment = json.loads((first / "environment.json").read_text())
     (again,) = environment["resumed"]
@@ -322,7 +324,7 @@ def test_a_run_is_not_resumed_on_other_images(trained, smoke_arguments, scenes_r
         )
 
 
-def test_an_unfinished_run_leaves_no_record(smoke_arguments, tmp_path, monkeypatch):
+def test_an_unfinished_run_leaves_no_record(smoke_arguments, tmp_path, monkeypatch, capsys):
     from mlvision.engine.callbacks import ProgressBar
 
     class StopsAtStep7(ProgressBar):
@@ -333,6 +335,9 @@ def test_an_unfinished_run_leaves_no_record(smoke_arguments, tmp_path, monkeypat
 
     monkeypatch.setattr(train_script, "ProgressBar", StopsAtStep7)
     train_script.main([*smoke_arguments, f"out={tmp_path}/r"])
+    output = capsys.readouterr().out
+    assert "stopped by SIGTERM at step 7" in output
+    assert "done;" not in output
     assert load_checkpoint(tmp_path / "r/checkpoints/last.pt")["step"] == 7
     eval_script.main([str(tmp_path / "r")])
     assert (tmp_path / "r/metrics.json").is_file()

@@ -65,17 +65,26 @@ class Row:
 
 
 def compare(ours: Callable[[], Any], peer: Callable[[], Any], options: BenchmarkOptions) -> dict[str, Any]:
-    """Times of interleaved pairs, in alternating order, after a warm-up of each."""
+    """Times of interleaved pairs, in alternating order, after a warm-up of each.
+
+    A call shorter than 20 ms is repeated to last about that: alone it would measure the caches that the other left.
+    """
+
+    def seconds(call: Callable[[], Any], repeats: int) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    for call in (ours, peer):
+        seconds(call, 1)
+    repeats = [max(1, round(0.02 / seconds(call, 1))) for call in (ours, peer)]
     times = np.empty((options.pairs, 2))
-    ours()
-    peer()
     for pair in range(options.pairs):
         for which in (0, 1) if pair % 2 else (1, 0):
-            started = time.perf_counter()
-            (ours, peer)[which]()
-            if options.device != "cpu":
-                torch.cuda.synchronize()
-            times[pair, which] = time.perf_counter() - started
+            times[pair, which] = seconds((ours, peer)[which], repeats[which])
     ratios = times[:, 1] / times[:, 0]
     low, high = np.quantile(ratios, [0.1, 0.9])
     return {
@@ -261,7 +270,7 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(options.threads)
     environment = describe_environment(torch.device(options.device))
     print(
-        f"{environment['machine']}, {environment['threads']} threads, load {os.getloadavg()[0]:.1f}; {options.pairs} pairs"
+        f"{environment['machine']}, threads={environment['threads']}, load {os.getloadavg()[0]:.1f}; {options.pairs} pairs"
     )
     rows = []
     for name in tqdm(names, disable=None):

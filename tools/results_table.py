@@ -155,7 +155,7 @@ def section(grid: str, experiments: dict[str, list[dict[str, Any]]], bounds: lis
     lines.append(f"- Command: `python tools/sweep.py configs/grids/{grid}.yaml`; each run's own in its record.")
     lines.append(f"- Commit: {listed(r['environment']['commit'] for r in every)}.")
     machines = (
-        f"{r['environment']['machine']}, {r['config']['threads']} threads, {r['config']['precision']}" for r in every
+        f"{r['environment']['machine']}, threads={r['config']['threads']}, {r['config']['precision']}" for r in every
     )
     lines.append(f"- Machine: {listed(machines)}.")
     return "\n".join(lines) + "\n"

@@ -173,6 +173,8 @@ def fit(
                 f"(then {saved['data_hash'][:12]}, now {data_hash[:12]})"
             )
         state.restore(run_dir / LAST, saved)
+        if state.epoch == optim.epochs:
+            state.log.line(f"all {optim.epochs} epochs are trained already")
 
     def save() -> None:
         guard.check(keys)
