@@ -24,6 +24,7 @@ from mlvision.metrics import mass_in_box, pointing_game
 from mlvision.metrics.quality_tables import (
     agreement,
     area_bins,
+    by_object_size,
     calibration,
     known_mean,
     localisation,
@@ -93,6 +94,7 @@ def judge_label_maps(
     return {
         **describe(store, manifest, judged_by, len(rows), config),
         "agreement": agreement(tables),
+        "object_sizes": by_object_size(tables),
         "crops": crops,
         "calibration": calibration(tables),
         "localisation": localisation(tables),
@@ -160,9 +162,9 @@ def _collect_rows(
     part = {"targets": targets, "stored": stored, "pairs": _localise(probable, records)}
     part |= {f"whole/{name}": values for name, values in pooled(given, probable, whole, num_classes).items()}
 
+    shown_by, part["size"] = _shown_labels(records, targets)
     boxes = torch.from_numpy(np.stack([crop_boxes(r, int(i), config) for r, i in zip(records, rows, strict=True)]))
     crops: list[dict[str, np.ndarray]] = []
-    shown_by = _shown_labels(records, targets)
     for view in boxes.unbind(1):
         scores = pooled(given, probable, view, num_classes)
         area = ((view[:, 2] - view[:, 0]) * (view[:, 3] - view[:, 1])).numpy()
@@ -215,8 +217,9 @@ def crop_boxes(record: Record, row: int, config: LabelQualityConfig) -> Float32[
 
 def _shown_labels(
     records: Sequence[Record], targets: Float32[np.ndarray, "n C"]
-) -> Callable[[Float[Tensor, "n 4"]], Float32[np.ndarray, "n C"]]:
-    """What one crop of each image shows, by the areas of its objects; all unknown where no objects are annotated."""
+) -> tuple[Callable[[Float[Tensor, "n 4"]], Float32[np.ndarray, "n C"]], Float32[np.ndarray, "n C"]]:
+    """What one crop of each image shows, by the areas of its objects, and the share of the image that each label's objects
+    cover; all unknown where no objects are annotated."""
     num_classes = targets.shape[1]
     known = [i for i, record in enumerate(records) if record.boxes is not None]
     drawn = []
@@ -225,6 +228,10 @@ def _shown_labels(
         assert boxes is not None
         drawn.append(oracle_map(boxes.xyxy, boxes.labels, boxes.crowd, boxes.segmentation, num_classes, _GRID))
     annotated = batch_oracle_maps(drawn) if drawn else None
+    size = np.full(targets.shape, np.nan, dtype=np.float32)
+    size[known] = 0
+    for i, one in zip(known, drawn, strict=True):
+        size[i, one.ids] = one.cover.mean(axis=(1, 2))
 
     def shown(view: Float[Tensor, "n 4"]) -> Float32[np.ndarray, "n C"]:
         labels = np.full(targets.shape, np.nan, dtype=np.float32)
@@ -232,7 +239,7 @@ def _shown_labels(
             labels[known] = oracle_targets(*annotated, CropBox(view[known]), num_classes, tau=VISIBLE).numpy()
         return np.where(np.isnan(targets), np.nan, labels)
 
-    return shown
+    return shown, size
 
 
 def _localise(probable: LabelMap, records: Sequence[Record]) -> Float[np.ndarray, "P 5"]:

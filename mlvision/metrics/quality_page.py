@@ -32,6 +32,12 @@ def summarise(quality: dict[str, Any]) -> str:
         lines.append(
             f"{_NAMES[name]:18}" + "".join(f"{n:>{w}.4f}" for n, w in zip(numbers, (12, 12, 16, 12), strict=True))
         )
+    sizes = quality["object_sizes"]
+    if sizes:
+        limits = ", ".join("{:.3f}-{:.3f}".format(*part["share_of_area"]) for part in sizes)
+        lines.append(f"mAP of whole images by the share of the image that a label's objects cover ({limits}):")
+        for name in quality["agreement"]:
+            lines.append(f"{_NAMES[name]:18}" + "".join(f"{part['mAP'][name]:>12.4f}" for part in sizes))
     ends = [f"{part['entropy']:.3f}" for part in (crops["bins"][0], crops["bins"][-1])]
     lines.append(f"entropy ({crops['entropy_of']}): {ends[0]} in the smallest crops, {ends[1]} in the largest")
     found = quality["calibration"]
@@ -70,21 +76,25 @@ def draw_quality(path: Path, quality: dict[str, Any]) -> None:
     Args:
         quality: as `judge_label_maps` found it: what is undefined is NaN, not None.
     """
-    figure = Figure(figsize=(19, 11), layout="constrained")
+    figure = Figure(figsize=(21, 11), layout="constrained")
     FigureCanvasAgg(figure)
     title = (
         f"{quality['store']}: {_source(quality)}\n{quality['num_images']:,} images of '{quality['split']}', judged by "
     )
     figure.suptitle(literal(f"{title}'{quality['labels_split']}'"), fontsize=13, color=INK)
     upper, lower = figure.subfigures(2, 1, squeeze=False).flat
-    agreement, crops, entropy, *exact, calibration = upper.subplots(1, 5 if quality["exact"] else 4)
+    panels = [
+        (_draw_agreement, quality["agreement"]),
+        (_draw_sizes, quality["object_sizes"]),
+        (_draw_crops, quality["crops"]),
+        (_draw_entropy, quality["crops"]),
+        (_draw_exact, quality["exact"]),
+        (_draw_calibration, quality["calibration"]),
+    ]
+    panels = [(draw, found) for draw, found in panels if found is not None]
+    for axes, (draw, found) in zip(upper.subplots(1, len(panels)), panels, strict=True):
+        draw(axes, found)
     coverage, boxes = lower.subplots(1, 2)
-    _draw_agreement(agreement, quality["agreement"])
-    _draw_crops(crops, quality["crops"])
-    _draw_entropy(entropy, quality["crops"])
-    if quality["exact"]:
-        _draw_exact(exact[0], quality["exact"])
-    _draw_calibration(calibration, quality["calibration"])
     bars = {"highest_with": ("images with the label", BEST), "highest_without": ("images without it", OTHER)}
     label = "share of the images with the label whose map stores it"
     _draw_classes(coverage, quality["classes"], bars, ["stored"], label, "highest probability in a map: mean by class")
@@ -127,6 +137,20 @@ def _draw_crops(axes: Axes, crops: dict[str, Any]) -> None:
     axes.set(xlabel=_AREA, ylabel="top-1 accuracy, mAP", title="random crops")
     _leave_room(axes, 1.0, 1.45)
     axes.legend(frameon=False, loc="upper left", fontsize=8)
+
+
+def _draw_sizes(axes: Axes, sizes: list[dict[str, Any]]) -> None:
+    for number, name in enumerate(sizes[0]["mAP"]):
+        width = 1.5 * (len(sizes[0]["mAP"]) - number)
+        values = [part["mAP"][name] for part in sizes]
+        axes.plot(range(len(sizes)), values, "o-", ms=4, color=_COLOURS[name], linewidth=width, label=_NAMES[name])
+    names = ["{:.3f} to {:.3f}\n{:,} labels".format(*part["share_of_area"], part["labels"]) for part in sizes]
+    axes.set_xticks(range(len(sizes)), names, fontsize=8)
+    axes.set(
+        xlabel="share of the image that the label's objects cover", ylabel="mAP", title="by the size of the objects"
+    )
+    _leave_room(axes, 1.0, 1.3)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
 
 
 def _draw_entropy(axes: Axes, crops: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 The tables, of N images and M crops (those of an image adjacent), C classes: `targets` `[N, C]`; `stored` `[N, C]`: whether
 any cell stores the class; `whole/<operator>` `[N, C]` and `crop/<operator>` `[M, C]`: pooled probabilities; `area` `[M]`;
-`shown` `[M, C]`: what the crop shows, NaN where that is unknown; `pairs` `[P, 5]`, a row for each label of an image that has
+`shown` `[M, C]`: what the crop shows, NaN where that is unknown; `size` `[N, C]`: the share of the image that the class's
+objects cover, 0 for none, NaN where no objects are annotated; `pairs` `[P, 5]`, a row for each label of an image that has
 boxes: class, pointing game, its chance, share of the mass in the boxes, its chance.
 """
 
@@ -18,6 +19,7 @@ from mlvision.metrics.average_precision import average_precision, mean_average_p
 from mlvision.metrics.calibration import expected_calibration_error, reliability_table
 
 NUM_AREA_BINS = 5
+NUM_SIZE_BINS = 3
 _PAIR_COLUMNS = ("pointing_game", "pointing_game_chance", "mass_in_box", "mass_in_box_chance")
 
 
@@ -41,6 +43,24 @@ def _agreement(scores: Float[np.ndarray, "n C"], targets: Float[np.ndarray, "n C
         "mAP_classes": scores.shape[1] - num_skipped,
         "mAP_classes_without_positives": num_skipped,
     }
+
+
+def by_object_size(tables: dict[str, np.ndarray]) -> list[dict[str, Any]] | None:
+    """mAP (plain) of each operator over whole images, for the labels whose objects cover least of their image, for the
+    middle third, and for those that cover most; a label of another third is left out. None where no image has objects."""
+    size, targets = tables["size"], tables["targets"]
+    present = (targets == 1) & (size > 0)
+    if not present.any():
+        return None
+    edges = np.quantile(size[present], np.linspace(0, 1, 1 + NUM_SIZE_BINS))
+    which = np.searchsorted(edges[1:-1], size, side="right")
+    found = []
+    for number, limits in enumerate(pairwise(edges)):
+        chosen = present & (which == number)
+        judged = np.where((targets == 1) & ~chosen, np.nan, targets)
+        scores = {name: _agreement(tables[f"whole/{name}"], judged)["mAP"] for name in operators_of(tables)}
+        found.append({"share_of_area": [float(limit) for limit in limits], "labels": int(chosen.sum()), "mAP": scores})
+    return found
 
 
 def top1_hits(scores: Float[np.ndarray, "n C"], targets: Float[np.ndarray, "n C"]) -> Float[np.ndarray, " n"]:

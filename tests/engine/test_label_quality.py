@@ -75,6 +75,10 @@ def test_maps_of_the_boxes_are_perfect(manifest, config, tmp_path):
     store = make_store(tmp_path / "maps", manifest, box_maps(manifest))
     quality = judge(store, manifest, config)
     assert quality["num_images"] == len(manifest) == 86
+    assert sum(part["labels"] for part in quality["object_sizes"]) == sum(
+        len(set(r.boxes.labels)) for r in manifest.records
+    )
+    assert [part["mAP"] for part in quality["object_sizes"]] == 3 * [{"mean_probability": 1.0, "max": 1.0}]
     for operator in ("mean_probability", "max"):
         assert quality["agreement"][operator] == {
             "top1": 1.0,

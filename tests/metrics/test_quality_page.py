@@ -43,6 +43,18 @@ def quality():
         "agreement": {
             name: {"top1": 0.61 + i / 10, "top1_images": 39, "mAP": 0.53 + i / 10} for i, name in enumerate(OPERATORS)
         },
+        "object_sizes": [
+            {
+                "share_of_area": [0.01, 0.04],
+                "labels": 1100,
+                "mAP": {name: 0.1 + i / 10 for i, name in enumerate(OPERATORS)},
+            },
+            {
+                "share_of_area": [0.04, 0.2],
+                "labels": 1100,
+                "mAP": {name: 0.4 + i / 10 for i, name in enumerate(OPERATORS)},
+            },
+        ],
         "crops": {
             "entropy_of": "mean_logit, nats",
             "all": crops(0.4),
@@ -100,8 +112,11 @@ def marks(axes):
 
 
 def test_the_page_shows_the_numbers(quality, draw):
-    agreement, crops, entropy, exact, calibration, coverage, boxes = draw(quality)
+    agreement, sizes, crops, entropy, exact, calibration, coverage, boxes = draw(quality)
     assert heights(agreement) == pytest.approx([0.61, 0.53, 0.71, 0.63, 0.81, 0.73])
+    shown = [line.get_ydata().tolist() for line in sizes.get_lines()]
+    assert shown == [pytest.approx(values) for values in ([0.1, 0.4], [0.2, 0.5], [0.3, 0.6])]
+    assert sizes.get_xticklabels()[0].get_text() == "0.010 to 0.040\n1,100 labels"
     lines = [line.get_ydata().tolist() for line in crops.get_lines()]
     expected = [
         [b[name][key] for b in quality["crops"]["bins"]] for name in OPERATORS for key in ("top1_image", "mAP_shown")
@@ -120,7 +135,7 @@ def test_the_page_shows_the_numbers(quality, draw):
         assert marks(axes) == pytest.approx(at)
         # A class of which nothing is known has no bar, and dollars are no mathematics.
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat (1,234)", r"\$x^2\$ (1,234)"]
-    for axes in (agreement, crops, entropy, exact, calibration, coverage, boxes):
+    for axes in (agreement, sizes, crops, entropy, exact, calibration, coverage, boxes):
         assert axes.get_title()
         assert axes.get_ylabel()
 
@@ -135,20 +150,20 @@ def test_no_data_lie_under_a_legend(quality, draw):
             bottom = axes.get_legend().get_window_extent().transformed(axes.transData.inverted()).y0
             values = [*heights(axes), *marks(axes), *(y for line in axes.get_lines() for y in line.get_ydata())]
             assert bottom > max(values)
-    assert legends == 5
+    assert legends == 6
 
 
 def test_of_many_classes_those_with_the_lowest_bars_are_shown(quality, draw):
     row = quality["classes"][0]
     values = [(7 * i % 50) / 50 for i in range(50)]
     quality["classes"] = [row | {"class": f"c{i}", "highest_with": value} for i, value in enumerate(values)]
-    coverage = draw(quality)[5]
+    coverage = draw(quality)[6]
     assert heights(coverage)[:40] == sorted(values)[:40]
     assert "the 40 lowest of 50 classes" in coverage.get_title()
 
 
 def test_what_was_not_measured_has_no_panel(quality, draw):
-    quality |= {"exact": None, "localisation": None}
+    quality |= {"exact": None, "localisation": None, "object_sizes": None}
     axes = draw(quality)
     assert len(axes) == 6
     assert [text.get_text() for text in axes[-1].texts] == ["no image has boxes"]
@@ -168,7 +183,16 @@ def test_the_summary_by_hand(quality):
         ["mean", "probability", "0.7100", "0.6300", "0.4500", "0.4400"],
         ["maximum", "0.8100", "0.7300", "0.4800", "0.4700"],
     ]
-    assert lines[7:] == [
+    assert (
+        lines[7]
+        == "mAP of whole images by the share of the image that a label's objects cover (0.010-0.040, 0.040-0.200):"
+    )
+    assert [line.split() for line in lines[8:11]] == [
+        ["mean", "logit", "0.1000", "0.4000"],
+        ["mean", "probability", "0.2000", "0.5000"],
+        ["maximum", "0.3000", "0.6000"],
+    ]
+    assert lines[11:] == [
         "entropy (mean_logit, nats): 0.600 in the smallest crops, 1.200 in the largest",
         "calibration of the maximum: ECE 0.0123 over 4,321 labels of images",
         "localisation, 2,345 labels with boxes: pointing game 0.7100 (chance 0.3100), mass in box 0.5200 = 2.08 x chance",

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 
-from mlvision.metrics.quality_tables import area_bins, top1_hits
+from mlvision.metrics.quality_tables import area_bins, by_object_size, top1_hits
 
 
 def test_top1_by_hand():
@@ -18,3 +18,17 @@ def test_every_crop_lies_in_one_bin_of_areas():
     np.testing.assert_array_equal(np.argmax(chosen, axis=0), [0, 0, 1, 2, 4, 4])
     assert (np.sum(chosen, axis=0) == 1).all()
     assert [(limits, which.all()) for limits, which in area_bins(areas, (1.0, 1.0))] == [([1.0, 1.0], True)]
+
+
+def test_labels_of_other_sizes_are_left_out():
+    """One class: small objects ranked below the images without it, large ones above; one label's size is unknown."""
+    size = np.array([[0.1], [0.2], [0.3], [0.4], [0.5], [0.6], [math.nan], [0], [0]])
+    targets = np.array([[1], [1], [1], [1], [1], [1], [1], [0], [0]], dtype=float)
+    scores = np.array([[0.1], [0.2], [0.7], [0.45], [0.8], [0.9], [1.0], [0.5], [0.4]])
+    small, middle, large = by_object_size({"size": size, "targets": targets, "whole/max": scores})
+    assert [part["labels"] for part in (small, middle, large)] == [2, 2, 2]
+    np.testing.assert_allclose([part["share_of_area"][0] for part in (small, middle, large)], [0.1, 4 / 15, 13 / 30])
+    assert small["mAP"]["max"] == (1 / 3 + 2 / 4) / 2
+    assert middle["mAP"]["max"] == (1 / 1 + 2 / 3) / 2
+    assert large["mAP"]["max"] == 1
+    assert by_object_size({"size": np.full((9, 1), math.nan), "targets": targets, "whole/max": scores}) is None
