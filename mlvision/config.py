@@ -246,7 +246,8 @@ def _describe(cls: type, prefix: str, skip: frozenset[str] = frozenset()) -> Ite
         key = prefix + option.name
         if kind in TABLES:
             yield ""
-            yield from _describe(kind, f"{key}.")
+            yield _option_line(f"{key}.name (text, {_DEFAULT_CHOICE[kind]!r})", f"one of {', '.join(TABLES[kind])}")
+            yield from _describe(kind, f"{key}.", frozenset({"name"}))
             shared = frozenset(f.name for f in dataclasses.fields(kind))
             for choice, (chosen, *_) in TABLES[kind].items():
                 yield f"  with {key}.name={choice}:"
@@ -256,7 +257,11 @@ def _describe(cls: type, prefix: str, skip: frozenset[str] = frozenset()) -> Ite
             yield from _describe(kind, f"{key}.")  # pyright: ignore[reportArgumentType]
         else:
             text = hints[option.name].__metadata__[0] if typing.get_origin(hints[option.name]) is Annotated else ""
-            yield f"  {key} ({_type_name(kind)}{_default_text(option)})".ljust(46) + f"  {text}"
+            yield _option_line(f"{key} ({_type_name(kind)}{_default_text(option)})", text)
+
+
+def _option_line(option: str, text: str) -> str:
+    return f"  {option}".ljust(46) + f"  {text}"
 
 
 def _default_text(option: dataclasses.Field) -> str:

@@ -122,6 +122,13 @@ class ReportOptions(LabelQualityConfig):
             raise InputError(f"threads: expected 0 or more, got {self.threads}")
 
 
+MODES = {
+    "": ("", LabelMapOptions),
+    "import": ("import ROOT ", ImportOptions),
+    "report": ("report STORE ", ReportOptions),
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """What makes the maps of a list of images: `maps_of` takes what `batches` gives beside the rows.
@@ -138,11 +145,12 @@ class Source:
 
 def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
-        print(f"usage: make_label_maps.py [import ROOT | report STORE] [config.yaml ...] [key=value ...]\n\n{__doc__}")
-        print(f"Options:\n{describe_options(LabelMapOptions)}\n\nOptions of import:\n{describe_options(ImportOptions)}")
-        print(f"\nOptions of report:\n{describe_options(ReportOptions)}")
+        mode = next((word for word in argv if word in MODES), "")
+        print(f"usage: python tools/make_label_maps.py {MODES[mode][0]}[config.yaml ...] [key=value ...]\n\n{__doc__}")
+        print(f"Options of {mode}:" if mode else "Options (import --help and report --help list theirs):")
+        print(describe_options(MODES[mode][1]))
         return
-    if argv[0] in ("import", "report") and (len(argv) < 2 or "=" in argv[1]):
+    if argv[0] in MODES and (len(argv) < 2 or "=" in argv[1]):
         raise InputError(f"{argv[0]}: expected the folder of {'a store' if argv[0] == 'report' else 'published maps'}")
     if argv[0] == "report":
         options = parse_options(ReportOptions, argv[2:], prog="make_label_maps.py", description=__doc__)
