@@ -43,10 +43,11 @@ def main(argv: list[str]) -> dict:
     for weights in ("raw", "ema") if chosen == "ema" else ("raw",):
         method = load_run(path, overrides=overrides, weights=weights).method if weights != chosen else run.method
         found = predict(method, loader, run.precision)
-        results[weights] = multilabel_summary(found.logits, found.targets)
+        results[weights] = multilabel_summary(found.logits, found.targets, activation=method.activation)
         if weights == chosen:
             predictions = found
-    table = per_class_table(predictions.logits, predictions.targets, manifest.classes)
+    activation = run.method.activation
+    table = per_class_table(predictions.logits, predictions.targets, manifest.classes, activation=activation)
 
     with open(run.folder / f"per_class_{role}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))

@@ -271,7 +271,7 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
     for weights, method in (("raw", state.method), ("ema", state.ema.module if state.ema else None)):
         if method is not None:
             found = predict(method, loader, precision)
-            summary = multilabel_summary(found.logits, found.targets)
+            summary = multilabel_summary(found.logits, found.targets, activation=method.activation)
             state.validation |= {f"val/{weights}/{name}": value for name, value in summary.items()}
     state.log.metrics(state.step, state.epoch, state.validation)
     value = state.validation[f"val/{'ema' if state.ema else 'raw'}/{select}"]

@@ -37,7 +37,9 @@ class MixConfig:
         "exact"
     )
     union: Annotated[
-        bool, "exact: labels of two images are united, 1 - (1 - a)(1 - b), as sigmoids need; false: averaged by area"
+        bool,
+        "exact, where classes do not exclude each other: labels of two images are united, 1 - (1 - a)(1 - b); false: "
+        "averaged by area, as those of a softmax always are",
     ] = True
 
     def __post_init__(self) -> None:
@@ -74,8 +76,15 @@ class Mix:
         mixed[:, :, y1:y2, x1:x2] = images.flip(0)[:, :, y1:y2, x1:x2]
         return mixed
 
-    def targets(self, pool: Pool, view: CropBox, size: tuple[int, int]) -> Float[Tensor, "B C"]:
-        """Targets of the mixed images; `size`: (H, W) of the views in pixels."""
+    def targets(self, pool: Pool, view: CropBox, size: tuple[int, int], activation: str) -> Float[Tensor, "B C"]:
+        """Targets of the mixed images, NaN where unknown.
+
+        Args:
+            size: (H, W) of the views in pixels.
+            activation: what the targets are probabilities of: sigmoids, which are united, or one softmax.
+        """
+        if self.share == 1:
+            return pool(view, None)
         if self.patch is None or self.config.targets == "linear":
             own = pool(view, None)
             return self._average(own, own.flip(0))
@@ -83,10 +92,14 @@ class Mix:
         x1, y1, x2, y2 = self.patch
         boxes = boxes_in_image(view.boxes.new_tensor([[x1 / width, y1 / height, x2 / width, y2 / height]]), view)
         # The patch hides this part of an image, and shows the same part of it in its partner.
-        own, other = pool(view, boxes), pool(CropBox(boxes), None).flip(0)
-        if not self.config.union:
+        other = pool(CropBox(boxes), None).flip(0)
+        if self.share == 0:
+            return other
+        own = pool(view, boxes)
+        if activation == "softmax" or not self.config.union:
             return self._average(own, other)
-        return 1 - (1 - own * (self.share > 0)) * (1 - other * (self.share < 1))
+        # A label that one of the two surely shows is there, whatever is unknown of the other.
+        return torch.where((own == 1) | (other == 1), 1.0, 1 - (1 - own) * (1 - other))
 
     def _average(self, own: Float[Tensor, "B C"], other: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
         return self.share * own + (1 - self.share) * other

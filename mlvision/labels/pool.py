@@ -20,7 +20,8 @@ from mlvision.labels.geometry import boxes_in_grid, orient, overlaps, roi_weight
 from mlvision.types import CropBox, LabelMap
 
 OPERATORS = ("mean_logit", "mean_probability", "max", "log_sum_exp", "top_q")
-_CHUNK = 1 << 24  # values that one step of a large pooling may hold
+# Values that one step of a pooling may hold: few where that saves memory, many where each step costs its launches.
+_CHUNK = {"cpu": 1 << 14, "cuda": 1 << 24}
 
 
 def pool_label_map(
@@ -51,11 +52,12 @@ def pool_label_map(
         deterministic: the same sum to the last bit on every call, on a GPU too.
 
     Raises:
-        InputError: no such operator, a mean of another kind than the map's, or an argument out of range.
+        InputError: no such operator, a mean of another kind than the map's, maps of other classes, or an argument out of
+            range.
     """
     _check(label_map, view, num_classes, operator, output_size, sharpness, top_share)
-    values = label_map.values.to(torch.promote_types(label_map.values.dtype, torch.float32))
-    fill = torch.as_tensor(label_map.fill, dtype=values.dtype, device=values.device)
+    values, precision = label_map.values, torch.promote_types(label_map.values.dtype, torch.float32)
+    fill = torch.as_tensor(label_map.fill, dtype=precision, device=values.device)
     fill = fill.expand(len(values), *values.shape[2:])
     grid, extent = (values.shape[2], values.shape[3]), label_map.extent
     if hole is None:
@@ -64,11 +66,11 @@ def pool_label_map(
         weights = _visible(boxes_in_grid(view.boxes, grid, extent), boxes_in_grid(hole, grid, extent), grid)
     else:
         raise InputError(f"hole: expected output_size=1 with it, got {output_size}")
-    weights = weights.to(values.dtype)
+    weights = weights.to(precision)
 
     def pool(images: slice) -> Tensor:
         part = weights[images]
-        v, f = values[images].flatten(2), fill[images].flatten(1)
+        v, f = values[images].to(precision).flatten(2), fill[images].flatten(1)
         ids = None if label_map.ids is None else label_map.ids[images].long()
         if ids is not None and ids.ndim == 4:
             ids = ids.flatten(2)
@@ -81,7 +83,9 @@ def pool_label_map(
         return _mean(v, ids, f, part, num_classes, deterministic)
 
     bins = output_size * output_size
-    pooled = _in_parts(pool, len(values), bins * max(values[0].numel() if len(values) else 1, num_classes))
+    size = bins * max(values[0].numel() if len(values) else 1, num_classes)
+    with torch.autocast(values.device.type, enabled=False):  # targets, in the precision that they are stored in
+        pooled = _in_parts(pool, len(values), size, _CHUNK[values.device.type])
     if output_size == 1:
         return pooled.squeeze(2)
     return orient(pooled.unflatten(2, (output_size, output_size)), view)
@@ -135,6 +139,10 @@ def _check(
         raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.to first")
     if label_map.ids is None and label_map.values.shape[1] != num_classes:
         raise InputError(f"label maps of {label_map.values.shape[1]} classes, expected {num_classes}")
+    # On a GPU the question would wait for it.
+    ids = label_map.ids
+    if ids is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_classes:
+        raise InputError(f"label maps with class {int(ids.max())}, expected ids below {num_classes}")
     if len(view.boxes) != len(label_map.values):
         raise InputError(f"{len(view.boxes)} views and {len(label_map.values)} label maps: expected one for each")
     if output_size < 1 or not sharpness > 0 or not 0 < top_share <= 1:
@@ -164,9 +172,9 @@ def _visible(
     return (left / left.sum(1, keepdim=True).clamp(min=1e-9))[:, None]
 
 
-def _in_parts(pool: Callable[[slice], Tensor], num_images: int, size: int) -> Tensor:
-    """Few images at a time where one step would hold too much; `size`: values of one image."""
-    step = max(1, _CHUNK // max(size, 1))
+def _in_parts(pool: Callable[[slice], Tensor], num_images: int, size: int, most: int) -> Tensor:
+    """Few images at a time where one step would hold more than `most`; `size`: values of one image."""
+    step = max(1, most // max(size, 1))
     if num_images <= step:
         return pool(slice(None))
     return torch.cat([pool(slice(start, start + step)) for start in range(0, num_images, step)])
@@ -280,7 +288,7 @@ def _top_share(
     num_best = ((~outside).sum(2) * share).ceil().clamp(min=1)  # [B, Q]
     ranks = torch.arange(values.shape[2], device=values.device)
     chosen = ranks < num_best[..., None]
-    step = max(1, _CHUNK // max(1, weights.numel()))
+    step = max(1, _CHUNK[values.device.type] // max(1, weights.numel()))
     pooled = []
     for start in range(0, num_classes, step):
         classes = range(start, min(start + step, num_classes))

@@ -123,7 +123,7 @@ class Relabel(Method):
 
         if mix is None:
             return pool(batch.view, None)
-        return mix.targets(pool, batch.view, (batch.images.shape[2], batch.images.shape[3]))
+        return mix.targets(pool, batch.view, (batch.images.shape[2], batch.images.shape[3]), self.activation)
 
     def _targets(
         self, label_map: LabelMap, annotated: Float[Tensor, "B C"], view: CropBox, hole: Float[Tensor, "B 4"] | None
@@ -153,7 +153,7 @@ class Relabel(Method):
         """Probabilities of each view; a distribution over the classes where a softmax learns them."""
         config = self.config
         pooled = pool_probabilities(
-            label_map if config.fill == "stored" else zero_fill(label_map),
+            label_map if config.fill == "stored" else zero_fill(label_map, exactly=self.operator.startswith("mean_")),
             view,
             self.classifier.num_classes,
             operator=self.operator,
@@ -173,6 +173,7 @@ class Relabel(Method):
         shown = pooled / whole.clamp(min=torch.finfo(pooled.dtype).tiny)
         gate = torch.where(shown >= self.config.gate_high, 1.0, torch.nan)
         gate = torch.where(shown <= self.config.gate_low, 0.0, gate)
+        gate = gate.where(whole > 0, torch.nan)  # a map that shows the label nowhere cannot tell where it is
         return torch.where(annotated == 1, gate, annotated)
 
 
@@ -187,11 +188,17 @@ def _region(
     return view, hole
 
 
-def zero_fill(label_map: LabelMap) -> LabelMap:
-    """The published fill: a logit of 0 for every class that is not stored; the ablation of it."""
+def zero_fill(label_map: LabelMap, exactly: bool) -> LabelMap:
+    """The published fill: a logit of 0 for every class that is not stored; the ablation of it.
+
+    Not `exactly`: the least stored logit of a cell where that is less. What looks for the highest cell needs a fill that
+    ranks no class above a stored one (see LabelMap).
+    """
     if label_map.kind != "logit":
         raise InputError(f"method.fill: zero is a logit, the label maps hold values of kind {label_map.kind}")
-    return replace(label_map, fill=0.0)
+    if exactly or label_map.ids is None:
+        return replace(label_map, fill=0.0)
+    return replace(label_map, fill=label_map.values.float().amin(1).clamp(max=0))
 
 
 def _check(config: RelabelConfig) -> None:

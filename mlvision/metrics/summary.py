@@ -9,11 +9,16 @@ from jaxtyping import Float, Shaped
 from mlvision.errors import InputError
 from mlvision.metrics.average_precision import FLAVOURS, average_precision, average_precisions, mean_average_precision
 from mlvision.metrics.f_measures import class_measures, decide, f_measures
-from mlvision.metrics.inputs import ArrayT, to_array
+from mlvision.metrics.inputs import ArrayT, same_kind, to_array
 
 
 def multilabel_summary(
-    logits: Float[ArrayT, "N C"], targets: Shaped[ArrayT, "N C"], *, threshold: float = 0.5, top_k: int = 3
+    logits: Float[ArrayT, "N C"],
+    targets: Shaped[ArrayT, "N C"],
+    *,
+    threshold: float = 0.5,
+    top_k: int = 3,
+    activation: str = "sigmoid",
 ) -> dict[str, float | int]:
     """Sum up an evaluation in numbers between 0 and 1, named as papers print them.
 
@@ -31,11 +36,14 @@ def multilabel_summary(
         targets: 1 present, 0 absent, NaN unknown.
         threshold: Probability in (0, 1).
         top_k: Labels an image in the top-k rules.
+        activation: What makes probabilities of the logits: sigmoid or softmax. It decides what reaches the threshold; the
+            average precisions rank the logits themselves.
 
     Raises:
         InputError: As `average_precision` and `decide`; a threshold outside (0, 1).
     """
     cut = _logit(threshold)
+    odds = log_odds(logits, activation)
     summary: dict[str, float | int] = {}
     num_skipped = 0
     for flavour, ap in zip(FLAVOURS, average_precisions(logits, targets), strict=True):
@@ -43,7 +51,7 @@ def multilabel_summary(
         summary[name], num_skipped = mean_average_precision(ap)
     rules = {"": (cut, None), f"_top{top_k}": (cut, top_k), f"_exact{top_k}": (None, top_k)}
     for suffix, (at, k) in rules.items():
-        measures = f_measures(decide(logits, threshold=at, top_k=k), targets)._asdict()
+        measures = f_measures(decide(odds, threshold=at, top_k=k), targets)._asdict()
         del measures["num_skipped"]  # the same classes as for mAP
         summary |= {name + suffix: value for name, value in measures.items()}
     num_images, num_classes = logits.shape
@@ -57,7 +65,12 @@ def multilabel_summary(
 
 
 def per_class_table(
-    logits: Float[ArrayT, "N C"], targets: Shaped[ArrayT, "N C"], classes: Sequence[str], *, threshold: float = 0.5
+    logits: Float[ArrayT, "N C"],
+    targets: Shaped[ArrayT, "N C"],
+    classes: Sequence[str],
+    *,
+    threshold: float = 0.5,
+    activation: str = "sigmoid",
 ) -> list[dict[str, str | float | int]]:
     """Give one row a class, in the order of `classes`; NaN where the class has no known positive.
 
@@ -69,12 +82,32 @@ def per_class_table(
     """
     check_names(classes, logits.shape[1])
     ap = to_array(average_precision(logits, targets))
-    measures = class_measures(decide(logits, threshold=_logit(threshold)), targets)
+    measures = class_measures(decide(log_odds(logits, activation), threshold=_logit(threshold)), targets)
     t = to_array(targets)
     supports = [(t == 1).sum(axis=0), (t == 0).sum(axis=0), (t != t).sum(axis=0)]
     keys = ("class", "num_positive", "num_negative", "num_unknown", "ap", "precision", "recall", "f1")
     columns = [np.asarray(column).tolist() for column in (*supports, ap, *measures)]
     return [dict(zip(keys, row, strict=True)) for row in zip(classes, *columns, strict=True)]
+
+
+def log_odds(logits: Float[ArrayT, "N C"], activation: str) -> Float[ArrayT, "N C"]:
+    """log(p / (1 - p)) of each class's probability p: what a threshold is compared with, without rounding p near 1.
+
+    Raises:
+        InputError: An activation that is neither sigmoid nor softmax.
+    """
+    if activation == "sigmoid":
+        return logits
+    if activation != "softmax":
+        raise InputError(f"activation: expected sigmoid or softmax, got '{activation}'")
+    z = to_array(logits).astype(np.float64)
+    z = z - z.max(axis=1, keepdims=True)
+    best, powers = z == 0, np.exp(z)
+    num_best, rest = best.sum(axis=1, keepdims=True), np.where(best, 0, powers).sum(axis=1, keepdims=True)
+    # Of all classes but one. Taken from the sum of all, a small rest would be rounded away beside the best class.
+    others = rest + np.where(best, num_best - 1, num_best - powers)
+    with np.errstate(divide="ignore"):  # infinite where a class is alone
+        return same_kind(z - np.log(others), logits)
 
 
 def check_names(classes: Sequence[str], num_classes: int) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -166,7 +168,7 @@ def test_top_share_of_all_cells_is_their_plain_mean():
 def test_large_batches_are_pooled_in_parts_without_a_difference(monkeypatch):
     label_map, view = top_k_map(7, 20, (4, 7), "probability"), CropBox(some_boxes(7))
     whole = {o: pool_label_map(label_map, view, 20, operator=o, output_size=2) for o in OPERATORS[1:]}
-    monkeypatch.setattr("mlvision.labels.pool._CHUNK", 1200)
+    monkeypatch.setattr("mlvision.labels.pool._CHUNK", {"cpu": 1200})
     for operator, expected in whole.items():
         found = pool_label_map(label_map, view, 20, operator=operator, output_size=2)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
@@ -285,3 +287,21 @@ def test_maps_that_cannot_be_converted_are_refused():
         LabelMap(torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(InputError, match="2 views and 1 label maps"):
         pool_label_map(top_k_map(1, 20, (3, 4)), CropBox(some_boxes(2)), 20)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("output_size", [1, 3])
+def test_a_training_loops_autocast_does_not_reach_the_targets(operator, output_size):
+    kind = "logit" if operator == "mean_logit" else "probability"
+    label_map, view = top_k_map(3, 20, (4, 7), kind), CropBox(some_boxes(3))
+    label_map = replace(label_map, values=label_map.values.float(), fill=torch.as_tensor(label_map.fill).float())
+    expected = pool_label_map(label_map, view, 20, operator=operator, output_size=output_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pool_label_map(label_map, view, 20, operator=operator, output_size=output_size)
+    assert torch.equal(found, expected)
+
+
+def test_ids_beyond_the_classes_are_refused():
+    label_map = LabelMap(torch.ones(2, 1, 1, 1), torch.tensor([[[[4]]], [[[0]]]]))
+    with pytest.raises(InputError, match="label maps with class 4, expected ids below 3"):
+        pool_label_map(label_map, CropBox(torch.tensor([[0.0, 0, 1, 1]] * 2)), 3, operator="mean_probability")

@@ -6,7 +6,7 @@ import torch
 
 from mlvision.errors import InputError
 from mlvision.labels import pool_label_map
-from mlvision.labels.mix import MixConfig
+from mlvision.labels.mix import Mix, MixConfig
 from mlvision.methods import Relabel, RelabelConfig
 from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig
@@ -138,15 +138,71 @@ def test_zero_fill_is_the_published_one():
     torch.testing.assert_close(build(target="softmax", fill="zero").targets(batch), expected)
 
 
+def test_the_highest_cell_under_a_zero_fill_is_that_of_a_stored_class():
+    """A cell that stores (4, -1, -2): the others are worth -2, not 0, and the maximum is what the cell says."""
+    values, ids = torch.tensor([4.0, -1, -2]).view(1, 3, 1, 1), torch.tensor([0, 1, 2]).view(1, 3, 1, 1)
+    batch = make_batch(LabelMap(values.repeat(3, 1, 1, 1), ids.repeat(3, 1, 1, 1), "logit", -9.0))
+    expected = torch.tensor([[4.0, -1, -2, -2, -2]]).softmax(1).repeat(3, 1)
+    for operator in ("max", "top_q", "log_sum_exp"):
+        torch.testing.assert_close(build(fill="zero", operator=operator).targets(batch), expected)
+    published = torch.tensor([[4.0, -1, -2, 0, 0]]).softmax(1).repeat(3, 1)
+    torch.testing.assert_close(build(fill="zero", operator="mean_probability").targets(batch), published)
+
+
 # Mixing
+
+
+@pytest.mark.parametrize("target", ["softmax", "multilabel", "gated"])
+def test_cutmix_targets_are_what_the_mixed_view_shows(target):
+    """Whole images and cells of a pixel, so that the composed map is exact. By softmax the mean over the composed map, else
+    the highest of each image's visible part, united."""
+    maps = LabelMap(3 * torch.randn(3, NUM_CLASSES, 64, 96, generator=torch.Generator().manual_seed(3)), kind="logit",
+                    activation="softmax" if target == "softmax" else "sigmoid")  # fmt: skip
+    batch = make_batch(maps, torch.ones(3, NUM_CLASSES))
+    batch.view = CropBox(torch.tensor([[0.0, 0, 1, 1]]).repeat(3, 1))
+    x1, y1, x2, y2 = patch = (10, 20, 70, 44)
+    mix = Mix(MixConfig(cutmix=1.0), 1 - 60 * 24 / (64 * 96), patch)
+    found = build(target=target).targets(batch, mix)
+    shown = torch.zeros(64, 96, dtype=torch.bool)
+    shown[y1:y2, x1:x2] = True
+    if target == "softmax":
+        own, other = (maps.values[:, :, part].mean(2).softmax(1) for part in (~shown, shown))
+        expected = mix.share * own + (1 - mix.share) * other.flip(0)
+    else:
+        own, other = (maps.values.sigmoid()[:, :, part].amax(2) for part in (~shown, shown))
+        if target == "gated":
+            peak = maps.values.sigmoid().amax((2, 3))
+            own, other = (torch.where(v / peak >= 0.5, 1.0, torch.nan) for v in (own, other))
+        expected = 1 - (1 - own) * (1 - other.flip(0))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_an_annotated_label_that_the_map_shows_nowhere_is_unknown():
+    batch = make_batch(LabelMap(torch.zeros(3, NUM_CLASSES, 4, 6)), torch.tensor([[1.0, 0, 0, 0, 0]] * 3))
+    targets = build(target="gated").targets(batch)
+    assert targets[:, 0].isnan().all()
+    assert (targets[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("target", ["softmax", "multilabel", "gated"])
+def test_a_step_in_half_precision_takes_maps_of_the_best_classes(target):
+    values, ids = logit_map().values.topk(2, dim=1)
+    batch = make_batch(LabelMap(values.half(), ids.short(), "logit", values[:, -1] - 9))
+    method = build(target=target)
+    with torch.autocast("cpu", torch.bfloat16):
+        method(batch).loss.backward()
+        found = method.targets(batch)
+    torch.testing.assert_close(found, method.targets(batch), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_mixed_step_uses_mixed_images_and_targets(monkeypatch):
     method, batch = build(mix=MixConfig(cutmix=1.0)), make_batch(logit_map("sigmoid"))
     seen = []
     monkeypatch.setattr(method, "predict", lambda images: seen.append(images) or torch.zeros(3, NUM_CLASSES))
+    monkeypatch.setattr(method, "loss", lambda logits, targets: seen.append(targets) or logits.sum())
     torch.manual_seed(4)
     method(batch)
+    assert not torch.equal(seen[1], method.targets(batch))
     changed = (seen[0] != batch.images).any(1)
     assert changed.any()
     assert torch.equal(seen[0][changed.unsqueeze(1).expand_as(seen[0])],

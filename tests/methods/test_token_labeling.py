@@ -162,3 +162,15 @@ def test_maps_that_cannot_be_learnt_from_are_refused_before_the_first_step():
         build(target="multilabel").check_label_map(attribution)
     build(target="multilabel", calibration="relative_to_peak").check_label_map(attribution)
     build().check_label_map(LabelMap(torch.ones(1, C, 4, 6), kind="logit"))
+
+
+@pytest.mark.parametrize("target", ["softmax", "multilabel"])
+def test_a_step_in_half_precision_takes_maps_of_the_best_classes(target):
+    batch = make_batch()
+    values, ids = batch.label_map.values.topk(2, dim=1)
+    batch.label_map = LabelMap(values.half(), ids.short(), "logit", values[:, -1] - 9)
+    method = build(target=target)
+    with torch.autocast("cpu", torch.bfloat16):
+        method(batch).loss.backward()
+        found = method.targets(batch)[1]
+    assert torch.equal(found, method.targets(batch)[1])
