@@ -15,7 +15,7 @@ from mlvision.engine.evaluate import predict
 from mlvision.errors import InputError
 from mlvision.metrics import multilabel_summary, per_class_table
 from mlvision.metrics.figures import draw_precision_recall
-from mlvision.run import check_never_trained_on, load_run, read_role, write_metrics, write_record
+from mlvision.run import check_never_trained_on, is_trained, load_run, read_role, write_metrics, write_record
 
 USAGE = f"""usage: python eval.py RUN [key=value ...]
 
@@ -49,13 +49,15 @@ def main(argv: list[str]) -> dict:
     activation = run.method.activation
     table = per_class_table(predictions.logits, predictions.targets, manifest.classes, activation=activation)
 
-    with open(run.folder / f"per_class_{role}.csv", "w", newline="") as file:
+    # What is said of another checkpoint than the chosen one stands beside the run's own, under its name.
+    of_checkpoint = Path(path).is_file()
+    name = f"{role}_{Path(path).stem}" if of_checkpoint else role
+    table_file, figure_file = run.folder / f"per_class_{name}.csv", run.folder / f"precision_recall_{name}.png"
+    with open(table_file, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    draw_precision_recall(
-        run.folder / f"precision_recall_{role}.png", predictions.logits, predictions.targets, manifest.classes
-    )
+    draw_precision_recall(figure_file, predictions.logits, predictions.targets, manifest.classes)
     metrics = {
         "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
         f"{run.config.view.size} px, split {manifest.split}; plain AP, F-measures at 0.5",
@@ -64,10 +66,11 @@ def main(argv: list[str]) -> dict:
         "skipped_images": [{"key": key, "reason": reason} for _, key, reason in bad],
         **results,
     }
-    write_metrics(run, role, metrics)
-    written = ["metrics.json", f"per_class_{role}.csv", f"precision_recall_{role}.png"]
-    if role == "test":
-        if write_record(run, metrics):
+    write_metrics(run, name, metrics)
+    written = ["metrics.json", table_file.name, figure_file.name]
+    if role == "test" and not of_checkpoint:
+        if is_trained(run.folder, run.config.optim.epochs):
+            write_record(run, metrics)
             written.append("record.json")
         else:
             print("this run has not been trained to its end: no record.json is written for it")

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         run_dir=folder,
         classes=run.train.classes,
         keys=[record.key for record in run.train.records],
-        data_hash=run.data_hash,
+        data_hashes=run.data_hashes,
         precision=run.precision,
         optim=run.config.optim,
         ema=run.config.ema,

@@ -58,9 +58,10 @@ class Run:
     label_maps: LabelMapStore | None
 
     @property
-    def data_hash(self) -> str:
-        """What a run must find unchanged when it goes on: training and validation records, and label maps."""
-        return self.train.hash + self.val.hash + (self.label_maps.meta.hash if self.label_maps else "")
+    def data_hashes(self) -> dict[str, str]:
+        """What a run must find unchanged when it goes on, by name."""
+        hashes = {"training records": self.train.hash, "validation records": self.val.hash}
+        return hashes | ({"label maps": self.label_maps.meta.hash} if self.label_maps else {})
 
 
 @dataclass
@@ -463,13 +464,13 @@ def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:
     write_json(path, known | {role: metrics})
 
 
-def write_record(run: LoadedRun, metrics: dict[str, Any]) -> bool:
-    """Write record.json: the small file that stands for a finished run in docs/results/ and makes its tables.
+def is_trained(folder: Path, epochs: int) -> bool:
+    """Whether the run in `folder` has come to its end."""
+    return load_checkpoint(folder / LAST)["epoch"] >= epochs
 
-    False, and nothing written, where the run has not been trained to its end.
-    """
-    if load_checkpoint(run.folder / LAST)["epoch"] < run.config.optim.epochs:
-        return False
+
+def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
+    """Write record.json: the small file that stands for a finished run in docs/results/ and makes its tables."""
     environment = json.loads((run.folder / "environment.json").read_text())
     record = {
         "name": run.config.name,
@@ -480,7 +481,6 @@ def write_record(run: LoadedRun, metrics: dict[str, Any]) -> bool:
         "environment": environment,
     }
     write_json(run.folder / "record.json", record)
-    return True
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -107,6 +107,20 @@ def test_training_on_a_few_images_learns_them(smoke_arguments, tmp_path):
     assert eval_script.main([str(folder / "checkpoints/last.pt"), "data.split=train"])["raw"]["mAP"] > 0.9
 
 
+def test_what_is_said_of_another_checkpoint_stands_beside_the_runs_own(trained, tmp_path):
+    folder = tmp_path / "r"
+    shutil.copytree(trained[0], folder)
+    eval_script.main([str(folder)])
+    chosen = {name: (folder / name).read_bytes() for name in ("record.json", "per_class_test.csv")}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    eval_script.main([str(folder / "checkpoints/last.pt")])
+    assert {name: (folder / name).read_bytes() for name in chosen} == chosen
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found.pop("test_last")["checkpoint"].endswith("last.pt")
+    assert found == metrics
+    assert (folder / "per_class_test_last.csv").is_file()
+
+
 def run_script(*arguments, env=None):
     result = subprocess.run(
         [sys.executable, *arguments],
@@ -318,7 +332,7 @@ def test_a_run_is_not_resumed_on_other_images(trained, smoke_arguments, scenes_r
     dropped = document["images"].pop()["id"]
     document["annotations"] = [a for a in document["annotations"] if a["image_id"] != dropped]
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="have changed since it was saved"):
+    with pytest.raises(InputError, match="the training records have changed since it was saved"):
         train_script.main(
             [*smoke_arguments, "log.tensorboard=true", f"data.root={root}", f"out={folder}", "resume=auto"]
         )

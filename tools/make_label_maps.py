@@ -9,9 +9,10 @@ python tools/make_label_maps.py report maps/teacher CONFIG
 """
 
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,14 +25,14 @@ from torch import Tensor
 from mlvision.config import Config, describe_options, parse_options, run_command
 from mlvision.data import DataConfig, read_split
 from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
-from mlvision.data.manifest import Manifest, check_same_classes
+from mlvision.data.manifest import Boxes, Manifest, check_same_classes
 from mlvision.data.transforms import EvalView
 from mlvision.engine.checkpoint import check_classes
 from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
 from mlvision.engine.precision import resolve_device, resolve_precision
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.annotate import annotate, verify
-from mlvision.labels.importers import detect_axes, import_published
+from mlvision.labels.importers import detect_axes, fingerprint, import_published
 from mlvision.labels.oracle import oracle_map
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.metrics.quality_page import draw_quality, summarise
@@ -65,7 +66,9 @@ class LabelMapOptions:
     grid: Annotated[list[int], "oracle: rows and columns of its maps"] = field(default_factory=lambda: [14, 14])
     oracle_split: Annotated[str, "oracle: split whose objects are drawn, by image key; empty: the images' own"] = ""
     strict: Annotated[bool, "refuse a teacher whose mean map is not its logits"] = False
-    verify: Annotated[int, "rows, drawn at random, that are made again and compared at the end; 0: none"] = 0
+    verify: Annotated[
+        int, "rows of each rank, drawn at random, that are made again and compared at the end; 0: none"
+    ] = 0
     batch_size: Annotated[int, "images a step; a part of what decides the last bits of a map"] = 32
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
     precision: Annotated[str, "auto (fp32 on a CPU, bf16 or fp16 on a GPU), fp32, bf16 or fp16"] = "fp32"
@@ -193,9 +196,10 @@ def make(options: LabelMapOptions) -> LabelMapStore:
     if rows:
         annotate(source.maps_of, source.batches(rows), writer)
     store = LabelMapStore.open(options.out)
-    if options.verify and rank == 0 and world_size == 1:
-        # Whole blocks: a batch of another size may differ in its last bits.
-        blocks = np.random.default_rng(0).permutation(range(0, len(manifest), options.batch_size))
+    if options.verify:
+        # Whole blocks, of this rank: a batch of another size may differ in its last bits.
+        own = range(rank * options.batch_size, len(manifest), world_size * options.batch_size)
+        blocks = np.random.default_rng(0).permutation(own)
         chosen = sorted(blocks[: -(-options.verify // options.batch_size)])
         rows = [row for start in chosen for row in range(start, min(start + options.batch_size, len(manifest)))]
         worst = verify(
@@ -223,7 +227,7 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
         class_hash=manifest.class_hash,
         num_classes=num_classes,
         teacher=f"published maps in {Path(root).name}",
-        teacher_hash="",
+        teacher_hash=fingerprint(root, keys),
         grid=(first.shape[1], first.shape[2]),
         kind="logit",
         activation="softmax",
@@ -235,7 +239,7 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
     writer = LabelMapWriter.create_or_resume(options.out, meta)
     for block in writer.outstanding():
         maps = published_maps(root, [keys[row] for row in block], num_classes, axes, options.fill)
-        writer.write(block, maps.values, maps.ids, maps.fill)
+        writer.write(block, maps.values, maps.ids, torch.as_tensor(maps.fill))
     return LabelMapStore.open(options.out)
 
 
@@ -374,13 +378,25 @@ def oracle_source(options: LabelMapOptions, manifest: Manifest) -> Source:
         {
             "num_classes": 2 * num_classes,
             "teacher": f"{ORACLE} of {drawn.split}",
-            "teacher_hash": drawn.hash,
+            "teacher_hash": objects_hash([objects[record.key] for record in manifest.records]),
             "grid": rows_columns,
             "kind": "probability",
             "activation": None,
             "top_k": 0,
         },
     )
+
+
+def objects_hash(objects: Iterable[Boxes | None]) -> str:
+    """sha256 of all annotated objects: other boxes or outlines give other maps."""
+    digest = hashlib.sha256()
+    for boxes in objects:
+        assert boxes is not None
+        for column in (boxes.xyxy, boxes.labels, boxes.crowd):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        outlines = json.dumps(boxes.segmentation, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+        digest.update(outlines.encode())
+    return digest.hexdigest()
 
 
 def report(path: str, options: ReportOptions) -> str:

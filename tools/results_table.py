@@ -142,6 +142,8 @@ def check_alike(experiment: str, records: list[dict[str, Any]]) -> None:
         protocols = [record["metrics"]["protocol"] for record in (first, other)]
         if protocols[0] != protocols[1]:
             raise InputError(f"{experiment}: its runs differ in their protocol: {protocols[0]} / {protocols[1]}")
+        if first["environment"].get("label_maps") != other["environment"].get("label_maps"):
+            raise InputError(f"{experiment}: its runs were trained on different label maps")
 
 
 def section(grid: str, experiments: dict[str, list[dict[str, Any]]], bounds: list[str]) -> str:

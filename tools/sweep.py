@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 from mlvision.config import Config, build_options, parse_options, run_command
 from mlvision.errors import InputError
-from mlvision.run import config_difference
+from mlvision.labels.store import LabelMapStore
+from mlvision.run import config_difference, is_trained
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,7 +131,8 @@ def is_finished(record: Path, run: Planned) -> bool:
     if not record.is_file():
         return False
     try:
-        recorded = build_options(Config, json.loads(record.read_text())["config"])
+        content = json.loads(record.read_text())
+        recorded, maps = build_options(Config, content["config"]), content.get("environment", {}).get("label_maps")
     except (json.JSONDecodeError, KeyError, TypeError, InputError) as error:
         raise InputError(f"{record}: not a record of this version ({error}); remove it to run it again") from None
     asked = parse_options(Config, list(run.arguments), prog="train.py", description="")
@@ -140,18 +142,26 @@ def is_finished(record: Path, run: Planned) -> bool:
     difference = config_difference(recorded, replace(asked, **left_open))
     if difference:
         raise InputError(f"{record}: the grid has changed under it: {difference}; remove it to run it again")
+    if (
+        asked.label_maps
+        and Path(asked.label_maps).is_dir()
+        and LabelMapStore.open(asked.label_maps).meta.to_json() != maps
+    ):
+        raise InputError(
+            f"{record}: made with other label maps than {asked.label_maps} holds; remove it to run it again"
+        )
     return True
 
 
 def train_and_evaluate(run: Planned, folder: Path) -> bool:
     """train.py and eval.py in processes of their own; False where one fails, or training was stopped before its end."""
-    commands = (
-        ["train.py", *run.arguments, f"out={folder}", "resume=auto"],
-        ["eval.py", str(folder)],
-    )
-    return all(
-        subprocess.run([sys.executable, str(ROOT / c[0]), *c[1:]], check=False).returncode == 0 for c in commands
-    )
+
+    def succeeds(script: str, *arguments: str) -> bool:
+        return subprocess.run([sys.executable, str(ROOT / script), *arguments], check=False).returncode == 0
+
+    config = parse_options(Config, list(run.arguments), prog="train.py", description="")
+    trained = succeeds("train.py", *run.arguments, f"out={folder}", "resume=auto")
+    return trained and is_trained(folder, config.optim.epochs) and succeeds("eval.py", str(folder))
 
 
 if __name__ == "__main__":

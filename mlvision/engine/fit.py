@@ -126,7 +126,7 @@ def fit(
     run_dir: Path,
     classes: Sequence[str],
     keys: list[str],
-    data_hash: str,
+    data_hashes: dict[str, str],
     precision: Precision,
     optim: OptimConfig,
     ema: EmaConfig,
@@ -143,7 +143,7 @@ def fit(
     Args:
         classes: class names, kept in the checkpoints.
         keys: the image key of each training row, to name images in errors.
-        data_hash: identity of the training and validation records; a run resumes on the same alone.
+        data_hashes: identity of the training and validation records and what else a run resumes on alone, by name.
         resume: go on from `checkpoints/last.pt`.
 
     Raises:
@@ -163,15 +163,16 @@ def fit(
         steps_per_epoch=len(train_loader),
         epochs=optim.epochs,
     )
-    identity = {"classes": list(classes), "data_hash": data_hash}
+    identity = {"classes": list(classes), "data_hashes": data_hashes}
     guard = FiniteGuard(precision.device, train_loader.images_per_step)
     if saved is not None:
         check_classes(run_dir / LAST, saved["classes"], tuple(classes))
-        if saved["data_hash"] != data_hash:
-            raise InputError(
-                f"{run_dir / LAST}: the training or validation records, or the label maps, have changed since it was saved "
-                f"(then {saved['data_hash'][:12]}, now {data_hash[:12]})"
-            )
+        for name in sorted(data_hashes.keys() | saved["data_hashes"].keys()):
+            then, now = (hashes.get(name, "none") for hashes in (saved["data_hashes"], data_hashes))
+            if then != now:
+                raise InputError(
+                    f"{run_dir / LAST}: the {name} have changed since it was saved (then {then[:12]}, now {now[:12]})"
+                )
         state.restore(run_dir / LAST, saved)
         if state.epoch == optim.epochs:
             state.log.line(f"all {optim.epochs} epochs are trained already")

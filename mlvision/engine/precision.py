@@ -1,5 +1,6 @@
 """Devices and number formats: what was asked for, and what this machine really does."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,14 @@ class Precision:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU.
+    """`auto` is the GPU where there is one (of several, under torchrun, this process's own), else the CPU.
 
     Raises:
         InputError: an unknown name, or a GPU asked for where there is none.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = os.environ.get("LOCAL_RANK")
+        return torch.device("cpu" if not torch.cuda.is_available() else "cuda" if own is None else f"cuda:{own}")
     try:
         device = torch.device(name)
     except RuntimeError:

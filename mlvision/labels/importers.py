@@ -7,12 +7,14 @@ The files say neither which of the two map axes is the height nor what a class i
 of the axes are in use. So the axes are demanded, and `detect_axes` finds them by comparison with maps of the same images.
 
 The importer takes the maps to cover the whole image. Token Labeling's script may have made them of a centre crop (timm's
-evaluation transform, at any crop_pct): such maps need the crop as their `LabelMap.extent`.
+evaluation transform, at any crop_pct), which the files do not say either: read as maps of the whole image, such maps lie
+beside their objects towards the image's edges.
 
 Sources: Yun et al., "Re-labeling ImageNet: from Single to Multi-Labels, from Global to Localized Labels", CVPR 2021; Jiang
 et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", NeurIPS 2021; their published loaders.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -66,6 +68,21 @@ def import_published(
         raise InputError(f"fill: expected one of {', '.join(FILLS)}, got '{fill}'")
     paths = _find(root, keys)
     return _read_all(paths, num_classes, axes, fill)
+
+
+def fingerprint(root: str, keys: Sequence[str], samples: int = 64) -> str:
+    """sha256 of the published files' names and sizes, and of the content of some: tells one tree from another.
+
+    Raises:
+        InputError: as `import_published`, of files that are missing.
+    """
+    paths, digest = _find(root, keys), hashlib.sha256()
+    for path in paths:
+        digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n".encode())
+    for place in {round(i * (len(paths) - 1) / max(samples - 1, 1)): None for i in range(samples)}:
+        with open(paths[place], "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _read_all(paths: Sequence[str], num_classes: int, axes: str, fill: str) -> Iterator[PublishedMap]:

@@ -44,3 +44,10 @@ def test_unknown_devices(name):
 def test_unknown_precision():
     with pytest.raises(InputError, match="precision: expected auto, fp32, bf16, fp16, got 'half'"):
         resolve_precision("half", CPU)
+
+
+def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert resolve_device("auto") == torch.device("cuda:3")

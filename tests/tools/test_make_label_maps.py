@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_a_changed_store_is_noticed_on_resume(arguments, store, teacher, tmp_pat
     train_script.main([*arguments, *options, f"label_maps={maps}"])
     meta = json.loads((maps / "meta.json").read_text())
     (maps / "meta.json").write_text(json.dumps(meta | {"teacher_hash": "another"}))
-    with pytest.raises(InputError, match="have changed since it was saved"):
+    with pytest.raises(InputError, match="the label maps have changed since it was saved"):
         train_script.main([*arguments, *options, f"label_maps={maps}", "resume=auto"])
 
 
@@ -276,3 +277,36 @@ def test_an_import_that_nothing_tells_how_to_read_is_refused(arguments, store, t
         make_label_maps.main([*script, "axes=hw", f"out={tmp_path}/maps"])
     with pytest.raises(InputError, match="published maps"):
         make_label_maps.main(["import", "axes=hw"])
+
+
+def test_another_tree_is_another_store(arguments, store, train_manifest, tmp_path):
+    for name in ("a", "b"):
+        publish(store, train_manifest, tmp_path / name / "tree")
+    first = tmp_path / "b/tree" / Path(train_manifest.records[0].key).parent.name
+    file = first / f"{Path(train_manifest.records[0].key).stem}.pt"
+    torch.save(torch.load(file, weights_only=True) * torch.tensor([2.0, 1]).view(2, 1, 1, 1), file)
+    script = [*arguments[:3], "axes=hw", f"out={tmp_path}/maps"]
+    make_label_maps.main(["import", str(tmp_path / "a/tree"), *script])
+    with pytest.raises(InputError, match="teacher_hash is"):
+        make_label_maps.main(["import", str(tmp_path / "b/tree"), *script])
+
+
+def test_the_oracle_is_known_by_its_objects(scenes_root):
+    manifest = build_manifest("coco", root=str(scenes_root), images="images", split="train")
+    objects = [record.boxes for record in manifest.records[:5]]
+    known = make_label_maps.objects_hash(objects)
+    assert make_label_maps.objects_hash(objects) == known
+    moved = replace(objects[3], xyxy=objects[3].xyxy + np.float32(0.01))
+    assert make_label_maps.objects_hash([*objects[:3], moved, objects[4]]) != known
+    outline = [np.array(polygons) + 0.01 for polygons in objects[2].segmentation[0]]
+    redrawn = replace(objects[2], segmentation=(outline, *objects[2].segmentation[1:]))
+    assert make_label_maps.objects_hash([*objects[:2], redrawn, *objects[3:]]) != known
+
+
+def test_each_rank_verifies_its_own_blocks(arguments, teacher, tmp_path, monkeypatch, capsys):
+    make = [*arguments, f"teacher=[{teacher}]", "batch_size=8", "verify=16", f"out={tmp_path}/maps"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        make_label_maps.main(make)
+        assert "verified 16 maps" in capsys.readouterr().out

@@ -144,3 +144,50 @@ def test_the_closed_gap_is_measured_seed_by_seed(tmp_path, capsys):
         results_table.main([f"runs=[{folders}]", "bounds=[low,top]"])
     with pytest.raises(InputError, match="no such record"):
         results_table.main([f"runs=[{tmp_path}/nowhere]"])
+
+
+def test_a_run_that_was_stopped_is_not_evaluated(grid, tmp_path, monkeypatch):
+    """SIGTERM saves and exits with 0: the sweep counts it as not finished, and the test split is not read."""
+    (run, *_) = sweep.plan(sweep.parse_options(sweep.SweepOptions, [str(grid)], prog="", description=""))
+    started = []
+    monkeypatch.setattr(
+        sweep.subprocess,
+        "run",
+        lambda command, check: started.append(Path(command[1]).name) or sweep.subprocess.CompletedProcess(command, 0),
+    )
+    monkeypatch.setattr(sweep, "is_trained", lambda folder, epochs: False)
+    assert not sweep.train_and_evaluate(run, tmp_path / "run")
+    assert started == ["train.py"]
+
+
+def test_a_record_of_other_label_maps_is_noticed(tmp_path, monkeypatch):
+    from mlvision.config import Config, parse_options, to_plain
+
+    run = sweep.Planned("x-seed0", (SMOKE, "method.name=relabel", f"label_maps={tmp_path}"))
+    config = to_plain(parse_options(Config, list(run.arguments), prog="", description=""))
+    path = tmp_path / "x-seed0.json"
+    path.write_text(json.dumps({"config": config, "environment": {"label_maps": {"teacher": "a"}}}))
+
+    class Store:
+        def __init__(self, teacher):
+            self.meta = self
+            self.teacher = teacher
+
+        def to_json(self):
+            return {"teacher": self.teacher}
+
+    monkeypatch.setattr(sweep.LabelMapStore, "open", lambda path: Store("a"))
+    assert sweep.is_finished(path, run)
+    monkeypatch.setattr(sweep.LabelMapStore, "open", lambda path: Store("b"))
+    with pytest.raises(InputError, match="made with other label maps than"):
+        sweep.is_finished(path, run)
+
+
+def test_seeds_of_different_label_maps_are_not_averaged(grid, tmp_path):
+    sweep.main([str(grid), "seeds=[0]"])
+    first = min((tmp_path / "records/mini").iterdir())
+    other = json.loads(first.read_text())
+    other["config"]["seed"], other["environment"]["label_maps"] = 1, {"teacher": "b"}
+    first.with_name(first.name.replace("seed0", "seed1")).write_text(json.dumps(other))
+    with pytest.raises(InputError, match="were trained on different label maps"):
+        results_table.render(tmp_path / "records", tmp_path)
