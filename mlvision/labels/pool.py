@@ -21,7 +21,7 @@ from mlvision.types import CropBox, LabelMap
 
 OPERATORS = ("mean_logit", "mean_probability", "max", "log_sum_exp", "top_q")
 # Values that one step of a pooling may hold: few where that saves memory, many where each step costs its launches.
-_CHUNK = {"cpu": 1 << 14, "cuda": 1 << 24}
+_CHUNK = {"cpu": 3 << 13, "cuda": 1 << 24}
 
 
 def pool_label_map(
@@ -177,7 +177,12 @@ def _in_parts(pool: Callable[[slice], Tensor], num_images: int, size: int, most:
     step = max(1, most // max(size, 1))
     if num_images <= step:
         return pool(slice(None))
-    return torch.cat([pool(slice(start, start + step)) for start in range(0, num_images, step)])
+    first = pool(slice(step))
+    pooled = first.new_empty(num_images, *first.shape[1:])
+    pooled[:step] = first
+    for start in range(step, num_images, step):
+        pooled[start : start + step] = pool(slice(start, start + step))
+    return pooled
 
 
 def _mean(
@@ -205,9 +210,9 @@ def _add(
         parts = parts.sum(3)
     else:
         ids, parts = ids.flatten(1), parts.transpose(2, 3).flatten(1, 2)
-    parts = parts.masked_fill(ids.unsqueeze(2) < 0, 0).flatten(0, 1)
+    parts = parts.masked_fill_(ids.unsqueeze(2) < 0, 0).flatten(0, 1)  # every caller's own
     rows = torch.arange(num_images, device=ids.device)[:, None] * num_classes
-    places = (rows + ids.clamp(min=0)).flatten()
+    places = ids.clamp(min=0).add_(rows).flatten()
     onto = onto.reshape(num_images * num_classes, num_bins)
     if deterministic:
         onto = onto.index_put((places,), parts, accumulate=True)  # sorts by place on a GPU

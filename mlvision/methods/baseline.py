@@ -1,7 +1,6 @@
 """The plain classifier: one sigmoid a class with BCE or the asymmetric loss, or one softmax over all."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from mlvision.data.manifest import Manifest
 from mlvision.errors import InputError
-from mlvision.losses import LOSSES, smooth_labels
+from mlvision.losses import LOSSES, build_loss, smooth_labels
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.types import Batch, StepOutput
@@ -44,11 +43,8 @@ class Baseline(Method):
             raise InputError(f"method.smoothing: expected a share in [0, 1), got {config.smoothing}")
         self.smoothing = config.smoothing
         self.activation = "softmax" if config.loss == "softmax" else "sigmoid"
-        own = {"asl": {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos, "clip": config.clip}}
-        self.loss = partial(LOSSES[config.loss], **own.get(config.loss, {}))
-        self.loss(
-            torch.zeros(1, 1), torch.zeros(1, 1)
-        )  # refuses gammas and clips out of range now, not at the first step
+        gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
+        self.loss = build_loss(config.loss, **gammas, clip=config.clip)
         self.weigh_classes = config.class_weights == "inverse_sqrt"
         self.register_buffer("class_weights", torch.ones(classifier.num_classes))
 

@@ -1,7 +1,6 @@
 """ReLabel: a student learns what a teacher's label map says of the part of the image that it sees."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -13,7 +12,7 @@ from mlvision.labels import OPERATORS, pool_probabilities
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.labels.oracle import oracle_targets, split_oracle
-from mlvision.losses import asymmetric_loss, binary_cross_entropy, softmax_cross_entropy
+from mlvision.losses import build_loss
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
@@ -86,14 +85,9 @@ class Relabel(Method):
         self.mixes = True
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.operator = config.operator or TARGETS[config.target]
-        if config.target == "softmax":
-            self.loss = softmax_cross_entropy
-        elif config.loss == "asl":
-            gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
-            self.loss = partial(asymmetric_loss, **gammas, clip=config.clip)
-            self.loss(torch.zeros(1, 1), torch.zeros(1, 1))  # refuses what is out of range now
-        else:
-            self.loss = binary_cross_entropy
+        gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
+        name = "softmax" if config.target == "softmax" else config.loss
+        self.loss = build_loss(name, **gammas, clip=config.clip)
 
     def on_epoch_start(self, epoch: int) -> None:
         mix = self.config.mix
