@@ -352,16 +352,21 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(options.threads)
     environment = describe_environment(torch.device(options.device))
     print(
-        f"{environment['machine']}, threads={environment['threads']}, load {os.getloadavg()[0]:.1f}; {options.pairs} pairs"
+        f"{environment['machine']}, threads={environment['threads']}, load {os.getloadavg()[0]:.1f}; median of "
+        f"{options.pairs} pairs (10th to 90th percentile)\n"
     )
+    print("| what | against | times as fast | asked | milliseconds | |\n| --- | --- | ---: | --- | ---: | --- |")
     rows = []
     for name in tqdm(names, disable=None):
         for row in BENCHMARKS[name](options):
             low, high = row.interval
-            print(f"{row.what} / {row.peer}: {row.ratio:.3g}x ({low:.3g} to {high:.3g}); asked: {row.asked}")
-            print(f"    {row.ours_ms:.3g} ms against {row.peer_ms:.3g} ms", end="")
-            print("" if row.difference is None else f", difference {row.difference:.1e}", end="")
-            print(f"; {row.note}" if row.note else "")
+            notes = [row.note] if row.note else []
+            notes += [] if row.difference is None else [f"difference {row.difference:.1e}"]
+            print(
+                f"| {row.what} | {row.peer} | {row.ratio:.3g} ({low:.3g} to {high:.3g}) | {row.asked} | "
+                f"{row.ours_ms:.3g} / {row.peer_ms:.3g} | {'; '.join(notes)} |",
+                flush=True,
+            )
             rows.append(asdict(row))
     if options.out:
         write_json(Path(options.out), {"rows": rows, "environment": environment, "load": os.getloadavg()[0]})
