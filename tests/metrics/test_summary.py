@@ -126,10 +126,10 @@ def test_log_odds_are_those_of_the_softmax():
     logits = np.random.default_rng(0).normal(0, 4, (6, 5))
     logits[0] = 3.0  # all equal
     logits[1] = [80, 0, 0, -5, 1]  # sure: 1 - p is 1e-35
-    p = np.exp(logits - logits.max(1, keepdims=True))
+    p = np.exp(logits[2:])
     p /= p.sum(1, keepdims=True)
     found = log_odds(logits, "softmax")
-    np.testing.assert_allclose(found[2:], (np.log(p) - np.log1p(-p))[2:], rtol=1e-12)
+    np.testing.assert_allclose(found[2:], np.log(p) - np.log1p(-p), rtol=1e-12)
     np.testing.assert_allclose(found[0], -np.log(4))
     np.testing.assert_allclose(found[1, 0], 80 - np.log(2 + np.exp(-5) + np.e), rtol=1e-15)
     with pytest.raises(InputError, match="activation: expected sigmoid or softmax, got 'relu'"):
