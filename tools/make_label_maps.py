@@ -9,6 +9,7 @@ python tools/make_label_maps.py report maps/teacher CONFIG
 """
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -32,7 +33,7 @@ from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
 from mlvision.engine.precision import resolve_device, resolve_precision
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.annotate import annotate, verify
-from mlvision.labels.importers import detect_axes, fingerprint, import_published
+from mlvision.labels.importers import PublishedMap, detect_axes, fingerprint, import_published
 from mlvision.labels.oracle import oracle_map
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.metrics.quality_page import draw_quality, summarise
@@ -216,7 +217,8 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
         InputError: files that are missing or not in the layout, axes that nothing tells, or another store in its place.
     """
     if not options.out or bool(options.axes) == bool(options.reference):
-        raise InputError(f"expected out= and one of axes= and reference=, got {options}")
+        given = ", ".join(f"{name}={getattr(options, name)}" for name in ("out", "axes", "reference"))
+        raise InputError(f"expected out= and one of axes= and reference=, got {given}")
     manifest, _ = read_images(options)
     keys, num_classes = [record.key for record in manifest.records], len(manifest.classes)
     axes = options.axes or axes_by(options.reference, root, manifest, options.fill)
@@ -237,8 +239,11 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
         preprocessing={"axes": axes, "fill": options.fill},
     )
     writer = LabelMapWriter.create_or_resume(options.out, meta)
-    for block in writer.outstanding():
-        maps = published_maps(root, [keys[row] for row in block], num_classes, axes, options.fill)
+    blocks = writer.outstanding()
+    wanted = [keys[row] for block in blocks for row in block]
+    published = import_published(root, wanted, num_classes, axes=axes, fill=options.fill)  # looks for the files once
+    for block in blocks:
+        maps = stacked(itertools.islice(published, len(block)))
         writer.write(block, maps.values, maps.ids, torch.as_tensor(maps.fill))
     return LabelMapStore.open(options.out)
 
@@ -249,12 +254,12 @@ def axes_by(reference: str, root: str, manifest: Manifest, fill: str, images: in
     store.check(record_hash=manifest.hash, class_hash=manifest.class_hash, num_records=len(manifest))
     rows = np.unique(np.linspace(0, len(manifest) - 1, images).round().astype(int)).tolist()
     keys = [manifest.records[row].key for row in rows]
-    as_stored = published_maps(root, keys, len(manifest.classes), "hw", fill)
+    as_stored = stacked(import_published(root, keys, len(manifest.classes), axes="hw", fill=fill))
     return detect_axes(as_stored, store.read(rows), len(manifest.classes))
 
 
-def published_maps(root: str, keys: list[str], num_classes: int, axes: str, fill: str) -> LabelMap:
-    maps = list(import_published(root, keys, num_classes, axes=axes, fill=fill))
+def stacked(published: Iterable[PublishedMap]) -> LabelMap:
+    maps = list(published)
     values, ids, fills = (torch.stack([getattr(one, name) for one in maps]) for name in ("values", "ids", "fill"))
     return LabelMap(values=values, ids=ids.int(), kind="logit", fill=fills)
 

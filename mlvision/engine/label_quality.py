@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.labels import pool_label_map, pool_probabilities
 from mlvision.labels.annotate import verify
 from mlvision.labels.geometry import boxes_in_grid, whole_images
@@ -51,9 +51,8 @@ class LabelQualityConfig:
     view: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 0), ("crops", 1), ("seed", 0), ("exact_images", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        least = {"images": 0, "crops": 1, "seed": 0, "exact_images": 1}
+        check_fields(self, "", ((name, getattr(self, name) >= low, f"{low} or more") for name, low in least.items()))
 
 
 def judge_label_maps(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlvision.data.manifest import Manifest
-from mlvision.errors import InputError
+from mlvision.errors import check_fields
 from mlvision.losses import LOSSES, build_loss, smooth_labels
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
@@ -35,12 +35,12 @@ class Baseline(Method):
 
     def __init__(self, config: BaselineConfig, classifier: Classifier, preprocessing: Preprocessing):
         super().__init__(classifier, preprocessing)
-        if config.loss not in LOSSES:
-            raise InputError(f"method.loss: expected one of {', '.join(LOSSES)}, got '{config.loss}'")
-        if config.class_weights not in ("none", "inverse_sqrt"):
-            raise InputError(f"method.class_weights: expected none or inverse_sqrt, got '{config.class_weights}'")
-        if not 0 <= config.smoothing < 1:
-            raise InputError(f"method.smoothing: expected a share in [0, 1), got {config.smoothing}")
+        rules = (
+            ("loss", config.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("class_weights", config.class_weights in ("none", "inverse_sqrt"), "none or inverse_sqrt"),
+            ("smoothing", 0 <= config.smoothing < 1, "a share in [0, 1)"),
+        )
+        check_fields(config, "method.", rules)
         self.smoothing = config.smoothing
         self.activation = "softmax" if config.loss == "softmax" else "sigmoid"
         gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
