@@ -106,7 +106,8 @@ def log_odds(logits: Float[ArrayT, "N C"], activation: str) -> Float[ArrayT, "N 
     num_best, rest = best.sum(axis=1, keepdims=True), np.where(best, 0, powers).sum(axis=1, keepdims=True)
     # Of all classes but one. Taken from the sum of all, a small rest would be rounded away beside the best class.
     others = rest + np.where(best, num_best - 1, num_best - powers)
-    return same_kind(z - np.log(np.maximum(others, np.finfo(others.dtype).tiny)), logits)  # finite where a class is alone
+    least = np.finfo(others.dtype).tiny  # finite where a class is alone
+    return same_kind(z - np.log(np.maximum(others, least)), logits)
 
 
 def check_names(classes: Sequence[str], num_classes: int) -> None:
