@@ -3,26 +3,61 @@
 from mlvision.metrics.average_precision import average_precision, average_precisions, mean_average_precision
 from mlvision.metrics.calibration import Reliability, expected_calibration_error, reliability_table
 from mlvision.metrics.f_measures import ClassMeasures, FMeasures, class_measures, decide, f_measures
+from mlvision.metrics.faithfulness import (
+    CrossLabelMatrix,
+    DeletionMeasures,
+    cross_label_drops,
+    cross_label_matrix,
+    deletion_measures,
+    patch_order,
+    specificity,
+)
 from mlvision.metrics.figures import draw_precision_recall
-from mlvision.metrics.localisation import MassInBox, mass_in_box, pointing_game
+from mlvision.metrics.localisation import (
+    MassInBox,
+    RankAccuracy,
+    mass_in_box,
+    mass_in_mask,
+    pointing_game,
+    pointing_in_mask,
+    rank_accuracy,
+)
+from mlvision.metrics.map_shape import entropy, gini, map_discrimination, max_sensitivity, png_bytes, spearman
 from mlvision.metrics.summary import multilabel_summary, per_class_table
 
 __all__ = [
     "ClassMeasures",
+    "CrossLabelMatrix",
+    "DeletionMeasures",
     "FMeasures",
     "MassInBox",
+    "RankAccuracy",
     "Reliability",
     "average_precision",
     "average_precisions",
     "class_measures",
+    "cross_label_drops",
+    "cross_label_matrix",
     "decide",
+    "deletion_measures",
     "draw_precision_recall",
+    "entropy",
     "expected_calibration_error",
     "f_measures",
+    "gini",
+    "map_discrimination",
     "mass_in_box",
+    "mass_in_mask",
+    "max_sensitivity",
     "mean_average_precision",
     "multilabel_summary",
+    "patch_order",
     "per_class_table",
+    "png_bytes",
     "pointing_game",
+    "pointing_in_mask",
+    "rank_accuracy",
     "reliability_table",
+    "spearman",
+    "specificity",
 ]

@@ -1,5 +1,6 @@
 """The door into this room: tensors or arrays in, checked NumPy arrays inside, the caller's kind out."""
 
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -54,3 +55,20 @@ def check_targets(targets: Shaped[np.ndarray, "N C"], shape: tuple[int, ...]) ->
     if not allowed.all():
         row, c = np.argwhere(~allowed)[0]
         raise InputError(f"targets of class {c}: {targets[row, c]} in row {row}, expected 1, 0 or NaN (unknown)")
+
+
+def flattened(maps: Shaped[np.ndarray, "N h w"]) -> Shaped[np.ndarray, "N cells"]:
+    return maps.reshape(len(maps), math.prod(maps.shape[1:]))  # -1 would not do for N = 0
+
+
+def check_maps(maps: Shaped[np.ndarray, "..."], name: str = "maps") -> None:
+    """Refuse what is no table of maps.
+
+    Raises:
+        InputError: Another shape than [N, h, w], no cell, or a map that holds NaN or infinity.
+    """
+    if maps.ndim != 3 or 0 in maps.shape[1:]:
+        raise InputError(f"{name} {maps.shape}: expected [N, h, w] with at least one cell")
+    bad = np.flatnonzero(~np.isfinite(maps).all(axis=(1, 2)))
+    if bad.size:
+        raise InputError(f"{name}: {bad.size} of {len(maps)} hold NaN or infinity, the first in row {bad[0]}")
