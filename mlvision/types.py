@@ -138,6 +138,24 @@ class LabelMap(_Columns):
             return replace(self, values=positive / peak.where(peak > 0, 1), kind=kind, fill=0.0)
         raise InputError(f"label map: {self.kind} cannot become {kind}")
 
+    def of_labels(self, labels: Integer[Tensor, "B L"]) -> Float[Tensor, "B L h w"]:
+        """The whole map of each label, whatever the layout; the fill where a cell or an image does not store it.
+
+        Maps of negative labels (empty places) hold anything.
+        """
+        labels = labels.long()
+        if self.ids is None:
+            index = labels.clamp(min=0)[:, :, None, None]
+            return self.values.gather(1, index.expand(-1, -1, *self.values.shape[2:]))
+        fill = torch.as_tensor(self.fill, dtype=self.values.dtype, device=self.values.device)
+        fill = fill.expand(len(self.values), *self.values.shape[2:]).unsqueeze(1)
+        of_each_image = self.ids.ndim == 2
+        wanted = labels[:, :, None] if of_each_image else labels[:, :, None, None, None]
+        found = self.ids.long().unsqueeze(1) == wanted
+        found = found[..., None, None] if of_each_image else found
+        stored = torch.where(found, self.values.unsqueeze(1), 0).sum(2)
+        return torch.where(found.any(2), stored, fill)
+
     def _sigmoid(self, temperature: float) -> "LabelMap":
         fill = (torch.as_tensor(self.fill, dtype=self.values.dtype, device=self.values.device) / temperature).sigmoid()
         values = (self.values / temperature).sigmoid()

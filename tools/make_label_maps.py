@@ -39,6 +39,7 @@ from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.metrics.quality_page import draw_quality, summarise
 from mlvision.models import BackboneConfig
 from mlvision.models.dense import AveragedTeacher, Teacher, build_teacher, check_identity
+from mlvision.models.weights import state_hash
 from mlvision.run import load_run, read_role, write_json
 from mlvision.types import ACTIVATIONS, LabelMap
 
@@ -327,7 +328,7 @@ def build_teachers(options: LabelMapOptions, manifest: Manifest, device: torch.d
     Raises:
         InputError: a teacher of other classes than the data's, or teachers trained with different activations.
     """
-    teachers, activations, digest = [], set(), hashlib.sha256()
+    teachers, activations = [], set()
     for name in options.teacher:
         if name == TIMM:
             teachers.append(build_teacher(options.model))
@@ -341,17 +342,15 @@ def build_teachers(options: LabelMapOptions, manifest: Manifest, device: torch.d
             raise InputError(
                 f"teacher: {name} has {teachers[-1].num_classes} classes, the data has {len(manifest.classes)}"
             )
-        for key, tensor in sorted(teachers[-1].state_dict().items()):
-            digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     if not options.activation and len(activations) > 1:
         raise InputError(f"teacher: trained as {' and '.join(sorted(activations))}; say which to use with activation=")
     activation = options.activation or activations.pop()
     if len(teachers) == 1 and options.scales == [1.0] and not options.flip:
-        return teachers[0], activation, digest.hexdigest()
+        return teachers[0], activation, state_hash(teachers)
     averaged = AveragedTeacher(
         teachers, scales=options.scales, flip=options.flip, combination=options.combination, activation=activation
     )
-    return averaged, activation, digest.hexdigest()
+    return averaged, activation, state_hash(teachers)
 
 
 def oracle_source(options: LabelMapOptions, manifest: Manifest) -> Source:

@@ -11,9 +11,8 @@ from typing import Annotated
 import torch
 
 from mlvision.config import describe_options, parse_options, run_command
-from mlvision.data.images import SUFFIXES, drop_unreadable
+from mlvision.data.images import drop_unreadable, folder_manifest
 from mlvision.data.loader import LoaderConfig, eval_loader
-from mlvision.data.manifest import Manifest, Record
 from mlvision.errors import InputError
 from mlvision.run import load_run
 
@@ -72,22 +71,6 @@ def main(argv: list[str]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     print(f"{len(manifest)} images, {len(run.classes)} classes: {out}")
-
-
-def folder_manifest(folder: Path, classes: tuple[str, ...]) -> Manifest:
-    """The images below a folder, of whose labels nothing is known.
-
-    Raises:
-        InputError: no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"images: {folder} is not a folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"images: no image below {folder} (looked for {', '.join(sorted(SUFFIXES))})")
-    unknown = tuple(range(len(classes)))
-    records = (Record(p.relative_to(folder).as_posix(), str(p), labels=(), unknown=unknown) for p in paths)
-    return Manifest(classes, tuple(records), split=str(folder))
 
 
 if __name__ == "__main__":

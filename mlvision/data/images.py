@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -130,6 +131,22 @@ def read_record(record: Record) -> UInt8[np.ndarray, "H W 3"]:
     image = read_image(record.path)
     check_size(record, image)
     return image
+
+
+def folder_manifest(folder: Path, classes: tuple[str, ...]) -> Manifest:
+    """The images below a folder, of whose labels nothing is known.
+
+    Raises:
+        InputError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"images: {folder} is not a folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"images: no image below {folder} (looked for {', '.join(sorted(SUFFIXES))})")
+    unknown = tuple(range(len(classes)))
+    records = (Record(p.relative_to(folder).as_posix(), str(p), labels=(), unknown=unknown) for p in paths)
+    return Manifest(classes, tuple(records), split=str(folder))
 
 
 def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest, list[tuple[str, str]]]:

@@ -264,12 +264,12 @@ def _localise(probable: LabelMap, records: Sequence[Record]) -> Float[np.ndarray
 
 def maps_of(label_map: LabelMap, images: Tensor, labels: Tensor) -> Float[Tensor, "P h w"]:
     """The whole map of one label of each of some images (which may repeat)."""
-    if label_map.ids is None:
-        return label_map.values[images, labels]
-    found = label_map.ids[images] == labels[:, None, None, None]
-    values = label_map.values[images].where(found, 0).sum(1)
-    fill = torch.as_tensor(label_map.fill).expand(label_map.values[:, 0].shape)[images]
-    return values.where(found.any(1), fill)
+    fill = torch.as_tensor(label_map.fill)
+    ids = None if label_map.ids is None else label_map.ids[images]
+    part = replace(
+        label_map, values=label_map.values[images], ids=ids, fill=fill[images] if fill.ndim else label_map.fill
+    )
+    return replace(part, extent=None).of_labels(labels[:, None])[:, 0]
 
 
 # The teacher's own answers

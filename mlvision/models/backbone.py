@@ -11,6 +11,7 @@ from jaxtyping import Float
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mlvision.errors import InputError
@@ -134,7 +135,7 @@ class Backbone(nn.Module):
     def _measure(self, in_chans: int) -> None:
         """Learn layout, grid and widths from one blank image, as timm's metadata holds them for no model completely."""
         blank = next(self.model.parameters()).new_zeros(1, in_chans, *self.image_size)
-        training = self.model.training
+        modes = [(part, part.training) for part in self.model.modules()]
         self.model.eval()  # batch statistics stay as they are, no random numbers are drawn
         try:
             _check_patches(self.model, self.image_size)
@@ -156,7 +157,8 @@ class Backbone(nn.Module):
                 f"model.name: {name} gives no spatial map for images of {height}x{width} ({first_line(error)})"
             ) from error
         finally:
-            self.model.train(training)
+            for part, mode in modes:
+                part.training = mode
         self.grid = tuple(probe.map.shape[-2:])
         self.map_features = probe.map.shape[1]
         self.num_features = probe.pooled.shape[1]
@@ -249,6 +251,21 @@ def _pretrained_cfg(name: str) -> PretrainedCfg:
     except RuntimeError as error:  # the part after the dot
         known = timm.list_pretrained(f"{name.split('.')[0]}.*")
         raise InputError(f"model.name: timm has no weights '{name}'; it has {', '.join(known)}") from error
+
+
+def is_plain_vit(model: TimmModel) -> bool:
+    """Whether the model is timm's VisionTransformer with its own forward pass and no attention pooling, whose parts may be
+    run one by one."""
+    return (
+        isinstance(model, VisionTransformer)
+        and type(model).forward_features is VisionTransformer.forward_features
+        and model.attn_pool is None
+    )
+
+
+def embed_patches(model: TimmModel, normalised: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B N D"]:
+    """The tokens, prefix first, that go into a plain ViT's first block."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(normalised))))
 
 
 def _token_grid(model: TimmModel, images: Tensor) -> tuple[int, int]:

@@ -222,7 +222,7 @@ class AveragedTeacher(Teacher):
             for mirrored in (False, True)[: 1 + self.flip]:
                 output = teacher(view.flip(-1) if mirrored else view)
                 seen = output.maps.flip(-1) if mirrored else output.maps
-                maps = maps + _resample(self._summands(seen), self.grid)
+                maps = maps + resample(self._summands(seen), self.grid)
                 logits = logits + self._summands(output.logits)
         count = len(self._views) * (1 + self.flip)
         return HeadOutput(self._to_logits(logits / count), self._to_logits(maps / count))
@@ -291,7 +291,7 @@ def build_teacher(
     if isinstance(getattr(source, "classifier", None), Classifier):
         return DenseTeacher(source.classifier, source.mean, source.std)
     if hasattr(source, "pretrained_cfg") and hasattr(source, "forward_head"):
-        return DenseTeacher(_take_apart(source, image_size))
+        return DenseTeacher(take_apart(source, image_size))
     raise InputError(
         f"teacher: expected a trained method, a timm classifier, a BackboneConfig or a name, got {type(source).__name__}"
     )
@@ -328,7 +328,7 @@ def _count_classes(backbone: Backbone, config: BackboneConfig) -> int:
     return next((len(weight) for weight in weights if weight is not None), cfg["num_classes"])
 
 
-def _take_apart(model: TimmModel, image_size: tuple[int, int] | int | None) -> Classifier:
+def take_apart(model: TimmModel, image_size: tuple[int, int] | int | None) -> Classifier:
     """A timm classifier as backbone and linear head: its last layer is copied, the rest shared."""
     cfg, linear = model.pretrained_cfg, model.get_classifier()
     if not isinstance(linear, nn.Linear | nn.Conv2d):  # some timm classifiers are 1x1 convolutions
@@ -384,7 +384,7 @@ def _grid_at(teacher: DenseTeacher, size: tuple[int, int]) -> tuple[int, int]:
     return maps.shape[2], maps.shape[3]
 
 
-def _resample(maps: Float[Tensor, "... h w"], grid: tuple[int, int]) -> Float[Tensor, "... h2 w2"]:
+def resample(maps: Float[Tensor, "... h w"], grid: tuple[int, int]) -> Float[Tensor, "... h2 w2"]:
     """Maps of the same extent on another grid: each cell the mean of what it covers, weighted by the exact overlap."""
     if tuple(maps.shape[-2:]) == grid:
         return maps

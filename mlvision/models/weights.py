@@ -1,9 +1,10 @@
 """Weights that somebody trained: where they come from, and how they get into a timm model and a linear head."""
 
 import argparse
+import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,12 @@ def _some(keys: tuple[str, ...]) -> str:
 def first_line(error: BaseException) -> str:
     """What another library says is wrong, short enough for one of our lines."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def state_hash(modules: Iterable[nn.Module]) -> str:
+    """sha256 of all weights and buffers, by name."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for key, tensor in sorted(module.state_dict().items()):
+            digest.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
