@@ -1,0 +1,88 @@
+"""CAM grids of a few fixed images in TensorBoard while a model trains."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mlvision.errors import InputError
+from mlvision.explain import Explainer, explain
+from mlvision.explain.cam import GradCam
+from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
+from mlvision.explain.selection import from_mask
+
+_log = logging.getLogger(__name__)
+
+
+class CamGrids:
+    """A callback for `fit`: after each validation, where the model found the labels of the same few images.
+
+    Shown are the labels that are present or predicted, with the averaged weights where there are any. A model that has no
+    maps at an epoch (all of them flat) says so in the log; training goes on.
+
+    Args:
+        images: uint8, as the model sees them at evaluation.
+        targets: 1 present, 0 absent, NaN unknown.
+        keys: the images' names.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[Tensor, "n 3 H W"],
+        targets: Float[Tensor, "n C"],
+        keys: Sequence[str],
+        classes: Sequence[str],
+        explainer: Explainer | None = None,
+        threshold: float = 0.5,
+    ):
+        self._images, self._targets, self._keys, self._classes = images, targets, list(keys), list(classes)
+        self._explainer, self._threshold = explainer or GradCam(), threshold
+
+    def on_epoch_start(self, state: Any) -> None:
+        """Nothing."""
+
+    def on_step_end(self, state: Any) -> None:
+        """Nothing."""
+
+    def on_epoch_end(self, state: Any) -> None:
+        if state.log.tensorboard is None:
+            return
+        model = state.method if state.ema is None else state.ema.module
+        try:
+            page = self.draw(model)
+        except InputError as error:
+            _log.info("no CAM grid after epoch %d: %s", state.epoch, error)
+            return
+        name = type(self._explainer).__name__
+        state.log.tensorboard.add_image(f"explain/{name}", page, state.step, dataformats="HWC")
+
+    def draw(self, model: nn.Module) -> UInt8[np.ndarray, "rows columns 3"]:
+        """The page: a row an image.
+
+        Raises:
+            InputError: no label is present or predicted, or all maps are flat.
+        """
+        device = next(model.parameters()).device
+        images = self._images.to(device)
+        with torch.no_grad():
+            scores = model.scores(model.predict(images)).cpu()  # pyright: ignore[reportCallIssue]
+        labels = from_mask((self._targets == 1) | (scores >= self._threshold)).labels
+        found = explain(model, images, self._explainer, labels)
+        rows = [
+            ExplainedImage(
+                key,
+                image.permute(1, 2, 0).numpy(),
+                score.numpy(),
+                target.numpy(),
+                label.numpy(),
+                {"": maps.cpu().numpy()},
+            )
+            for key, image, score, target, label, maps in zip(
+                self._keys, self._images, scores, self._targets, labels, found.maps, strict=True
+            )
+        ]
+        return draw_grid(rows, self._classes, ShownMethod(""), self._threshold)

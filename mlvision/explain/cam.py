@@ -1,0 +1,295 @@
+"""Class activation maps of all labels from one forward pass: Grad-CAM, HiResCAM, LayerCAM, Grad-CAM++.
+
+The target layer's output is cut out of the graph: what comes before it runs without one, and only the rest of the network
+(the tail) is differentiated, for all labels at once. Where the tail is mean pooling and a linear layer, its gradient is that
+layer's weight and nothing is differentiated.
+
+Source: Selvaraju et al., "Grad-CAM", ICCV 2017, eq. 1-2; Chattopadhay et al., "Grad-CAM++", WACV 2018, eq. 10-15 (its
+exponential score: second and third derivatives are powers of the first); Jiang et al., "LayerCAM", TIP 2021, eq. 6-7;
+Draelos & Carin, "Use HiResCAM instead of Grad-CAM", arXiv 2011.08891.
+
+DEVIATION: maps keep their sign; the papers' final ReLU is left to the display, so that evidence against a label shows too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mlvision.errors import InputError
+from mlvision.explain.selection import Selection
+from mlvision.explain.subject import Subject
+from mlvision.models import Backbone, LinearHead
+from mlvision.models.backbone import embed_patches, is_plain_vit
+from mlvision.types import Features
+
+_CHUNK_BYTES = 1 << 29  # of gradients at once
+
+Activations = Float[Tensor, "B D h w"]
+# Of each label; [B, L, D, 1, 1] where it is the same everywhere.
+Gradients = Float[Tensor, "B L D gh gw"]
+
+
+@dataclass(frozen=True)
+class GradCam:
+    """Channels weighted by their mean gradient."""
+
+    layer: Annotated[
+        str,
+        "module of the timm model (or network) whose output is mapped; empty: the map that the head pools, or the last "
+        "block's norm1 where the head reads a class token",
+    ] = ""
+    label_specific = True
+
+    def explain(
+        self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
+    ) -> Float[Tensor, "B L h w"]:
+        activations, gradients = differentiate(subject, pixels, selection, self.layer)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._combine(activations.float(), gradients.float())
+
+    def _combine(self, activations: Activations, gradients: Gradients) -> Float[Tensor, "B L h w"]:
+        return torch.einsum("bldxy,bdhw->blhw", _mean(gradients), activations)
+
+
+@dataclass(frozen=True)
+class HiResCam(GradCam):
+    """Each channel of each cell times its own gradient: what the cell adds to the score where the tail is linear."""
+
+    def _combine(self, activations: Activations, gradients: Gradients) -> Float[Tensor, "B L h w"]:
+        return _weighted(gradients, activations)
+
+
+@dataclass(frozen=True)
+class LayerCam(GradCam):
+    """Each channel of each cell times the positive part of its gradient."""
+
+    def _combine(self, activations: Activations, gradients: Gradients) -> Float[Tensor, "B L h w"]:
+        return _weighted(gradients.clamp(min=0), activations)
+
+
+@dataclass(frozen=True)
+class GradCamPlusPlus(GradCam):
+    """Channels weighted by the positive part of their gradients, in cells weighted by eq. 19 of the paper."""
+
+    def _combine(self, activations: Activations, gradients: Gradients) -> Float[Tensor, "B L h w"]:
+        total = activations.sum((2, 3))[:, None, :, None, None]
+        squares = gradients.square()
+        below = 2 * squares + total * squares * gradients
+        weights = squares / below.where(below != 0, 1) * gradients.clamp(min=0)
+        cells = activations.shape[2] * activations.shape[3]
+        return torch.einsum("bldxy,bdhw->blhw", _mean(weights) * cells, activations)
+
+
+def _mean(gradients: Gradients) -> Float[Tensor, "B L D 1 1"]:
+    return gradients.mean((3, 4), keepdim=True)
+
+
+def _weighted(gradients: Gradients, activations: Activations) -> Float[Tensor, "B L h w"]:
+    if gradients.shape[-2:] == (1, 1):
+        return torch.einsum("bldxy,bdhw->blhw", gradients, activations)
+    return torch.einsum("bldhw,bdhw->blhw", gradients, activations)
+
+
+def differentiate(
+    subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection, layer: str
+) -> tuple[Activations, Gradients]:
+    """A layer's output, and the gradient of each selected score with respect to it.
+
+    Raises:
+        InputError: no such layer, one whose output is no map, or one on which no score depends.
+    """
+    if layer:
+        return _at_module(subject, pixels, selection, layer)
+    if subject.classifier is None:
+        raise InputError("layer: this network is not from timm; name the module whose output is to be mapped")
+    backbone = subject.classifier.backbone
+    if _reads_class_token(backbone):
+        if _has_plain_last_block(backbone):
+            return _at_last_block(subject, backbone, pixels, selection)
+        return _at_module(subject, pixels, selection, _norm_before_last_attention(backbone))
+    return _at_pooling(subject, backbone, pixels, selection)
+
+
+def _at_pooling(
+    subject: Subject, backbone: Backbone, pixels: Tensor, selection: Selection
+) -> tuple[Activations, Gradients]:
+    """At the map that the head's input is pooled from."""
+    with torch.no_grad():
+        cells, prefix = backbone._split(backbone.model.forward_features(subject.normalise(pixels)))
+
+    def tail(activations: Tensor, rows: slice = slice(None)) -> Tensor:
+        joined = backbone._join(activations, None if prefix is None else prefix[rows])
+        return subject.logits_of(Features(activations, backbone.model.forward_head(joined, pre_logits=True).flatten(1)))
+
+    closed = _closed_form(subject, cells, selection)
+    if closed is not None:  # compared with autograd on one image
+        first = slice(0, 1)
+        exact = _gradients(lambda a: tail(a, first), cells[first], selection.rows(first), most=1)
+        if torch.allclose(closed[first, : exact.shape[1]].expand_as(exact), exact.to(closed), rtol=1e-3, atol=1e-6):
+            return cells, closed
+    return cells, _checked(_gradients(tail, cells, selection), selection, "the pooled map")
+
+
+def _closed_form(subject: Subject, cells: Activations, selection: Selection) -> Gradients | None:
+    """The gradients where pooling is a mean and the head linear; None for other heads and widths."""
+    assert subject.classifier is not None
+    head = subject.classifier.head
+    if not isinstance(head, LinearHead) or head.linear.in_features != cells.shape[1]:
+        return None
+    weight = head.linear.weight.detach()
+    gradients = selection.scores(weight.T.expand(len(cells), -1, -1)).mT / (cells.shape[2] * cells.shape[3])
+    return gradients[..., None, None]
+
+
+def _at_module(subject: Subject, pixels: Tensor, selection: Selection, layer: str) -> tuple[Activations, Gradients]:
+    """At the output of any module, which a hook replaces by a leaf of the graph."""
+    module = _find(subject, layer)
+    leaves: list[Tensor] = []
+
+    def cut(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise InputError(f"layer: {layer} gives a {type(output).__name__}, expected one tensor")
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # a copy, for what follows may write in place
+
+    handle = module.register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            logits = subject.logits(pixels)
+    finally:
+        handle.remove()
+    if len(leaves) != 1:
+        raise InputError(f"layer: {layer} runs {len(leaves)} times in one pass; expected a module that is used once")
+    if not logits.requires_grad:
+        raise InputError(f"layer: no score depends on {layer}")
+    to_map = _reader(subject, layer, leaves[0])
+    gradients = _vjp(logits, leaves[0], selection)
+    batch, labels = gradients.shape[:2]
+    maps = to_map(gradients.flatten(0, 1)).unflatten(0, (batch, labels))
+    return to_map(leaves[0].detach()), _checked(maps, selection, layer)
+
+
+def _find(subject: Subject, layer: str) -> nn.Module:
+    root = subject.classifier.backbone.model if subject.classifier else subject.module
+    modules = dict(root.named_modules())
+    if layer not in modules or not layer:
+        near = get_close_matches(layer, list(modules), n=3, cutoff=0.3)
+        raise InputError(f"layer: no module '{layer}'; nearest: {', '.join(near) or ', '.join(list(modules)[1:6])}")
+    return modules[layer]
+
+
+def _reader(subject: Subject, layer: str, output: Tensor) -> Callable[[Tensor], Activations]:
+    """How a layer's output is read as maps `[B, D, h, w]`."""
+    backbone = subject.classifier.backbone if subject.classifier else None
+    if output.ndim == 4:
+        if backbone is not None and backbone._layout == "NHWC":
+            return lambda x: x.permute(0, 3, 1, 2)
+        return lambda x: x
+    if output.ndim == 3 and backbone is not None:
+        (height, width), prefix = backbone.grid, backbone._num_prefix_tokens
+        if output.shape[1] == height * width + prefix:
+            return lambda x: x[:, prefix:].mT.unflatten(2, (height, width))
+    raise InputError(
+        f"layer: the output of {layer}, {tuple(output.shape)}, is no map and no grid of the model's tokens"
+    )
+
+
+def _reads_class_token(backbone: Backbone) -> bool:
+    return backbone._layout == "NLC" and getattr(backbone.model, "global_pool", "") in ("token", "")
+
+
+def _norm_before_last_attention(backbone: Backbone) -> str:
+    blocks = getattr(backbone.model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not hasattr(blocks[-1], "norm1"):
+        raise InputError(
+            "layer: this model reads a class token, and no blocks.<last>.norm1 was found; name a layer before it"
+        )
+    return f"blocks.{len(blocks) - 1}.norm1"
+
+
+def _has_plain_last_block(backbone: Backbone) -> bool:
+    model = backbone.model
+    last = model.blocks[-1] if is_plain_vit(model) else None
+    return type(last) is Block and type(last.attn) is Attention
+
+
+def _at_last_block(
+    subject: Subject, backbone: Backbone, pixels: Tensor, selection: Selection
+) -> tuple[Activations, Gradients]:
+    """At norm1 of a ViT's last block, of whose queries only the prefix tokens' are run: the head reads no other."""
+    model, num_prefix = backbone.model, backbone._num_prefix_tokens
+    block: Block = model.blocks[-1]
+    attention: Attention = block.attn  # pyright: ignore[reportAssignmentType]
+    with torch.no_grad():
+        tokens = model.blocks[:-1](embed_patches(model, subject.normalise(pixels)))
+        cells, prefix = backbone._split(block.norm1(tokens))
+        before = tokens[:, :num_prefix]
+
+    def tail(activations: Tensor) -> Tensor:
+        normed = backbone._join(activations, prefix)
+        read = normed[:, :num_prefix]
+        heads = (attention.num_heads, attention.head_dim)
+        q, k, v = (
+            nn.functional.linear(x, weight, bias).unflatten(2, heads).transpose(1, 2)
+            for x, weight, bias in zip(
+                (read, normed, normed),
+                attention.qkv.weight.chunk(3),
+                (None,) * 3 if attention.qkv.bias is None else attention.qkv.bias.chunk(3),
+                strict=True,
+            )
+        )
+        scores = (attention.q_norm(q) * attention.scale) @ attention.k_norm(k).mT
+        mixed = attention.norm((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        if attention.gate is not None:
+            mixed = mixed * attention.gate(read).sigmoid()
+        x = before + block.ls1(attention.proj(mixed))
+        x = model.norm(x + block.ls2(block.mlp(block.norm2(x))))
+        return subject.logits_of(Features(activations, model.forward_head(x, pre_logits=True).flatten(1)))
+
+    return cells, _checked(_gradients(tail, cells, selection), selection, f"blocks.{len(model.blocks) - 1}.norm1")
+
+
+def _gradients(
+    tail: Callable[[Tensor], Tensor], activations: Activations, selection: Selection, most: int | None = None
+) -> Gradients:
+    with torch.enable_grad():
+        leaf = activations.detach().requires_grad_()
+        logits = tail(leaf)
+    return _vjp(logits, leaf, selection, most)
+
+
+def _vjp(
+    logits: Float[Tensor, "B C"], leaf: Tensor, selection: Selection, most: int | None = None
+) -> Float[Tensor, "B L ..."]:
+    """The gradient of each selected score; images do not mix in eval mode, so one pass serves a label of each."""
+    directions = selection.directions(logits.shape[1]).transpose(0, 1).to(logits)
+    directions = directions[:most]
+    chunk = max(1, _CHUNK_BYTES // (leaf.numel() * 4))
+    found = []
+    for part in directions.split(chunk):
+        try:
+            (gradient,) = torch.autograd.grad(logits, leaf, part, retain_graph=True, is_grads_batched=True)
+        except RuntimeError as error:
+            if "out of memory" in str(error):
+                raise
+            # An operation without a batching rule.
+            each = [torch.autograd.grad(logits, leaf, one, retain_graph=True)[0] for one in part]
+            gradient = torch.stack(each)
+        found.append(gradient)
+    return torch.cat(found).transpose(0, 1)
+
+
+def _checked(gradients: Gradients, selection: Selection, layer: str) -> Gradients:
+    if not bool((gradients != 0).any()):
+        raise InputError(
+            f"layer: the gradient of every score at {layer} is zero: the head does not read its cells. Take an earlier "
+            "layer, in a class-token ViT blocks.<last>.norm1"
+        )
+    return gradients

@@ -1,0 +1,267 @@
+"""Explanations from gradients of a score with respect to the image, through captum.
+
+captum explains one score of each image at a time, so the cost grows with the number of labels: explain the labels that
+matter, not all of them. It is given (image, label) pairs, a few at a time; empty places of a selection cost nothing.
+
+Guided backpropagation and DeepLift replace the gradient of activations, which captum knows by the type of their module. They
+run on a copy of the model in which every activation is such a module, and refuse a model in which that cannot be done.
+
+DEVIATION: maps keep their sign and sum over the colours, except for Saliency; the papers show the largest magnitude of a
+colour.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Annotated
+
+import captum.attr
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlvision.errors import InputError, check_fields
+from mlvision.explain.cam import GradCam
+from mlvision.explain.impute import fill_in
+from mlvision.explain.rewrite import guidable, liftable
+from mlvision.explain.selection import Selection
+from mlvision.explain.subject import Subject
+
+_BASELINES = ("black", "mean", "blur")  # of impute.py's those that are an image
+
+Rows = Float[Tensor, "n in_chans H W"]
+
+
+class _Score(nn.Module):
+    """One selected score of each image: what captum differentiates."""
+
+    def __init__(self, subject: Subject):
+        super().__init__()
+        self._subject = subject
+        self.model = subject.module  # captum looks for activations here
+
+    def forward(self, pixels: Rows, labels: Int64[Tensor, " n"], against: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return Selection(labels[:, None], against[:, None]).scores(self._subject.logits(pixels)).squeeze(1)
+
+
+Chosen = tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """The magnitude of the gradient, summed over the colours: how much a pixel could change the score, not which way.
+
+    Source: Simonyan et al., "Deep Inside Convolutional Networks", ICLR workshop 2014, section 3.
+    """
+
+    batch_size: Annotated[int, "images a pass; 0: by their size and the device"] = 0
+    label_specific = True
+    signed = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", [("batch_size", self.batch_size >= 0, "0 or more"), *self._rules()])
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return []
+
+    def explain(
+        self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
+    ) -> Float[Tensor, "B L H W"]:
+        score = self._score(subject, pixels)
+        labels = selection.labels
+        against = torch.full_like(labels, -1) if selection.against is None else selection.against
+        maps = pixels.new_zeros(*labels.shape, *pixels.shape[2:])
+        batch_size = self.batch_size or _batch_size(pixels)
+        for places in selection.valid.nonzero().split(max(1, self._at_once(batch_size))):
+            place = places.unbind(1)
+            rows = pixels[place[0]].detach().requires_grad_()
+            found = self._attribute(score, rows, (labels[place], against[place]), batch_size)
+            maps[place] = found.detach().sum(1).to(maps)
+        return maps
+
+    def _score(self, subject: Subject, pixels: Tensor) -> _Score:
+        return _Score(subject)
+
+    def _at_once(self, batch_size: int) -> int:
+        """How many scores a call of captum is given."""
+        return batch_size
+
+    def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
+        return captum.attr.Saliency(score).attribute(rows, abs=True, additional_forward_args=chosen)
+
+
+@dataclass(frozen=True)
+class InputXGradient(Saliency):
+    """Each pixel times its gradient: what it adds to the score of a linear model, set against black.
+
+    Dark pixels get little, whatever they mean.
+
+    Source: Shrikumar et al., "Not Just a Black Box", arXiv 1605.01713.
+    """
+
+    signed = True
+
+    def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
+        return captum.attr.InputXGradient(score).attribute(rows, additional_forward_args=chosen)
+
+
+@dataclass(frozen=True)
+class IntegratedGradients(Saliency):
+    """The mean gradient on the straight line from a baseline to the image, times their difference; the map's sum is the
+    difference of the scores, but for the error of the sum over points. Pixels that equal the baseline get nothing.
+
+    Source: Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017, eq. 1; Gauss-Legendre points.
+    """
+
+    signed = True
+
+    num_steps: Annotated[int, "points on the line"] = 50
+    baseline: Annotated[str, "the image that means nothing: black, mean (the image's colour) or blur"] = "black"
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [("num_steps", self.num_steps >= 1, "1 or more"), _baseline_rule(self.baseline)]
+
+    def _at_once(self, batch_size: int) -> int:
+        return batch_size // self.num_steps
+
+    def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
+        return captum.attr.IntegratedGradients(score).attribute(
+            rows,
+            _baseline(rows, self.baseline),
+            n_steps=self.num_steps,
+            internal_batch_size=batch_size,
+            additional_forward_args=chosen,
+        )
+
+
+@dataclass(frozen=True)
+class SmoothGrad(Saliency):
+    """The mean gradient at noisy copies of the image. Every label of every image gets the same noise, so an image's map
+    depends on no other image, and the map of a contrast is the difference of two maps.
+
+    Source: Smilkov et al., "SmoothGrad: removing noise by adding noise", arXiv 1706.03825; 10-20 % noise.
+    """
+
+    signed = True
+
+    num_samples: Annotated[int, "noisy copies"] = 25
+    sigma: Annotated[float, "standard deviation of the noise, for images in [0, 1]"] = 0.15
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [("num_samples", self.num_samples >= 1, "1 or more"), ("sigma", self.sigma >= 0, "0 or more")]
+
+    def _at_once(self, batch_size: int) -> int:
+        return 1  # from the same random state
+
+    def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
+        with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
+            found = captum.attr.NoiseTunnel(captum.attr.Saliency(score)).attribute(
+                rows,
+                nt_type="smoothgrad",
+                nt_samples=self.num_samples,
+                nt_samples_batch_size=min(batch_size, self.num_samples),
+                stdevs=float(self.sigma),
+                abs=False,
+                additional_forward_args=chosen,
+            )
+        assert isinstance(found, Tensor)
+        return found
+
+
+@dataclass(frozen=True)
+class GuidedBackprop(Saliency):
+    """The gradient without what is negative behind a ReLU: the paths on which everything speaks for the label.
+
+    Sharp, but close to an edge filter: maps of different labels look alike, and may survive random weights (Adebayo et al.,
+    NeurIPS 2018). ReLU6 counts as one rectifier: nothing passes where it is saturated.
+
+    Source: Springenberg et al., "Striving for Simplicity", ICLR workshop 2015.
+    """
+
+    def _score(self, subject: Subject, pixels: Tensor) -> _Score:
+        return _Score(guidable(subject, pixels))
+
+    def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Setting backward hooks")  # on our copy
+            return captum.attr.GuidedBackprop(score).attribute(rows, additional_forward_args=chosen)
+
+
+@dataclass(frozen=True)
+class GuidedGradCam(GuidedBackprop):
+    """Guided backpropagation where Grad-CAM is positive, weighted by it.
+
+    Source: Selvaraju et al., "Grad-CAM", ICCV 2017, Guided Grad-CAM.
+    """
+
+    layer: Annotated[str, "the layer of Grad-CAM; empty: as grad_cam"] = ""
+
+    def explain(
+        self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
+    ) -> Float[Tensor, "B L H W"]:
+        guided = super().explain(subject, pixels, selection)
+        where = GradCam(self.layer).explain(subject, pixels, selection).detach().clamp(min=0)
+        return guided * F.interpolate(where, guided.shape[2:], mode="bilinear", align_corners=False).to(guided)
+
+
+@dataclass(frozen=True)
+class DeepLift(Saliency):
+    """What each pixel's difference from a baseline adds to the score's, by the slopes between the two in every activation;
+    the map's sum is the difference of the scores, and is checked.
+
+    Max pooling is taken as a chain of ReLUs, `max(a, b) = a + relu(b - a)`.
+
+    Source: Shrikumar et al., "Learning Important Features Through Propagating Activation Differences", ICML 2017,
+    the rescale rule.
+
+    DEVIATION: the paper has no rule for max pooling; by captum's, the sum is off where the baseline is not uniform.
+    """
+
+    signed = True
+
+    baseline: Annotated[str, "the image that means nothing: black, mean (the image's colour) or blur"] = "black"
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [_baseline_rule(self.baseline)]
+
+    def _at_once(self, batch_size: int) -> int:
+        return batch_size // 2  # each with its baseline
+
+    def _score(self, subject: Subject, pixels: Tensor) -> _Score:
+        return _Score(liftable(subject, pixels))
+
+    def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
+        baseline = _baseline(rows, self.baseline)
+        # Slopes are quotients of differences, which half precision would round away.
+        with warnings.catch_warnings(), torch.autocast(rows.device.type, enabled=False):
+            warnings.filterwarnings("ignore", message="Setting forward, backward hooks")  # on our copy
+            found = captum.attr.DeepLift(score).attribute(rows, baseline, additional_forward_args=chosen).detach()
+            with torch.no_grad():
+                here, there = score(rows, *chosen).double(), score(baseline, *chosen).double()
+        difference, total, size = here - there, found.double().sum((1, 2, 3)), found.double().abs().sum((1, 2, 3))
+        missing = (total - difference).abs()
+        # Rounding is in proportion to the parts, not to what is left when they cancel; GPUs multiply in TF32.
+        share = 1e-4 if rows.device.type == "cpu" else 1e-3
+        if not bool((missing <= 1e-3 * difference.abs() + share * size + 1e-5 * (here.abs() + there.abs())).all()):
+            worst = int(missing.nan_to_num(torch.inf).argmax())
+            raise InputError(
+                f"deep_lift: a map's sum is {float(total[worst]):.4g}, the scores differ by {float(difference[worst]):.4g}; "
+                "the model multiplies activations, or has a nonlinearity without a rule (take integrated_gradients)"
+            )
+        return found
+
+
+def _baseline_rule(baseline: str) -> tuple[str, bool, str]:
+    return ("baseline", baseline in _BASELINES, f"one of {', '.join(_BASELINES)}")
+
+
+@torch.no_grad()
+def _baseline(rows: Rows, name: str) -> Rows:
+    nothing = torch.zeros_like(rows[:, 0])
+    return fill_in(rows.detach(), name)(torch.arange(len(rows), device=rows.device), nothing)
+
+
+def _batch_size(pixels: Float[Tensor, "B in_chans H W"]) -> int:
+    """As many pixels as 8 images of 224 have on a CPU, 64 on a GPU: the graph of each is kept."""
+    most = 8 * 224 * 224 * (1 if pixels.device.type == "cpu" else 8)
+    return max(1, min(256, most // (pixels.shape[2] * pixels.shape[3])))

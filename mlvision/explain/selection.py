@@ -1,0 +1,210 @@
+"""Which labels of which images are explained."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mlvision.errors import InputError
+
+SELECTIONS = ("all", "predicted", "ground_truth", "errors", "relevant")
+OUTCOMES = ("TP", "FP", "FN", "TN")
+
+Label = int | str
+Contrast = tuple[Label, Label]
+
+
+class EmptySelectionError(InputError):
+    """No image has a label of those that were asked for."""
+
+
+@dataclass
+class Selection:
+    """The scores that are explained: of each image, L logits or differences of two logits.
+
+    Attributes:
+        labels: `[B, L]` class indices; -1 where an image has fewer than the others.
+        against: `[B, L]`: the class whose logit is taken off; -1 where none is. None: none anywhere.
+    """
+
+    labels: Int64[Tensor, "B L"]
+    against: Int64[Tensor, "B L"] | None = None
+
+    @property
+    def valid(self) -> Bool[Tensor, "B L"]:
+        return self.labels >= 0
+
+    def to(self, device: torch.device | str) -> "Selection":
+        return Selection(self.labels.to(device), None if self.against is None else self.against.to(device))
+
+    def rows(self, chosen: slice | Tensor) -> "Selection":
+        """The selection of some images."""
+        return Selection(self.labels[chosen], None if self.against is None else self.against[chosen])
+
+    def scores(self, logits: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... L"]:
+        """The explained scores of logits; 0 in empty places."""
+        taken = _gather(logits, self.labels)
+        return taken if self.against is None else taken - _gather(logits, self.against)
+
+    def directions(self, num_classes: int) -> Float[Tensor, "B L C"]:
+        """What each explained score is of the logits: 1 for its class, -1 for the one it is set against."""
+        return self.scores(torch.eye(num_classes, device=self.labels.device).expand(len(self.labels), -1, -1)).mT
+
+
+Labels = str | Tensor | Selection | Sequence[Label | Contrast] | Sequence[Sequence[Label | Contrast]]
+
+
+def _gather(logits: Float[Tensor, "B ... C"], labels: Int64[Tensor, "B L"]) -> Float[Tensor, "B ... L"]:
+    index = labels.clamp(min=0).view(len(labels), *[1] * (logits.ndim - 2), -1)
+    taken = logits.gather(-1, index.expand(*logits.shape[:-1], -1))
+    return taken * (labels >= 0).view(index.shape)
+
+
+def select(
+    labels: Labels,
+    logits: Float[Tensor, "B C"],
+    *,
+    targets: Float[Tensor, "B C"] | None = None,
+    threshold: float | Float[Tensor, " C"] = 0.5,
+    classes: Sequence[str] | None = None,
+    activation: str = "sigmoid",
+) -> Selection:
+    """The labels that were asked for, of each image.
+
+    Args:
+        labels: `all`; `predicted` (score at least the threshold); `ground_truth` (target 1); `errors` (false positives and
+            missed labels); `relevant` (present or predicted, and not unknown); `top<k>` (the k highest logits); one list of
+            class indices or names for every image, in which a pair `(a, b)` explains logit a - logit b; a list of such
+            lists, one an image; a tensor `[B, L]`, -1 for none; or a Selection.
+        targets: 1 present, 0 absent, NaN unknown: `ground_truth`, `errors` and `relevant` need them.
+        threshold: of the scores in [0, 1], one or one a class.
+        classes: the names, where labels are given by name.
+        activation: sigmoid or softmax: what makes scores of the logits.
+
+    Raises:
+        InputError: a label that does not exist, lists that are not one an image, or a selection that needs targets.
+        EmptySelectionError: no image has such a label.
+    """
+    num_images, num_classes = logits.shape
+    if isinstance(labels, str):
+        chosen = _by_rule(labels, logits, targets, threshold, activation)
+        what = f"labels={labels}"
+    elif isinstance(labels, Selection):
+        if len(labels.labels) != num_images:
+            raise InputError(f"labels: a selection of {len(labels.labels)} images for {num_images}")
+        chosen, what = labels, "labels"
+    elif isinstance(labels, Tensor):
+        if labels.ndim != 2 or len(labels) != num_images or labels.dtype.is_floating_point:
+            raise InputError(
+                f"labels: expected class indices [{num_images}, L], got {tuple(labels.shape)} of {labels.dtype}"
+            )
+        if labels.numel() and int(labels.max()) >= num_classes:
+            raise InputError(f"labels: {int(labels.max())} is beyond the {num_classes} classes")
+        chosen, what = Selection(labels.long().cpu()), "labels"
+    else:
+        per_image = [isinstance(entry, Sequence) and not isinstance(entry, str | tuple) for entry in labels]
+        if any(per_image) and (not all(per_image) or len(labels) != num_images):
+            raise InputError(f"labels: expected one list for all, or one for each of {num_images} images, got {labels}")
+        lists = list(labels) if any(per_image) else [labels] * num_images
+        chosen = _by_list(lists, num_classes, classes)  # pyright: ignore[reportArgumentType]
+        what = "labels"
+    if not chosen.labels.numel() or not bool(chosen.valid.any()):
+        raise EmptySelectionError(
+            f"{what}: none of the {num_images} images has such a label; there is nothing to explain"
+        )
+    return chosen.to(logits.device)
+
+
+def outcomes(
+    scores: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], threshold: float | Float[Tensor, " C"]
+) -> Int64[Tensor, "B C"]:
+    """The place in OUTCOMES of each decision; -1 where the target is unknown."""
+    said, true = scores >= threshold, targets == 1
+    outcome = torch.where(said, torch.where(true, 0, 1), torch.where(true, 2, 3))
+    return outcome.where(targets.isfinite(), -1)
+
+
+def _by_rule(
+    rule: str,
+    logits: Float[Tensor, "B C"],
+    targets: Float[Tensor, "B C"] | None,
+    threshold: float | Float[Tensor, " C"],
+    activation: str,
+) -> Selection:
+    num_images, num_classes = logits.shape
+    if rule == "all":
+        return Selection(torch.arange(num_classes).expand(num_images, -1))
+    if top := re.fullmatch(r"top(\d+)", rule):
+        k = int(top[1])
+        if not 1 <= k <= num_classes:
+            raise InputError(f"labels: expected top1 to top{num_classes}, got {rule}")
+        return Selection(logits.topk(k, dim=1).indices.cpu())
+    if rule not in SELECTIONS:
+        raise InputError(
+            f"labels: expected {', '.join(SELECTIONS)}, top<k> or a list of labels, got '{rule}'"
+            + _nearest(rule, SELECTIONS)
+        )
+    scores = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    if rule == "predicted":
+        return from_mask(scores >= threshold)
+    if targets is None:
+        raise InputError(f"labels: {rule} needs the images' labels, and none were given (targets=)")
+    targets = targets.to(logits.device)
+    if targets.shape != logits.shape:
+        raise InputError(f"targets: expected {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    wrong = targets != (scores >= threshold).to(targets)
+    masks = {"ground_truth": targets == 1, "errors": wrong, "relevant": wrong | (targets == 1)}
+    return from_mask(masks[rule] & targets.isfinite())
+
+
+def from_mask(mask: Bool[Tensor, "B C"]) -> Selection:
+    """The labels where the mask is true, in the order of the classes."""
+    mask = mask.cpu()
+    most = int(mask.sum(1).max()) if len(mask) else 0
+    order = (~mask).long().argsort(dim=1, stable=True)[:, :most]
+    return Selection(order.where(mask.gather(1, order), -1))
+
+
+def _by_list(lists: Sequence[Sequence[Any]], num_classes: int, classes: Sequence[str] | None) -> Selection:
+    pairs = [
+        [(entry if isinstance(entry, tuple) else (entry, None)) for entry in entries]  # one logit, or a difference
+        for entries in lists
+    ]
+    most = max(map(len, pairs), default=0)
+    labels = torch.full((2, len(pairs), most), -1)
+    for row, entries in enumerate(pairs):
+        for column, pair in enumerate(entries):
+            if len(pair) != 2:
+                raise InputError(f"labels: a contrast is a pair of labels, got {pair}")
+            for side, label in enumerate(pair):
+                if label is not None:
+                    labels[side, row, column] = class_index(label, num_classes, classes)
+    chosen = Selection(labels[0], labels[1])
+    return replace(chosen, against=None) if bool((labels[1] < 0).all()) else chosen
+
+
+def class_index(label: Label, num_classes: int, classes: Sequence[str] | None) -> int:
+    """The index of a label given by name or index.
+
+    Raises:
+        InputError: no such label; the nearest names are given.
+    """
+    if isinstance(label, str):
+        if classes is None:
+            raise InputError(f"labels: '{label}' is a name, and the classes' names were not given (classes=)")
+        if label not in classes:
+            raise InputError(f"labels: no class '{label}'{_nearest(label, classes)}")
+        return list(classes).index(label)
+    if not 0 <= label < num_classes:
+        raise InputError(f"labels: expected 0 to {num_classes - 1}, got {label}")
+    return int(label)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = get_close_matches(word, words, n=3, cutoff=0.4)
+    return f"; nearest: {', '.join(near)}" if near else f"; expected one of {', '.join(words)}"

@@ -1,0 +1,158 @@
+"""Class activation maps against captum, pytorch-grad-cam and equations written out."""
+
+import pytest
+import timm
+import torch
+from captum.attr import LayerGradCam
+from pytorch_grad_cam import GradCAM as PeerGradCam
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+
+from mlvision.errors import InputError
+from mlvision.explain import Subject, explain
+from mlvision.explain.cam import differentiate
+from mlvision.explain.selection import select
+
+
+@pytest.mark.parametrize("layer", ["", "layer3", "layer2.0"])
+def test_grad_cam_equals_captums_for_all_labels(layer, resnet, images):
+    subject = Subject(resnet)
+    peer = LayerGradCam(subject.logits, resnet.get_submodule(layer or "layer4"))
+    ours = explain(resnet, images, "grad_cam", layer=layer).maps
+    for label in range(5):
+        theirs = peer.attribute(images, target=label)[:, 0]
+        assert (ours[:, label] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3"])
+def test_grad_cam_on_vit_agrees_with_pytorch_grad_cam(name):
+    options = {"img_size": (48, 80)} if "dinov3" not in name else {}
+    model = timm.create_model(name, num_classes=4, depth=3, **options).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    images = torch.rand(1, 3, 48, 80)
+    if "dinov3" in name:
+        images = torch.rand(1, 3, 256, 256)
+    prefix, grid = model.num_prefix_tokens, (images.shape[2] // 16, images.shape[3] // 16)
+    layer = f"blocks.{len(model.blocks) - 1}.norm1"
+    subject = Subject(model)
+    ours = explain(model, images, "grad_cam", layer="" if model.global_pool == "token" else layer).maps[0]
+
+    def to_map(tokens):
+        return tokens[:, prefix:].mT.unflatten(2, grid)
+
+    peer = PeerGradCam(model, [model.get_submodule(layer)], reshape_transform=to_map)
+    compared = 0
+    for label in range(4):
+        theirs = torch.from_numpy(peer(subject.normalise(images), [ClassifierOutputTarget(label)])[0])
+        mine = nn.functional.interpolate(ours[label].clamp(min=0)[None, None], theirs.shape, mode="bilinear")[0, 0]
+        if ours[label].max() > 0:
+            assert torch.corrcoef(torch.stack([mine.flatten(), theirs.flatten()]))[0, 1] >= 0.999
+            compared += 1
+    assert compared
+
+
+def test_the_class_tokens_tail_is_the_whole_last_block(vit, images):
+    subject, selection = Subject(vit), select("all", torch.zeros(2, 5))
+    short = differentiate(subject, images, selection, "")
+    whole = differentiate(subject, images, selection, "blocks.2.norm1")
+    for ours, theirs in zip(short, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    assert short[0].shape[2:] == (3, 5)  # rows first
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "densenet121", "convnext_atto", "mobilenetv3_small_100"]
+)
+def test_closed_form_and_autograd_agree_on_other_networks(name):
+    options = {"img_size": (64, 96), "window_size": 2} if "swin" in name else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    images = torch.rand(1, 3, 64, 96)
+    subject = Subject(model)
+    maps = explain(model, images, "hires_cam").maps
+    assert subject.classifier is not None
+    backbone = subject.classifier.backbone
+    cells, prefix = backbone._split(model.forward_features(subject.normalise(images)))
+    leaf = cells.detach().requires_grad_()
+    logits = model.forward_head(backbone._join(leaf, prefix))
+    for label in range(3):
+        (gradient,) = torch.autograd.grad(logits[0, label], leaf, retain_graph=True)
+        expected = (gradient * leaf).sum(1).detach()
+        torch.testing.assert_close(maps[:, label], expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+class Tiny(nn.Module):
+    """logit = the sum of squares of one channel's cells, minus the other's: gradients differ from cell to cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Identity()
+
+    def forward(self, images):
+        squares = self.stem(images).square().sum((2, 3))
+        return torch.stack([squares[:, 0] - squares[:, 1], squares[:, 2]], 1)
+
+
+def test_each_cam_by_hand():
+    """A = images; dz_0/dA = 2 A_0 and -2 A_1."""
+    images = torch.tensor([[[[0.1, 0.2, 0.4]], [[0.5, 0.1, 0.3]], [[0.0, 0.0, 1.0]]]])
+    a, b, c = images[0, 0], images[0, 1], images[0, 2]
+    maps = {
+        name: explain(Tiny(), images, name, layer="stem").maps[0] for name in ("grad_cam", "hires_cam", "layer_cam")
+    }
+    torch.testing.assert_close(maps["grad_cam"][0], 2 * a.mean() * a - 2 * b.mean() * b)
+    torch.testing.assert_close(maps["hires_cam"][0], 2 * a**2 - 2 * b**2)
+    torch.testing.assert_close(maps["layer_cam"][0], 2 * a**2)
+    torch.testing.assert_close(maps["hires_cam"][1], 2 * c**2)
+
+
+def test_grad_cam_plus_plus_against_its_equation(resnet, images):
+    subject, selection = Subject(resnet), select("all", torch.zeros(2, 5))
+    a, g = (x.double() for x in differentiate(subject, images, selection, "layer3"))
+    ours = explain(resnet, images, "grad_cam_pp", layer="layer3").maps
+    for image in range(2):
+        for label in range(5):
+            expected = torch.zeros(a.shape[2:], dtype=torch.float64)
+            for channel in range(a.shape[1]):
+                grad = g[image, label, channel]
+                alpha = grad**2 / (2 * grad**2 + a[image, channel].sum() * grad**3)
+                expected += (alpha.nan_to_num() * grad.clamp(min=0)).sum() * a[image, channel]
+            scale = expected.abs().max()
+            assert (ours[image, label] - expected).abs().max() <= 1e-4 * scale
+
+
+def test_a_layer_that_does_not_exist_gets_the_nearest_names(resnet, images):
+    with pytest.raises(InputError, match="no module 'layer5'; nearest: layer"):
+        explain(resnet, images, layer="layer5")
+
+
+def test_a_layer_after_the_read_out_is_refused(vit, images):
+    with pytest.raises(InputError, match=r"gradient of every score at norm is zero.*blocks.<last>.norm1"):
+        explain(vit, images, layer="norm")
+
+
+def test_layers_that_are_no_maps_are_refused(resnet, vit, images):
+    with pytest.raises(InputError, match="no map and no grid"):
+        explain(resnet, images, layer="global_pool")
+    with pytest.raises(InputError, match="name the module"):
+        explain(Tiny(), images)
+    shared = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    shared[2] = shared[0]
+    twice = nn.Sequential(shared, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(InputError, match="runs 2 times"):
+        explain(twice, images, layer="0.0")
+
+
+def test_activations_written_in_place_afterwards_do_not_matter(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    activations = model[0](images).detach()
+    open_ = (activations > 0).float()
+    weight = model[4].weight.detach() / activations[0, 0].numel()
+    expected = torch.einsum("kd,bdhw,bdhw->bkhw", weight, open_, activations)
+    torch.testing.assert_close(explain(model, images, "hires_cam", layer="0").maps, expected.detach())

@@ -1,0 +1,319 @@
+"""The door of the room: which labels, which objects, what is refused, and that the model stays as it was."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from mlvision.errors import InputError
+from mlvision.explain import CONTROLS, EXPLAINERS, Explanation, StoredMaps, build_explainer, explain
+from mlvision.explain.selection import from_mask, outcomes, select
+from mlvision.labels import LabelMapStore
+from mlvision.labels.store import LabelMapWriter, StoreMeta
+from mlvision.methods import Baseline, BaselineConfig
+from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
+from mlvision.types import LabelMap
+
+LOGITS = torch.tensor([[2.0, -1.0, 0.5, -3.0], [-1.0, -2.0, 3.0, 0.2]])
+TARGETS = torch.tensor([[1.0, 1.0, 0.0, torch.nan], [0.0, 0.0, 1.0, 1.0]])
+CLASSES = ("ship", "plane", "car", "tree")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("all", [[0, 1, 2, 3], [0, 1, 2, 3]]),
+        ("predicted", [[0, 2], [2, 3]]),
+        ("ground_truth", [[0, 1], [2, 3]]),
+        ("errors", [[1, 2], [-1, -1]]),  # plane is missed, car is wrong; tree is unknown
+        ("relevant", [[0, 1, 2], [2, 3, -1]]),
+        ("top2", [[0, 2], [2, 3]]),
+        ([3, "plane"], [[3, 1], [3, 1]]),
+        ([["car"], [1, "tree"]], [[2, -1], [1, 3]]),
+        (torch.tensor([[3, -1], [0, 1]]), [[3, -1], [0, 1]]),
+    ],
+)
+def test_labels_are_chosen(labels, expected):
+    chosen = select(labels, LOGITS, targets=TARGETS, classes=CLASSES)
+    assert chosen.labels.tolist() == expected
+    assert chosen.against is None
+
+
+def test_thresholds_may_differ_by_class_and_scores_follow_the_activation():
+    each = torch.tensor([0.9, 0.5, 0.5, 0.5])  # sigmoid(2) = 0.88
+    assert select("predicted", LOGITS, threshold=each).labels.tolist() == [[2, -1], [2, 3]]
+    assert select("predicted", LOGITS, activation="softmax").labels.tolist() == [[0], [2]]  # 0.78 and 0.92 alone
+
+
+def test_a_contrast_is_the_difference_of_two_logits():
+    chosen = select([("ship", "car"), "tree"], LOGITS, classes=CLASSES)
+    torch.testing.assert_close(chosen.scores(LOGITS), torch.tensor([[1.5, -3.0], [-4.0, 0.2]]))
+    assert chosen.directions(4)[0].tolist() == [[1, 0, -1, 0], [0, 0, 0, 1]]
+
+
+def test_directions_and_scores_agree():
+    chosen = select([[0, (1, 2)], [3]], LOGITS)
+    by_direction = torch.einsum("blc,bc->bl", chosen.directions(4), LOGITS)
+    torch.testing.assert_close(chosen.scores(LOGITS), by_direction)
+    assert by_direction[1, 1] == 0  # an empty place
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["shpi"], "no class 'shpi'; nearest: ship"),
+        ([4], "expected 0 to 3, got 4"),
+        ([-1], "expected 0 to 3"),
+        ("top9", "top1 to top4"),
+        ("eror", "nearest: errors"),
+        ([[0], [1], [2]], "one for each of 2 images"),
+        ([[0], 1], "one for each of 2 images"),
+        (torch.tensor([[0.5], [1.0]]), "class indices"),
+        (torch.tensor([[0]]), "class indices"),
+        (torch.tensor([[0], [7]]), "7 is beyond the 4 classes"),
+        ([(0, 1, 2)], "a contrast is a pair"),
+        ([], "nothing to explain"),
+        (torch.full((2, 1), -1), "nothing to explain"),
+    ],
+)
+def test_labels_that_do_not_exist_are_refused(labels, message):
+    with pytest.raises(InputError, match=message):
+        select(labels, LOGITS, classes=CLASSES)
+
+
+def test_ground_truth_needs_targets():
+    with pytest.raises(InputError, match="ground_truth needs the images' labels"):
+        select("ground_truth", LOGITS)
+    with pytest.raises(InputError, match="names were not given"):
+        select(["ship"], LOGITS)
+
+
+def test_outcomes_are_by_hand():
+    scores = torch.tensor([[0.9, 0.9, 0.1, 0.1, 0.9]])
+    targets = torch.tensor([[1.0, 0.0, 1.0, 0.0, torch.nan]])
+    assert outcomes(scores, targets, 0.5).tolist() == [[0, 1, 2, 3, -1]]
+
+
+def test_labels_of_a_mask_keep_the_order_of_the_classes():
+    mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
+    assert from_mask(mask).labels.tolist() == [[1, 2], [-1, -1], [0, 2]]
+
+
+# Layouts of label maps
+
+
+def test_whole_maps_of_labels_from_every_layout():
+    noise = torch.Generator().manual_seed(0)
+    dense = torch.rand(2, 4, 2, 3, generator=noise)
+    labels = torch.tensor([[3, 0], [1, -1]])
+    expected = torch.stack([dense[0, [3, 0]], dense[1, [1, 0]]])
+    found = LabelMap(dense).of_labels(labels)
+    torch.testing.assert_close(found, expected)
+    every = LabelMap(dense[:, [2, 1, 3, 0]], torch.tensor([[2, 1, 3, 0]] * 2))
+    torch.testing.assert_close(every.of_labels(labels)[0], expected[0])
+    values, ids = dense.topk(4, dim=1)
+    torch.testing.assert_close(LabelMap(values, ids).of_labels(labels)[0], expected[0])
+
+
+def test_what_is_not_stored_is_the_fill():
+    values = torch.tensor([[[[5.0, 6.0]]]])
+    label_map = LabelMap(values, torch.tensor([[[[2, 0]]]]), "logit", torch.tensor([[[-1.0, -2.0]]]))
+    assert label_map.of_labels(torch.tensor([[2, 1]])).tolist() == [[[[5.0, -2.0]], [[-1.0, -2.0]]]]
+
+
+# Whatever makes label maps
+
+
+class Corner:
+    """Hot in the top right cell, for label 1 alone."""
+
+    def maps(self, model, images, indices=None):
+        values = torch.zeros(len(images), 1, 2, 3)
+        values[:, 0, 0, 2] = 7
+        return LabelMap(values, torch.ones(len(images), 1, dtype=torch.long), "probability", fill=0.25)
+
+
+def test_any_producer_is_an_explainer(linear_model):
+    found = explain(linear_model, torch.rand(2, 3, 12, 18), Corner(), labels=[1, 0])
+    assert found.maps[1, 0].tolist() == [[0, 0, 7], [0, 0, 0]]
+    assert found.maps[1, 1].unique().tolist() == [0.25]
+    assert found.flat.tolist() == [[False, True]] * 2
+    assert (found.method, found.kind) == ("Corner", "probability")
+
+
+def test_contrasts_of_a_producer_are_differences(linear_model):
+    found = explain(linear_model, torch.rand(2, 3, 12, 18), Corner(), labels=[(1, 0)])
+    assert found.maps[0, 0].tolist() == [[-0.25, -0.25, 6.75], [-0.25, -0.25, -0.25]]
+
+
+def test_stored_maps_need_indices_and_follow_them(tmp_path, linear_model):
+    maps = torch.arange(3 * 4 * 2 * 3).reshape(3, 4, 2, 3).float() / 72
+    meta = StoreMeta("r", 3, "c", 4, "t", "w", (2, 3), "probability", None, 0, 3)
+    writer = LabelMapWriter.create_or_resume(tmp_path / "store", meta)
+    writer.write(range(3), maps)
+    stored = StoredMaps(LabelMapStore.open(tmp_path / "store"))
+    images = torch.rand(2, 3, 12, 18)
+    found = explain(linear_model, images, stored, labels=[2], indices=torch.tensor([2, 0]))
+    np.testing.assert_allclose(found.maps[:, 0], maps[[2, 0], 2], atol=1e-3)
+    with pytest.raises(InputError, match="indices="):
+        explain(linear_model, images, stored, labels=[2])
+
+
+def test_maps_of_a_part_of_the_images_are_refused(linear_model):
+    class Part:
+        def maps(self, model, images, indices=None):
+            return LabelMap(torch.rand(2, 4, 2, 3), extent=torch.tensor([[0.1, 0, 0.9, 1]] * 2))
+
+    with pytest.raises(InputError, match="cover a part"):
+        explain(linear_model, torch.rand(2, 3, 12, 18), Part())
+
+
+def test_the_dense_head_of_a_pooled_classifier_is_its_cam(images):
+    classifier = build_classifier(BackboneConfig("resnet10t"), LinearHeadConfig(), 5, image_size=(48, 80))
+    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval()
+    torch.nn.init.normal_(classifier.head.linear.weight, generator=torch.Generator().manual_seed(0))
+    dense, cam = (explain(method, images, name).maps for name in ("dense_head", "grad_cam"))
+    cells = dense.shape[2] * dense.shape[3]
+    torch.testing.assert_close(dense, cam * cells, rtol=1e-4, atol=1e-4)  # the bias is 0
+
+
+# What is refused
+
+
+class Constant(torch.nn.Module):
+    def forward(self, images):
+        return images.new_ones(len(images), 3)
+
+
+def test_flat_maps_are_refused_not_returned():
+    with pytest.raises(InputError, match="flat; they explain nothing"):
+        explain(Constant(), torch.rand(2, 3, 16, 16), "occlusion")
+
+
+def test_unknown_methods_and_options_are_named(linear_model):
+    with pytest.raises(InputError, match="grad_cam"):
+        explain(linear_model, torch.rand(1, 3, 12, 18), "gradcam")
+    with pytest.raises(InputError, match="occlusion.windw: no such option; expected one of"):
+        explain(linear_model, torch.rand(1, 3, 12, 18), "occlusion", windw=3)
+    with pytest.raises(InputError, match="maps\\(model, images, indices\\)"):
+        explain(linear_model, torch.rand(1, 3, 12, 18), object())
+
+
+def test_every_name_builds_with_its_defaults():
+    for name in {**EXPLAINERS, **CONTROLS}:
+        build_explainer(name)
+
+
+# Nothing of the model changes
+
+
+def _state(model):
+    return {
+        "modes": [part.training for part in model.modules()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "flags": [p.requires_grad for p in model.parameters()],
+        "hooks": [
+            (len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks))
+            for part in model.modules()
+        ],
+        "weights": [t.clone() for t in model.state_dict().values()],
+        "fused": [getattr(part, "fused_attn", None) for part in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def _same(a, b):
+    def equal(x, y):
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x is y or x == y
+
+    return all(len(a[k]) == len(b[k]) and all(equal(x, y) for x, y in zip(a[k], b[k], strict=True)) for k in a)
+
+
+class Failing(torch.nn.Module):
+    """Raises in the middle of the second forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.passes = model, 0
+
+    def forward(self, images):
+        features = self.model.forward_features(images)
+        self.passes += 1
+        if self.passes > 1:
+            raise RuntimeError("in the middle")
+        return self.model.forward_head(features)
+
+
+def _in_training(name):
+    model = timm.create_model(name, num_classes=4, **({"img_size": 48, "depth": 2} if "vit" in name else {}))
+    model.train()
+    model.get_submodule("norm" if "vit" in name else "bn1").eval()  # a frozen part must stay frozen, and eval
+    next(model.parameters()).requires_grad_(False)
+    model(torch.rand(2, 3, 48, 48)).sum().backward()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in [*EXPLAINERS, *CONTROLS] for k in ("resnet10t", "vit_tiny_patch16_224")]
+)
+def test_the_model_is_left_as_it_was(name, kind):
+    model = _in_training(kind)
+    options = {"num_samples": 4} if name in ("lime", "rise", "smooth_grad") else {}
+    images = torch.rand(2, 3, 48, 48)
+    before = _state(model)
+    kept = images.clone()
+    try:
+        found = explain(model, images, name, labels=[1, 3], **options)
+        assert isinstance(found, Explanation)
+        assert found.maps.isfinite().all()
+        assert not found.maps.requires_grad
+    except InputError:
+        pass  # a method that this model cannot carry leaves it alone as well
+    assert _same(before, _state(model))
+    assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("name", ["grad_cam", "occlusion", "lime", "saliency"])
+def test_the_model_is_left_as_it_was_after_an_exception(name):
+    model = Failing(_in_training("resnet10t"))
+    options = {"layer": "model.layer3"} if name == "grad_cam" else {}
+    image = torch.rand(1, 3, 48, 48)
+    before = _state(model)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        explain(model, image, name, labels=[1], **options)
+    assert _same(before, _state(model))
+
+
+# Batches, precision
+
+
+@pytest.mark.parametrize("name", list(EXPLAINERS))
+def test_different_labels_in_a_batch_equal_separate_calls(name, resnet, images):
+    options = {"num_samples": 8} if name in ("lime", "rise") else {}
+    if name in ("attention_rollout", "attention_relevance", "guided_grad_cam"):
+        pytest.skip("needs a ViT" if "attention" in name else "a label whose Grad-CAM is negative has no map")
+    both = explain(resnet, images, name, labels=[[4, 1], [(2, 0)]], **options)
+    assert both.labels.tolist() == [[4, 1], [2, -1]]
+    assert not both.maps[1, 1].any()
+    first = explain(resnet, images[:1], name, labels=[4, 1], **options)
+    torch.testing.assert_close(both.maps[:1], first.maps, rtol=1e-4, atol=1e-5 * first.maps.abs().max().item())
+    if name in ("lime", "rise"):
+        return  # the second image's masks are others when it is the first
+    second = explain(resnet, images[1:], name, labels=[(2, 0)], **options)
+    torch.testing.assert_close(both.maps[1:, :1], second.maps, rtol=1e-4, atol=1e-5 * second.maps.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["grad_cam", "layer_cam", "occlusion", "lime"])
+def test_half_precision_autocast_gives_nearly_the_same_maps(name, dtype, resnet, images):
+    options = {"num_samples": 60} if name == "lime" else {}
+    exact = explain(resnet, images, name, **options)
+    with torch.autocast("cpu", dtype=dtype):
+        half = explain(resnet, images, name, **options)
+    assert half.maps.dtype == torch.float32
+    assert np.corrcoef(exact.maps.flatten(), half.maps.flatten())[0, 1] > 0.98
+
+
+def test_uint8_images_equal_floats(resnet):
+    images = torch.randint(256, (1, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(explain(resnet, images).maps, explain(resnet, images.float() / 255).maps)

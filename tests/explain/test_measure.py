@@ -1,0 +1,226 @@
+"""Measures on models whose right answer is known: each label is the brightness of its own region."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlvision.data.manifest import Boxes, Record
+from mlvision.errors import InputError
+from mlvision.explain import Subject, build_explainer
+from mlvision.explain.comparison import cases, label_means
+from mlvision.explain.measure import (
+    COVER_GRID,
+    MeasureConfig,
+    Removals,
+    cover_of_labels,
+    deletion_curves,
+    judge_on,
+    measure,
+    randomised,
+)
+from mlvision.explain.selection import Selection
+from mlvision.types import LabelMap
+
+SIZE = (28, 42)
+REGIONS = ((slice(0, 8), slice(0, 12)), (slice(16, 28), slice(0, 12)), (slice(0, 8), slice(30, 42)))
+
+
+class Regions(nn.Module):
+    """Logit c is 20 times the brightness of region c, less 8; `shared` adds label 0's region to label 1, as a model does
+    that learnt two classes which always appear together."""
+
+    def __init__(self, shared: float = 0.0):
+        super().__init__()
+        self.shared = shared
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, images):
+        means = [images[:, :, rows, columns].mean((1, 2, 3)) for rows, columns in REGIONS]
+        means[1] = means[1] + self.shared * means[0]
+        return self.scale * torch.stack(means, 1) - 8
+
+
+class Exact:
+    """The region itself, for each label; it falls off outside, so that a fifth of the patches lies in it and around it."""
+
+    def __init__(self, turned: bool = False):
+        self.turned = turned
+
+    def maps(self, model, images, indices=None):
+        maps = torch.zeros(len(images), 3, *SIZE)
+        y, x = torch.meshgrid(*(torch.arange(side) for side in SIZE), indexing="ij")
+        for label, (rows, columns) in enumerate(REGIONS):
+            down = torch.maximum(rows.start - y, y - rows.stop + 1).clamp(min=0)
+            across = torch.maximum(columns.start - x, x - columns.stop + 1).clamp(min=0)
+            maps[:, label] = torch.where(down + across == 0, 1, -0.01 * torch.maximum(down, across))
+        return LabelMap(maps.flip((2, 3)) if self.turned else maps, kind="attribution")
+
+
+def _images(bright):
+    """Region c of image b at brightness bright[b][c], the rest dark grey with a grain."""
+    noise = torch.Generator().manual_seed(0)
+    images = 0.1 + 0.02 * torch.rand(len(bright), 3, *SIZE, generator=noise)
+    for image, row in zip(images, bright, strict=True):
+        for (rows, columns), value in zip(REGIONS, row, strict=True):
+            image[:, rows, columns] = value
+    return images
+
+
+def _record(labels):
+    height, width = SIZE
+    boxes = np.zeros((len(labels), 4), dtype=np.float32)
+    for row, label in enumerate(labels):
+        rows, columns = REGIONS[label]
+        boxes[row] = columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
+    no, none = np.zeros(len(labels), dtype=bool), (None,) * len(labels)
+    objects = Boxes(boxes, np.array(labels, dtype=np.int64), no, no, none)
+    return Record("a.jpg", "a.jpg", tuple(labels), boxes=objects)
+
+
+def _judged(model, bright, labels, truth):
+    images = _images(bright)
+    targets = torch.zeros(len(bright), 3)
+    for row, present in enumerate(truth):
+        targets[row, list(present)] = 1
+    return judge_on(
+        Subject(model), images, targets, Selection(torch.tensor(labels)), torch.arange(len(bright)) + 5,
+        [_record(sorted(present)) for present in truth], threshold=0.5, activation="sigmoid",
+    )  # fmt: skip
+
+
+QUICK = MeasureConfig(sensitivity_samples=2, sensitivity=[0.05], baselines=["black"])
+
+
+def test_the_exact_map_beats_the_wrong_one_in_every_measure():
+    model = Regions()
+    judged = _judged(model, [[0.9, 0.9, 0.1], [0.1, 0.9, 0.9]], [[0, 1], [1, 2]], [{0, 1}, {1, 2}])
+    right, wrong = (measure(Subject(model), judged, explainer, QUICK).columns for explainer in (Exact(), Exact(True)))
+    for name in ("srg_black", "aopc_black", "specificity_black", "pointing", "mass", "rank_accuracy"):
+        assert (right[name] > wrong[name]).all(), name
+    assert (right["pointing"] == 1).all()
+    np.testing.assert_allclose(right["rank_accuracy"], 1, atol=0.05)  # of a 56 x 56 grid
+    assert right["image"].tolist() == [5, 5, 6, 6]
+    assert right["label"].tolist() == [0, 1, 1, 2]
+    assert right["outcome"].tolist() == [0, 0, 0, 0]
+    np.testing.assert_allclose(right["area"], [96 / 1176, 144 / 1176, 144 / 1176, 96 / 1176], rtol=0.05)
+
+
+def test_deletion_curves_by_hand():
+    """The region's patches go first, so its logit is -8 from the step at which all of them are gone."""
+    model = Regions()
+    images = _images([[0.9, 0.5, 0.1]])
+    maps = Exact().maps(None, images).values[:, 0]
+    config = MeasureConfig(lattice=14, steps=10, baselines=["black"])
+    most, least = deletion_curves(Subject(model), images, maps, "black", config)
+    assert most.shape == least.shape == (1, 11, 3)
+    torch.testing.assert_close(most[:, 0], model(images))
+    torch.testing.assert_close(least[:, 0], model(images))
+    assert torch.allclose(most[:, -1], torch.tensor(-8.0))
+    # The region is 8 x 12 px of 28 x 42: 4 x 4 of 14 x 14 patches, and a tenth of the patches is 20 of them.
+    assert most[0, 1, 0] == pytest.approx(-8, abs=1e-5)
+    assert least[0, 9, 0] == pytest.approx(float(model(images)[0, 0]), abs=1e-5)
+    assert most[0, 1, 1] == pytest.approx(float(model(images)[0, 1]), abs=1e-5)  # another label's region is untouched
+
+
+def test_patches_are_removed_in_order_and_mirrored():
+    order = torch.tensor([[3, 0, 1, 2]])
+    masks = Removals(order, (2, 4), 2, 4)
+    numbers = torch.arange(10)
+    kept = masks.keep(torch.zeros(10, dtype=torch.long), numbers)
+    assert kept[1].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]  # the lower right patch first
+    assert kept[2].tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert kept[6].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]  # least first: the lower left
+    for k in range(5):  # what one order has removed after k steps, the other has left after 4 - k
+        assert torch.equal(kept[k], 1 - kept[5 + 4 - k])
+
+
+def test_a_planted_co_occurrence_shows_in_the_cross_label_matrix():
+    """Label 1 is partly read off label 0's region: removing 0's evidence costs label 1 too, and not the other way round."""
+    bright, labels, truth = [[0.9, 0.9, 0.9]], [[0, 1, 2]], [{0, 1, 2}]
+    for shared, leak in ((0.0, 0.0), (0.5, 0.5)):
+        model = Regions(shared)
+        judged = _judged(model, bright, labels, truth)
+        drops = measure(Subject(model), judged, Exact(), QUICK).drops
+        assert drops[0, 1] == pytest.approx(leak * drops[0, 0], abs=1e-4)
+        assert drops[1, 0] == pytest.approx(0, abs=1e-4)
+        assert drops[2, 1] == pytest.approx(0, abs=1e-4)
+
+
+def test_outcomes_are_kept_apart():
+    model = Regions()
+    bright = [[0.9, 0.1, 0.1], [0.9, 0.9, 0.1], [0.1, 0.1, 0.9]]
+    judged = _judged(model, bright, [[0, -1], [0, 1], [1, 2]], [{0}, {0}, {1}])
+    columns = measure(Subject(model), judged, Exact(), QUICK).columns
+    found = {name: np.flatnonzero(which).tolist() for name, which in cases(columns).items()}
+    # pairs: (0, clear), (0, clear), (1 in the second image, seen and absent), (1 missed), (2 seen and absent)
+    assert found == {"clear": [0, 1], "competing": [], "FP": [2, 4], "FN": [3]}
+
+
+def test_labels_count_the_same_however_many_pairs_they_have():
+    columns = {"label": np.array([0, 0, 0, 1, 2]), "x": np.array([1.0, 1, 1, 4, np.nan])}
+    everything = np.ones(5, dtype=bool)
+    assert label_means(columns, "x", everything) == (2.5, 4)
+    assert np.isnan(label_means(columns, "x", columns["label"] == 2)[0])
+
+
+def test_flat_maps_have_no_measures_and_are_counted():
+    class Half(Exact):
+        def maps(self, model, images, indices=None):
+            found = super().maps(model, images)
+            found.values[:, 1] = 0.5
+            return found
+
+    model = Regions()
+    judged = _judged(model, [[0.9, 0.9, 0.1]], [[0, 1]], [{0, 1}])
+    columns = measure(Subject(model), judged, Half(), QUICK).columns
+    assert columns["flat"].tolist() == [False, True]
+    assert np.isfinite(columns["srg_black"][0])
+    assert np.isnan([columns["srg_black"][1], columns["pointing"][1]]).all()
+
+
+def test_sensitivity_asks_the_same_explainer_again():
+    model = Regions()
+    judged = _judged(model, [[0.9, 0.9, 0.1]], [[0, 1]], [{0, 1}])
+    still = measure(Subject(model), judged, Exact(), QUICK).columns["max_sensitivity_0.05"]
+    np.testing.assert_array_equal(still, 0)  # its maps do not depend on the pixels
+    edges = measure(Subject(model), judged, build_explainer("edges"), QUICK).columns["max_sensitivity_0.05"]
+    assert (edges > 0).all()
+
+
+def test_areas_of_the_annotation():
+    covers = cover_of_labels([_record([0, 2]), _record([0]), Record("b", "b", (1,))], [2, 1, 1], 3)
+    assert covers.shape == (3, *COVER_GRID)
+    rows, columns = np.nonzero(covers[0] > 0.5)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 15, 40, 55)  # 8 of 28 and 30 to 42 of 42
+    assert np.isnan(covers[1:]).all()
+
+
+def test_randomised_weights_change_the_maps_of_what_reads_them(resnet, images):
+    subject = Subject(resnet)
+    targets = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
+    judged = judge_on(
+        subject, images, targets, Selection(torch.tensor([[0, 3], [1, -1]])), torch.arange(2),
+        [Record("a", "a", (0, 3)), Record("b", "b", (1,))], threshold=0.5, activation="sigmoid",
+    )  # fmt: skip
+    weights = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
+    cam = randomised(subject, judged, build_explainer("grad_cam", layer="layer2"), QUICK, stages=2)
+    edges = randomised(subject, judged, build_explainer("edges"), QUICK, stages=2)
+    assert [row["share"] for row in cam] == [0.0, 0.5, 1.0]
+    assert cam[-1]["spearman"] < 0.9
+    assert [row["spearman"] for row in edges] == pytest.approx([1, 1, 1])  # explains no weights at all
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in resnet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 16}, "steps"),
+        ({"baselines": ["drop out"]}, "baselines"),
+        ({"sensitivity": [0.0]}, "sensitivity"),
+        ({"lattice": 1}, "lattice"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        MeasureConfig(**options)

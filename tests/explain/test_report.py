@@ -1,0 +1,579 @@
+"""The HTML report: its files, and what is visible of it in a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlvision.errors import InputError
+from mlvision.explain.render import ExplainedImage, ShownMethod, colourise, number, shared_limit, upsample
+from mlvision.explain.report import ReportData, write_report
+
+NAN = float("nan")
+NASTY = '<img src=x onerror="alert(1)">&amp;</script>\u2028'
+CLASSES = ["cat", "dog", NASTY, "sun", "moon"]
+METHODS = [
+    ShownMethod("cam", description="the first"),
+    ShownMethod("occlusion", signed=True, description="the second"),
+    ShownMethod("rollout", label_specific=False, description="the third"),
+]
+NUM_IMAGES = 30
+SCORES = np.array([0.9, 0.8, 0.1, 0.2, 0.6], np.float32)
+TARGETS = np.array([1, 0, 1, 0, NAN], np.float32)  # TP, FP, FN, TN, unknown
+
+
+def explained(number, shape=(60, 80)):
+    """An image whose first label's map has one hot cell, at the right end of the first row of 3 x 5."""
+    rng = np.random.default_rng(number)
+    scores = SCORES.copy()
+    scores[0] = 0.6 + 0.01 * ((7 * number) % NUM_IMAGES)  # another order than by key and by loss
+    labels = np.array([0, 1, 2, 3, 4, -1, 0])
+    maps = {
+        "cam": rng.random((7, 3, 5)).astype(np.float32) * (1 + number),
+        "occlusion": rng.normal(size=(7, 4, 6)).astype(np.float32),
+        "rollout": np.repeat(rng.random((1, 1, 7)).astype(np.float32), 7, axis=0),
+    }
+    maps["cam"][0] = 0
+    maps["cam"][0, 0, 4] = 2 * (1 + number)
+    maps["cam"][1] = 0.25  # flat
+    maps["cam"][2] = -maps["cam"][2] - 0.1
+    maps["cam"][6] -= 1 + number
+    pointing = np.array([1, 0, 1, 0, NAN, 0, 0], np.float32)
+    return ExplainedImage(
+        key=f"set/{number:02}.jpg",
+        photo=rng.integers(60, 200, (4, 6, 3), dtype=np.uint8)
+        .repeat(20, axis=0)
+        .repeat(20, axis=1)[: shape[0], : shape[1]],
+        scores=scores,
+        targets=np.zeros(5, np.float32) if number == 29 else TARGETS,
+        labels=labels,
+        maps=maps if number != 3 else {"cam": maps["cam"]},
+        logits=np.log(scores / (1 - scores)),
+        loss=float((11 * number) % NUM_IMAGES),
+        against=np.array([-1, -1, -1, -1, -1, -1, 1]),
+        measures={"cam": {"pointing": pointing}},
+    )
+
+
+def data(images=None, **changes):
+    images = (explained(n) for n in range(NUM_IMAGES)) if images is None else images
+    return replace(ReportData(f"report {NASTY}", CLASSES, METHODS, images, 0.5, {"run": f"runs/{NASTY}"}), **changes)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "out"
+    assert write_report(folder, data()) == folder / "index.html"
+    return folder
+
+
+def read(path):
+    """The data that a script of a report hands over."""
+    return json.loads(re.fullmatch(r"mlvisionReport\.\w+\((?:\d+,)?(.*)\);\n", path.read_text(), re.DOTALL)[1])
+
+
+# ---- files
+
+
+def test_the_same_data_give_the_same_bytes_over_an_earlier_report(report, tmp_path):
+    again = tmp_path / "again"
+    write_report(again, data([explained(0)]))
+    write_report(again, data())
+    files = sorted(path.relative_to(report) for path in report.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert len(files) == 2 * NUM_IMAGES + 4
+    for name in files:
+        assert (report / name).read_bytes() == (again / name).read_bytes(), name
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_no_name_becomes_markup(report):
+    page = (report / "index.html").read_text()
+    assert "<img" not in page
+    assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;amp;" in page
+    for script in (report / "data").iterdir():
+        assert not set("<>&\u2028") & set(script.read_text()), script
+    assert read(report / "data" / "index.js")["classes"] == CLASSES
+
+
+def test_stored_maps_are_the_maps(report):
+    image = explained(7)
+    _, parts = read(report / "data" / "00007.js")
+    for method, part in zip(METHODS, parts, strict=True):
+        maps = image.maps[method.name][image.places]
+        raw = np.frombuffer(base64.b64decode(part["cells"]), np.uint8).reshape(maps.shape)
+        for place, values, stored, step in zip(image.places, maps, raw, part["steps"], strict=True):
+            signed = method.signed or place == 6
+            expected = values if signed else values.clip(min=0)
+            stored = (stored.view(np.int8) if signed else stored).astype(np.float64) * step
+            np.testing.assert_allclose(stored, expected, atol=np.abs(expected).max() / (127 if signed else 255))
+    cam = parts[0]
+    assert cam["silent"] == [0, 1, 2, 0, 0, 0]  # flat; nothing positive; a contrast may be negative
+    assert cam["peaks"][0] == [0.9, 0.167, 16]
+    drawn = image.maps["cam"][[0, 3, 4, 6]]
+    drawn[:3] = drawn[:3].clip(min=0)
+    assert cam["limit"] == pytest.approx(shared_limit(drawn), rel=1e-5)
+    assert cam["own"][0] == pytest.approx(shared_limit(drawn[:1]), rel=1e-5)
+    assert read(report / "data" / "00003.js")[1][1] is None
+
+
+def test_maps_that_are_too_fine_are_averaged_and_the_page_says_so(tmp_path):
+    values = np.zeros((7, 30, 60), np.float32)
+    values[0, 28:, 2:4] = [[4, 8], [0, 0]]
+    image = replace(explained(1), maps={"cam": values})
+    write_report(tmp_path / "out", data([image]), max_side=30)
+    assert read(tmp_path / "out" / "data" / "index.js")["methods"][0][4] == "30 x 60 to 15 x 30"
+    part = read(tmp_path / "out" / "data" / "00000.js")[1][0]
+    stored = np.frombuffer(base64.b64decode(part["cells"]), np.uint8).reshape(6, 15, 30)[0] * part["steps"][0]
+    assert np.flatnonzero(stored).tolist() == [14 * 30 + 1]
+    assert stored[14, 1] == pytest.approx(3)
+    assert part["peaks"][0] == [round(3.5 / 60, 3), round(28.5 / 30, 3), 8]  # of the map as it was made
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "index.html").write_text("<p>mine")
+    (tmp_path / "file").write_text("x")
+    write_report(tmp_path / "mixed", data([explained(0)]))
+    (tmp_path / "mixed" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    write_report(tmp_path / "empty", data([explained(0)]))
+    before = sorted(tmp_path.rglob("*"))
+    for name, message in (
+        ("foreign", "exists and is no report"),
+        ("file", "a file is in the way"),
+        ("mixed", "holds notes.txt beside an earlier report"),
+    ):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
+            write_report(tmp_path / name, data([explained(0)]))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_report_that_fails_leaves_nothing_and_keeps_the_earlier_one(tmp_path):
+    def broken():
+        yield explained(0)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_report(tmp_path / "new", data(broken()))
+    assert not list(tmp_path.iterdir())
+    write_report(tmp_path / "old", data([explained(0)]))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RuntimeError, match="no more"):
+        write_report(tmp_path / "old", data(broken()))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_that_make_no_report_are_refused(tmp_path):
+    for changes, message in (
+        ({"images": []}, "there are no images"),
+        ({"methods": []}, "expected methods of different names"),
+        ({"methods": METHODS[:1] * 2}, "expected methods of different names"),
+        ({"classes": CLASSES[:4]}, "set/00.jpg: 5 scores for 4 classes"),
+        (
+            {"images": [replace(explained(0), maps={"other": np.ones((7, 2, 2), np.float32)})]},
+            "set/00.jpg: no map of cam",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_report(tmp_path / "out", data(**{"images": [explained(0)]} | changes))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("no chromium on the PATH (Debian: apt-get install chromium): the report is not looked at")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found[0])
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """Somebody who looks at a report: what they do, and what is before their eyes."""
+
+    def __init__(self, page, folder):
+        self.page, self.folder = page, folder
+
+    def open(self, address=""):
+        self.page.goto("about:blank")  # else another address of the same page only moves its hash
+        self.page.goto((self.folder / "index.html").as_uri() + address)
+        return self.settle()
+
+    def settle(self):
+        self.page.wait_for_selector("#cards[aria-busy=false]", state="attached")
+        return self
+
+    def choose(self, what, value):
+        self.page.locator(f"#{what}").select_option(value)
+        return self.settle()
+
+    def press(self, key):
+        self.page.keyboard.press(key)
+        return self.settle()
+
+    def tick(self, *outcomes):
+        for box in self.page.locator("#outcomes input").all():
+            box.set_checked(box.input_value() in outcomes)
+        return self.settle()
+
+    def keys(self):
+        return self.page.locator("article h2:visible").all_inner_texts()
+
+    def tiles(self):
+        """Name and caption of each visible tile."""
+        names = self.page.locator(".tile .name:visible").all_inner_texts()
+        facts = self.page.locator(".tile .name + .facts:visible").all_inner_texts()
+        return list(zip(names, [" ".join(text.split()) for text in facts], strict=True))
+
+    def text(self, selector):
+        return " ".join(self.page.locator(selector).first.inner_text().split())
+
+    def pixels(self, tile):
+        """RGBA of a tile's canvas, as the browser holds it."""
+        url = tile.locator("canvas").first.evaluate("canvas => canvas.toDataURL()")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
+
+    def seen(self, selector):
+        """RGB on screen within an element's border, without the rounded corners."""
+        shot = Image.open(io.BytesIO(self.page.locator(selector).first.screenshot()))
+        return np.asarray(shot.convert("RGB"))[8:-8, 8:-8].astype(int)
+
+
+@pytest.fixture
+def reader(browser, report):
+    page = browser.new_page(viewport={"width": 1366, "height": 768})
+    troubles, requests = [], []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
+    page.on("requestfailed", lambda request: troubles.append(request.url))
+    page.on("request", lambda request: requests.append(request.url))
+    page.set_default_timeout(20_000)
+    yield Reader(page, report)
+    page.close()
+    assert troubles == []
+    assert all(url.startswith((report.as_uri(), "data:", "about:")) for url in requests), requests
+
+
+def key_of(number):
+    return f"set/{number:02}.jpg"
+
+
+BY_LOSS = [key_of(n) for n in sorted(range(NUM_IMAGES), key=lambda n: -((11 * n) % NUM_IMAGES))]
+
+
+def test_first_page(reader):
+    reader.open()
+    assert reader.keys() == BY_LOSS[:12]
+    assert reader.text("#page") == "Page 1 of 3"
+    assert reader.text("#counts") == "30 images, 180 explained labels"
+    assert reader.text("h1") == " ".join(f"report {NASTY}".split())  # as text, not as an image
+    assert reader.page.locator("article img").count() == 12 * 7
+    assert "runs/" not in reader.page.locator("body").inner_text()  # folded away
+    reader.page.locator("#about summary").click()
+    assert "runs/" in reader.page.locator("body").inner_text()
+
+
+def test_a_card_names_its_labels_mistakes_first(reader):
+    reader.open("#sort=key")
+    assert reader.tiles()[:6] == [
+        (NASTY, "p=0.10 GT=1 FN"),
+        ("dog", "p=0.80 GT=0 FP"),
+        ("cat", "p=0.60 GT=1 TP"),
+        ("cat \u2212 dog", "p=0.60 GT=1 TP"),
+        ("sun", "p=0.20 GT=0 TN"),
+        ("moon", "p=0.60 GT=? ?"),
+    ]
+    first = reader.page.locator("article").first
+    assert first.locator(".photo img").get_attribute("alt") == (
+        f"Photo set/00.jpg. Ground truth: cat, {NASTY}. Predicted: dog, cat, moon."
+    )
+    assert "pointing 1" in first.locator(".tile.TP").first.inner_text()
+    cat = first.locator(".tile.TP canvas").first
+    assert cat.get_attribute("role") == "img"
+    assert cat.get_attribute("aria-label") == (
+        "cat: score 0.60, true positive. "
+        "cam: strongest evidence upper right (90 % from the left, 17 % from the top), value 2."
+    )
+    assert "contrast with dog, p=0.80" in first.inner_text()
+    assert "logit 0.405 · threshold 0.5" in first.inner_text()
+    borders = first.locator(".tile .frame").evaluate_all("all => all.map(e => getComputedStyle(e).borderTopColor)")
+    assert len(set(borders[:3])) == 3  # FN, FP, TP
+    assert borders[4] == borders[5]  # TN and unknown
+
+
+def test_filters_leave_only_what_matches(reader):
+    reader.open()
+    reader.choose("label", "1")
+    assert {name for name, _ in reader.tiles()} == {"dog"}
+    assert len(reader.keys()) == 12
+    reader.tick("TN")
+    assert reader.keys() == []  # dog is never a true negative
+    reader.choose("label", "")
+    assert {facts.split()[-1] for _, facts in reader.tiles()} == {"TN"}
+    reader.tick("FN", "FP")
+    assert {facts.split()[-1] for _, facts in reader.tiles()} == {"FN", "FP"}
+    reader.choose("label", "0-1")
+    assert (reader.keys(), [name for name, _ in reader.tiles()]) == (["set/29.jpg"], ["cat \u2212 dog"])
+    assert reader.text("#counts") == "1 image of 30, 1 explained label of 180"
+    reader.tick("TP", "FP", "FN", "TN", "unknown")
+    reader.choose("label", "")
+    reader.page.locator("#find").fill("/2")
+    assert sorted(reader.settle().keys()) == [key_of(n) for n in range(20, 30)]
+    assert reader.text("#counts") == "10 images of 30, 60 explained labels of 180"
+
+
+def test_an_empty_filter_says_so_and_offers_a_way_back(reader):
+    reader.open("#label=1&outcomes=FN")
+    assert reader.keys() == []
+    assert reader.page.locator("#empty").is_visible()
+    assert reader.text("#empty p") == "Nothing matches. Filters: label dog, outcome FN."
+    reader.page.locator("#reset").click()
+    reader.settle()
+    assert len(reader.keys()) == 12
+    assert not reader.page.locator("#empty").is_visible()
+    reader.tick()
+    assert reader.text("#empty p") == "Nothing matches. Filters: no outcome is chosen."
+
+
+def test_sorting_changes_the_order_on_screen(reader):
+    reader.open()
+    reader.choose("sort", "-loss")
+    assert reader.keys() == BY_LOSS[::-1][:12]
+    reader.choose("sort", "key")
+    assert reader.keys() == [key_of(n) for n in range(12)]
+    reader.choose("sort", "-key")
+    assert reader.keys() == [key_of(n) for n in range(29, 17, -1)]
+    reader.choose("label", "0")
+    reader.choose("sort", "score")
+    shown = [float(facts.split()[0][2:]) for _, facts in reader.tiles()]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == 0.89
+    reader.choose("sort", "-score")
+    assert [float(facts.split()[0][2:]) for _, facts in reader.tiles()][:3] == [0.6, 0.61, 0.62]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_canvases_hold_the_colours_of_the_renderer(reader, method):
+    reader.open(f"#sort=key&method={method.name}")
+    image, place = explained(0), 0
+    drawn = [p for p in image.places if method.name != "cam" or p not in (1, 2)]
+    maps = image.maps[method.name]
+    parts = {p: maps[p] if method.signed or p == 6 else maps[p].clip(min=0) for p in drawn}
+    limit = shared_limit(np.stack(list(parts.values())))
+    found = reader.pixels(reader.page.locator("article").first.locator(".tile").nth(2)).astype(float)
+    expected = colourise(upsample(parts[place], found.shape[:2]), limit, method.signed).astype(float)
+    assert np.abs(found[..., 3] - expected[..., 3]).max() <= 3  # a byte a cell
+    seen, meant = (c[..., :3] * c[..., 3:] / 255 for c in (found, expected))  # a canvas keeps colours times alpha
+    assert np.abs(seen - meant).max() <= 4
+    ends = reader.page.locator(".card .scale").first.locator("b").all_inner_texts()
+    assert ends == ([number(-limit), "0", "+" + number(limit)] if method.signed else ["0", number(limit)])
+    if method.name == "cam":  # the hot cell is the last of the first row
+        rows, columns = np.nonzero(found[..., 3] > 200)
+        assert rows.max() < found.shape[0] / 3
+        assert columns.min() > found.shape[1] * 0.75
+
+
+def test_switching_methods_changes_colours_and_words(reader):
+    reader.open("#sort=key")
+    tile = reader.page.locator("article").first.locator(".tile").nth(2)
+    cam, keys = reader.pixels(tile), reader.keys()
+    reader.choose("method", "1")
+    occlusion = reader.pixels(tile)
+    assert (cam != occlusion).mean() > 0.3
+    assert reader.text("#method-note").startswith("occlusion the second Blue: evidence against")
+    reader.page.locator("h1").click()
+    reader.press("3")
+    assert (reader.pixels(tile) != occlusion).mean() > 0.3
+    assert reader.page.locator("#method").input_value() == "2"
+    assert "not label-specific" in reader.text("#method-note")
+    reader.press("1")
+    assert (reader.pixels(tile) == cam).all()
+    assert reader.keys() == keys  # the same cards
+    assert reader.page.locator("#method-note .note:visible").count() == 0
+
+
+def test_what_cannot_be_drawn_is_said(reader):
+    reader.open("#sort=key")
+    dog = reader.page.locator("article").first.locator(".tile").nth(1)
+    assert dog.locator(".silent").inner_text() == "flat: the same everywhere"
+    assert not dog.locator("canvas").first.is_visible()
+    assert (reader.seen(".tile:nth-child(2) .frame img") == reader.seen(".photo .frame img")).mean() > 0.6
+    nothing = reader.page.locator("article").first.locator(".tile").first
+    assert nothing.locator(".silent").inner_text() == "no positive evidence"
+    reader.press("2")
+    assert dog.locator("canvas").first.is_visible()
+    assert not dog.locator(".silent").is_visible()
+    missing = reader.page.locator("article").nth(3).locator(".silent").first  # image 3 has no map of occlusion
+    assert missing.inner_text() == "no occlusion map of this image"
+
+
+def test_opacity_0_shows_the_photo(reader):
+    reader.open("#sort=key&size=256")
+    photo, tile = ".photo .frame", ".tile.TP .frame"
+    at_first = reader.seen(tile)
+    reader.page.locator("#opacity").fill("0")
+    assert reader.text("#opacity-now") == "0 %"
+    bare = reader.seen(tile)
+    assert np.abs(bare - reader.seen(photo)).max() <= 2
+    assert np.abs(at_first - bare).max() > 60
+    stored = Image.open(reader.folder / "photos" / "00000.jpg")
+    enlarged = np.asarray(stored.resize((256, 192), Image.Resampling.BILINEAR))[4:-4, 4:-4].astype(int)
+    assert np.abs(enlarged - bare[: len(enlarged)]).mean() < 6
+    reader.page.locator("#opacity").fill("100")
+    assert np.abs(reader.seen(tile) - bare).max() > np.abs(at_first - bare).max()
+
+
+def test_own_scales_are_marked_and_have_their_numbers(reader):
+    reader.open("#sort=key")
+    shared = reader.text(".card .scale")
+    assert shared.endswith("6 labels, one scale")
+    assert not reader.page.locator("#alone-warning").is_visible()
+    reader.page.locator("#alone").check()
+    assert reader.page.locator("#alone-warning").is_visible()
+    assert "cannot be compared" in reader.text("#alone-warning")
+    assert not reader.page.locator(".card .scale").first.is_visible()
+    own = shared_limit(explained(0).maps["cam"][:1])
+    assert reader.text(".tile.TP .key") == f"0 {number(own)}"
+    assert reader.press("s").text(".card .scale") == shared
+
+
+def test_the_keyboard_turns_pages(reader):
+    reader.open()
+    reader.press("ArrowRight")
+    assert reader.keys() == BY_LOSS[12:24]
+    assert reader.text("#page") == "Page 2 of 3"
+    assert reader.page.locator("#status").inner_text() == "Page 2 of 3: images 13 to 24 of 30"
+    reader.press("ArrowRight").press("ArrowRight")
+    assert reader.keys() == BY_LOSS[24:]
+    assert reader.page.locator("#next").is_disabled()
+    reader.press("ArrowLeft")
+    assert reader.keys() == BY_LOSS[12:24]
+    # Page Down scrolls as ever, and turns the page at the end of it.
+    reader.page.evaluate("scrollTo(0, 0)")
+    reader.press("PageDown")
+    reader.page.wait_for_function("scrollY > 0")
+    assert reader.keys() == BY_LOSS[12:24]
+    reader.page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    reader.press("PageDown")
+    assert reader.keys() == BY_LOSS[24:]
+    reader.page.evaluate("scrollTo(0, 0)")
+    reader.press("PageUp")
+    assert reader.keys() == BY_LOSS[12:24]
+    assert reader.page.locator("#help").is_visible()
+    assert "Page Down" in reader.text("#help")
+
+
+def test_everything_works_without_a_mouse(reader):
+    reader.open()
+    reached = []
+    for _ in range(20):
+        reader.page.keyboard.press("Tab")
+        reached.append(reader.page.evaluate("document.activeElement.id || document.activeElement.value"))
+        outline = reader.page.evaluate(
+            "[document.activeElement, document.activeElement.parentElement].map(e => getComputedStyle(e).outlineStyle)"
+        )
+        assert "solid" in outline, reached
+        if reached[-1] == "next":
+            break
+    wanted = [
+        "method",
+        "label",
+        "FN",
+        "FP",
+        "TP",
+        "TN",
+        "unknown",
+        "sort",
+        "opacity",
+        "alone",
+        "size",
+        "many",
+        "find",
+        "next",
+    ]
+    assert [name for name in reached if name] == wanted
+    reader.press("Enter")
+    assert reader.text("#page") == "Page 2 of 3"
+    reader.page.locator("#opacity").focus()
+    reader.press("ArrowLeft")  # moves the slider, not the page
+    assert reader.text("#opacity-now") == "75 %"
+    assert reader.text("#page") == "Page 2 of 3"
+    reader.page.locator("#find").focus()
+    reader.press("2")
+    assert reader.page.locator("#method").input_value() == "0"  # a letter of the key, not a method
+    assert reader.page.locator("#find").input_value() == "2"
+
+
+def test_the_address_holds_the_view_and_back_goes_back(reader):
+    reader.open()
+    reader.choose("label", "0").choose("sort", "-score").choose("method", "1").choose("many", "6")
+    reader.tick("TP").press("]")
+    reader.page.locator("#alone").check()
+    reader.page.locator("h1").click()
+    reader.press("ArrowRight")
+    address, keys, tiles = reader.page.evaluate("location.hash"), reader.keys(), reader.tiles()
+    reader.open(address)
+    assert (reader.keys(), reader.tiles()) == (keys, tiles)
+    assert reader.page.locator("#method").input_value() == "1"
+    assert reader.page.locator("#alone").is_checked()
+    assert reader.text("#opacity-now") == "90 %"
+    assert reader.text("#page").startswith("Page 2 of")
+    reader.press("ArrowRight")
+    assert reader.text("#page").startswith("Page 3 of")
+    reader.page.go_back()
+    reader.page.wait_for_function("document.querySelector('#page').textContent.startsWith('Page 2')")
+    assert reader.settle().keys() == keys
+    reader.open("#method=nonsense&label=99&page=-4&opacity=x&outcomes=&size=1&page=1e9")
+    assert reader.page.locator("#method").input_value() == "0"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1366, 2200])
+def test_no_width_needs_sideways_scrolling_and_words_stay_readable(reader, width, scheme):
+    reader.page.emulate_media(color_scheme=scheme)
+    reader.page.set_viewport_size({"width": width, "height": 768})
+    reader.open()
+    assert reader.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    colours = "e => [getComputedStyle(e).color, getComputedStyle(e.closest('.card')).backgroundColor]"
+    for selector in (".name", ".more", "h2", ".loss"):
+        ink, paper = reader.page.locator(f".card {selector}").first.evaluate(colours)
+        assert contrast(ink, paper) >= 4.5, selector
+    for outcome in ("TP", "FP", "FN", "TN"):
+        badge = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+        assert contrast(*reader.page.locator(f".{outcome} .badge").first.evaluate(badge)) >= 4.5, outcome
+
+
+def contrast(first, second):
+    """WCAG's contrast ratio of two CSS colours."""
+
+    def luminance(colour):
+        parts = np.array([int(value) for value in re.findall(r"\d+", colour)[:3]]) / 255
+        parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return parts @ np.array([0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_missing_file_is_said_and_the_rest_stays(reader, tmp_path):
+    write_report(tmp_path / "out", data([explained(n) for n in range(3)]))
+    (tmp_path / "out" / "data" / "00001.js").unlink()
+    page = reader.page.context.browser.new_page()
+    Reader(page, tmp_path / "out").open("#sort=key")
+    assert "data/00001.js is missing or damaged" in page.locator("article").nth(1).inner_text()
+    assert page.locator("article").nth(2).locator("canvas:visible").count() > 1
+    page.close()
