@@ -9,6 +9,7 @@ Each record (docs/results/<grid>/<run>.json) was written by eval.py. Runs that d
 """
 
 import json
+import re
 import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 
 from mlvision.config import Config, build_options, parse_options, run_command
 from mlvision.errors import InputError
+from mlvision.explain.comparison import markdown
 from mlvision.run import config_difference
 
 COLUMNS = ("mAP", "CF1", "OF1")
@@ -28,6 +30,14 @@ over seeds with the sample standard deviation (+-), measured once on the test sp
 checkpoint that the validation split chose. mAP is the plain (non-interpolated) average precision, averaged over classes with
 at least one positive; CF1 is the harmonic mean of CP and CR, OF1 of OP and OR, all at a score of 0.5. Gap closed is
 (mAP - lower) / (upper - lower), seed by seed, between the two experiments that the grid names as its bounds.
+"""
+
+EXPLAINERS = "explainers"  # the folder of comparisons
+COMPARISON_HEADER = """
+# Explainers
+
+From the comparisons in docs/results/explainers/; [methods/explain.md](methods/explain.md) describes the measures. ^: higher
+is better, v: lower; controls, which know nothing of the model, in italics.
 """
 
 README_START, README_END = "<!-- results: written by tools/results_table.py -->", "<!-- /results -->"
@@ -66,7 +76,37 @@ def render(folder: Path, grids: Path) -> str:
     sections = (
         section(g, experiments, bounds_of(grids / f"{g}.yaml")) for g, experiments in read_grids(folder).items()
     )
-    return HEADER + "".join(sections)
+    return HEADER + "".join(sections) + comparisons(folder / EXPLAINERS)
+
+
+def comparisons(folder: Path) -> str:
+    """The explainers' tables, one for each data set: means over runs that differ in their seed.
+
+    Raises:
+        InputError: a file that `tools/explain.py compare` did not write, or comparisons that are not alike.
+    """
+    of_data: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if not {"protocol", "methods", "options", "environment"} <= result.keys():
+            raise InputError(f"{path}: not a comparison of tools/explain.py")
+        name = re.sub(r"-seed\d+$", "", path.stem)
+        first = of_data.setdefault(name, [result])[0]
+        if first["protocol"] != result["protocol"] or first["methods"].keys() != result["methods"].keys():
+            raise InputError(f"{path}: differs from {name}'s first comparison in its protocol or methods")
+        if first is not result:
+            of_data[name].append(result)
+    lines = [COMPARISON_HEADER] if of_data else []
+    for name, results in of_data.items():
+        commits = listed(result["environment"]["commit"] for result in results)
+        machines = listed(f"{r['environment']['machine']}, threads={r['environment']['threads']}" for r in results)
+        lines += [
+            f"## Explainers: {name}\n",
+            f"{results[0]['model']}, {len(results)} run{'s' * (len(results) > 1)}. {results[0]['protocol']}.\n",
+            markdown(results),
+            f"- Command: `{results[0]['environment']['command']}`; commit {commits}; {machines}.\n",
+        ]
+    return "\n".join(lines)
 
 
 def bounds_of(grid: Path) -> list[str]:
@@ -98,7 +138,7 @@ def read_grids(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     Raises:
         InputError: no records, a file that is none, or an experiment whose runs are not alike.
     """
-    paths = sorted(folder.glob("*/*.json"))
+    paths = sorted(path for path in folder.glob("*/*.json") if path.parent.name != EXPLAINERS)
     if not paths:
         raise InputError(f"records: no record in {folder} (expected {folder}/<grid>/<run>.json)")
     grids: dict[str, dict[str, list[dict[str, Any]]]] = {}

@@ -1,0 +1,145 @@
+"""tools/explain.py from the command line: what is written, and what is refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import train
+from mlvision.errors import InputError
+from mlvision.explain import CONTROLS
+from tools import explain as tool
+
+
+@pytest.fixture(scope="module")
+def run_folder(scenes_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("explained") / "run"
+    train.main(
+        [
+            "configs/smoke/scenes_test_resnet_baseline.yaml",
+            f"data.root={scenes_root}",
+            "device=cpu",
+            "threads=1",
+            "log.tensorboard=false",
+            "loader.num_workers=0",
+            f"out={out}",
+        ]
+    )
+    return out
+
+
+QUICK = ["num_workers=0", "device=cpu"]
+
+
+def test_maps_pages_measures_and_report_are_written(run_folder, tmp_path):
+    out = tmp_path / "explained"
+    tool.main(
+        [str(run_folder), "method=[grad_cam,occlusion]", "labels=ground_truth", "num_images=6", "measure=true",
+         "measures.sensitivity_samples=0", "options={occlusion: {window_px: 16}}", "batch_size=4", f"out={out}", *QUICK]
+    )  # fmt: skip
+    assert {path.name for path in out.iterdir()} == {"maps", "grids", "report", "metrics.csv", "metrics.json"}
+    assert (out / "report" / "index.html").is_file()
+    assert {path.name for path in (out / "grids").iterdir()} == {"grad_cam_0.png", "occlusion_0.png"}
+    stored = np.load(out / "maps" / "occlusion.npz")
+    about = json.loads(str(stored["about"]))
+    assert about["options"]["window_px"] == 16
+    assert len(about["model_hash"]) == 64
+    assert stored["maps"].dtype == np.float16
+    assert stored["maps"].shape[:2] == stored["labels"].shape
+    present = stored["labels"] >= 0
+    rows = np.nonzero(present)[0]
+    assert (stored["targets"][rows, stored["labels"][present]] == 1).all()
+    assert np.abs(stored["maps"]).max() == 1  # in units of each image's scale
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert len(rows) == 2 * present.sum()
+    assert {row["method"] for row in rows} == {"grad_cam", "occlusion"}
+    means = json.loads((out / "metrics.json").read_text())["means"]
+    assert set(means["occlusion"]) == {"clear", "competing", "FP", "FN"}
+
+
+def test_a_folder_of_images_and_contrasts(run_folder, scenes_root, tmp_path):
+    classes = tuple(
+        json.loads(next((scenes_root / "annotations").glob("*test.json")).read_text())["categories"][i]["name"]
+        for i in (0, 1)
+    )
+    out = tmp_path / "explained"
+    labels = f"labels=[{classes[0]},{classes[0]} - {classes[1]}]"
+    photos = f"images={scenes_root / 'images' / 'test'}"
+    tool.main([str(run_folder), photos, labels, "num_images=3", "grids=0", f"out={out}", *QUICK])
+    stored = np.load(out / "maps" / "grad_cam.npz")
+    assert stored["against"].tolist() == [[-1, 1]] * 3
+    assert stored["labels"].tolist() == [[0, 0]] * 3
+    assert np.isnan(stored["targets"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["labels=errors", "images={folder}"], "errors needs the images' labels"),
+        (["pick=worst", "images={folder}"], "worst needs the images' labels"),
+        (["measure=true", "images={folder}"], "measures need the images' labels"),
+        (["images={empty}"], "no image below"),
+        (["images={folder}/nowhere"], "not a folder"),
+        (["labels=[airplan]"], "no class 'airplan'; nearest: airplane"),
+        (["labels=[errors,airplane]"], "'errors' stands alone"),
+        (["method=gradcam"], "expected one of grad_cam"),
+        (["options={grad_cam: {layr: x}}"], "grad_cam.layr: no such option"),
+        (["options={grad_cam: {layer: layer9}}", "labels=top1"], "no module 'layer9'; nearest"),
+        (["method=attention_rollout", "labels=top1"], "attention_rollout|attention"),
+        (["num_images=-1"], "num_images: expected 0 or more"),
+        (["stored={empty}"], "meta.json|no label-map store|store"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused_and_nothing_is_written(
+    run_folder, scenes_root, tmp_path, arguments, message
+):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    filled = [
+        a.replace("{folder}", str(scenes_root / "images" / "test")).replace("{empty}", str(empty)) for a in arguments
+    ]
+    out = tmp_path / "explained"
+    with pytest.raises(InputError, match=message):
+        tool.main([str(run_folder), f"out={out}", "num_images=2", *QUICK, *filled])
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_existing_folder_is_never_overwritten(run_folder, tmp_path):
+    with pytest.raises(InputError, match="is there already"):
+        tool.main([str(run_folder), f"out={tmp_path}", *QUICK])
+    with pytest.raises(InputError, match="expected a run folder"):
+        tool.main(["compare", f"out={tmp_path}"])
+
+
+def test_the_comparison_has_controls_and_keeps_cases_apart(run_folder, tmp_path, capsys):
+    out = tmp_path / "comparison"
+    tool.main(
+        ["compare", str(run_folder), "methods=[grad_cam,saliency]", "num_images=8", "sensitivity_images=4",
+         "sanity_images=2", "measures.steps=5", "measures.lattice=6",
+         "measures.sensitivity_samples=2", "measures.baselines=[black,mean]",
+         "threshold=0.3", "batch_size=4", f"out={out}", *QUICK]
+    )  # fmt: skip
+    result = json.loads((out / "comparison.json").read_text())
+    assert set(result["methods"]) == {"grad_cam", "saliency", *CONTROLS}
+    rows = list(csv.DictReader(open(out / "pairs.csv")))
+    counts = {name: sum(row["method"] == name for row in rows) for name in result["methods"]}
+    assert len(set(counts.values())) == 1  # every method on the same pairs
+    one = result["methods"]["grad_cam"]
+    assert sum(case["pairs"] for case in one["cases"].values()) == counts["grad_cam"]
+    assert one["randomised"][0]["spearman"] == 1
+    assert len(one["cross_label"]["drops"]) == len(result["classes"])
+    measured = {key for case in one["cases"].values() for key in case["means"]}
+    assert {"srg_black", "srg_mean", "specificity_black", "pointing", "max_sensitivity_0.02", "forwards"} <= measured
+    table = (out / "comparison.md").read_text()
+    assert "*random*" in table
+    assert "| grad_cam |" in table
+    with_copies = [row for row in rows if row["max_sensitivity_0.02"] not in ("", "nan")]
+    assert 0 < len(with_copies) < len(rows)  # of the first images alone
+
+
+def test_help_lists_methods_and_options(capsys):
+    tool.main(["--help"])
+    shown = capsys.readouterr().out
+    for word in ("occlusion", "random", "measures.lattice", "sensitivity_images", "pick"):
+        assert word in shown

@@ -1,0 +1,667 @@
+"""Explain a run's decisions, label by label: maps, grids and a report to look at; or compare the explainers by measures.
+
+python tools/explain.py runs/<name> images=folder method=[grad_cam,occlusion] labels=predicted
+python tools/explain.py runs/<name> labels=errors pick=worst      # of the run's own test images
+python tools/explain.py compare runs/<name> num_images=200 out=comparison
+"""
+
+import csv
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mlvision.config import describe_options, parse_options, run_command
+from mlvision.data.images import folder_manifest
+from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
+from mlvision.data.manifest import Manifest
+from mlvision.engine.checkpoint import check_classes
+from mlvision.errors import InputError, check_fields
+from mlvision.explain import (
+    CONTROLS,
+    EXPLAINERS,
+    EmptySelectionError,
+    Selection,
+    StoredMaps,
+    Subject,
+    build_explainer,
+    explain,
+    select,
+)
+from mlvision.explain.comparison import FACTS, cases, join, label_means, markdown
+from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure, randomised
+from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
+from mlvision.explain.report import ReportData, write_report
+from mlvision.explain.selection import SELECTIONS, class_index
+from mlvision.labels import LabelMapStore
+from mlvision.labels.geometry import whole_images
+from mlvision.losses import binary_cross_entropy
+from mlvision.metrics.faithfulness import cross_label_matrix
+from mlvision.models.weights import state_hash
+from mlvision.run import LoadedRun, check_never_trained_on, describe_environment, load_run, read_role, write_json
+from mlvision.types import Batch
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Which images, which explainers, which measures."""
+
+    methods: Annotated[list[str], "names in EXPLAINERS; empty: all that the model can carry"] = field(
+        default_factory=list
+    )
+    options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
+        default_factory=dict
+    )
+    split: Annotated[str, "role of the split: test, val or train"] = "test"
+    num_images: Annotated[int, "spread evenly over the split; 0: all"] = 200
+    sensitivity_images: Annotated[
+        int, "Max-Sensitivity is measured on so many of them: it explains every image again"
+    ] = 32
+    sanity_images: Annotated[int, "maps of randomised weights are made of so many of them; 0: none"] = 16
+    threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
+    measures: MeasureConfig = field(default_factory=MeasureConfig)
+    weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
+    device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    batch_size: Annotated[int, "images explained together"] = 16
+    num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
+    out: Annotated[str, "folder to write; empty: comparison in the run folder"] = ""
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("num_images", self.num_images >= 0, "0 or more"),
+            ("sensitivity_images", self.sensitivity_images >= 0, "0 or more"),
+            ("sanity_images", self.sanity_images >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("num_workers", self.num_workers >= 0, "0 or more"),
+            ("threads", self.threads >= 0, "0 or more"),
+        )
+        check_fields(self, "", rules)
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """Which images, which labels, which explainers, and what is written."""
+
+    images: Annotated[str, "folder of images, sub-folders included; empty: the run's own, of data.split"] = ""
+    method: Annotated[list[str], "one name of EXPLAINERS or several, between which the report switches"] = field(
+        default_factory=lambda: ["grad_cam"]
+    )
+    options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
+        default_factory=dict
+    )
+    stored: Annotated[str, "label-map store of these images, shown beside the methods; empty: none"] = ""
+    labels: Annotated[
+        list[str],
+        "all, predicted, ground_truth, errors, relevant (present or predicted), top<k>, or classes; 'a - b': what speaks "
+        "for a and against b",
+    ] = field(default_factory=lambda: ["predicted"])
+    split: Annotated[str, "role of the run's own images: test, val or train"] = "test"
+    num_images: Annotated[int, "so many of the images; 0: all"] = 100
+    pick: Annotated[
+        str, "evenly: spread over the images; worst: those of the highest loss (which needs their labels)"
+    ] = "evenly"
+    measure: Annotated[bool, "also measure the explanations of present and predicted labels: metrics.json and .csv"] = (
+        False
+    )
+    measures: MeasureConfig = field(default_factory=MeasureConfig)
+    threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
+    grids: Annotated[int, "PNG pages of each method, 8 images each; 0: none"] = 2
+    weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
+    device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    batch_size: Annotated[int, "images explained together"] = 16
+    num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
+    seed: Annotated[int, "of methods that draw at random"] = 0
+    out: Annotated[str, "folder to write; empty: explanations in the run folder"] = ""
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("method", bool(self.method), f"one of {', '.join(EXPLAINERS)}"),
+            ("labels", bool(self.labels), "which labels"),
+            ("pick", self.pick in ("evenly", "worst"), "evenly or worst"),
+            ("num_images", self.num_images >= 0, "0 or more"),
+            ("grids", self.grids >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("num_workers", self.num_workers >= 0, "0 or more"),
+            ("threads", self.threads >= 0, "0 or more"),
+        )
+        check_fields(self, "", rules)
+
+
+USAGE = f"""usage: python tools/explain.py RUN [key=value ...]
+       python tools/explain.py compare RUN [key=value ...]
+
+{__doc__}
+Options of data.* are the run's own, overridden. Methods: {", ".join(EXPLAINERS)}; controls: {", ".join(CONTROLS)}.
+
+{describe_options(ExplainOptions)}
+
+Options of compare:
+
+{describe_options(CompareOptions)}"""
+
+
+def main(argv: list[str]) -> Any:
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return None
+    return compare(argv[1:]) if argv[0] == "compare" else explain_run(argv)
+
+
+def explain_run(argv: list[str]) -> Path:
+    """Maps, grids, measures and the report of one run."""
+    run, options = read_arguments([as_list(argument) for argument in argv], ExplainOptions, "python tools/explain.py")
+    out = Path(options.out or run.folder / "explanations")
+    if out.exists():
+        raise InputError(f"out: {out} is there already; give another folder")
+    if options.images:
+        manifest, known = folder_manifest(Path(options.images), run.classes), False
+    else:
+        manifest, known = read_split(run, options.split), True
+    labels = wanted_labels(options.labels, run.classes, known)
+    if options.measure and not known:
+        raise InputError("measure: measures need the images' labels, and a folder has none; leave images= empty")
+    explainers = {name: build_explainer(name, **options.options.get(name, {})) for name in options.method}
+    if options.stored:
+        explainers["stored"] = open_store(options.stored, manifest)
+    rows = chosen_rows(run, manifest, options, known)
+    subject = Subject(run.method)
+    with writing(out) as folder:
+        explained, columns = [], []
+        for batch in tqdm(
+            batches_of(manifest, run, rows, options),
+            total=math.ceil(len(rows) / options.batch_size),
+            desc="explaining",
+            unit=" batches",
+            disable=None,
+        ):
+            images, measured = explain_batch(subject, run, manifest, batch, explainers, labels, options, known)
+            explained += images
+            columns += measured
+        if not explained:
+            raise InputError(f"labels: none of the {len(rows)} images has such a label; there is nothing to explain")
+        write_maps(folder / "maps", explained, run, options, explainers)
+        shown = [shown_method(name, explainer) for name, explainer in explainers.items()]
+        draw_pages(folder / "grids", explained, run, shown, options)
+        summary = {
+            "run": str(run.folder),
+            "weights": run.weights,
+            "model": run.config.model.name,
+            "images": f"{len(explained)} of {len(manifest)}, {manifest.protocol or options.images}",
+            "labels": ", ".join(options.labels),
+            "threshold": f"{options.threshold:g}",
+            "seed": str(options.seed),
+        }
+        write_report(
+            folder / "report",
+            ReportData(f"Explanations of {run.folder.name}", run.classes, shown, explained, options.threshold, summary),
+        )
+        if options.measure:
+            write_measures(folder, run, options, columns, summary)
+    print(f"{len(explained)} images, {', '.join(explainers)}: open {out / 'report' / 'index.html'}")
+    return out
+
+
+def as_list(argument: str) -> str:
+    """`method=occlusion` for `method=[occlusion]`."""
+    key, equals, value = argument.partition("=")
+    return f"{key}=[{value}]" if equals and key in ("method", "labels") and not value.startswith("[") else argument
+
+
+def wanted_labels(given: list[str], classes: tuple[str, ...], known: bool) -> Any:
+    """A rule's name, or class names and pairs of them.
+
+    Raises:
+        InputError: a rule that needs the images' labels where none are known, or an unknown class.
+    """
+    rules = [word for word in given if word in SELECTIONS or re.fullmatch(r"top\d+", word)]
+    if rules and len(given) > 1:
+        raise InputError(f"labels: '{rules[0]}' stands alone, or classes are listed; got {', '.join(given)}")
+    if rules:
+        if rules[0] in ("ground_truth", "errors", "relevant") and not known:
+            raise InputError(f"labels: {rules[0]} needs the images' labels, and a folder has none; leave images= empty")
+        return rules[0]
+    pairs: list[Any] = []
+    for word in given:
+        a, minus, b = word.partition(" - ")
+        contrast = bool(minus) and word not in classes
+        pairs.append((a, b) if contrast else word)
+        for name in (a, b) if contrast else (word,):
+            class_index(name, len(classes), classes)
+    return pairs
+
+
+def open_store(path: str, manifest: Manifest) -> StoredMaps:
+    """Stored maps of exactly these images."""
+    store = LabelMapStore.open(path)
+    store.check(record_hash=manifest.hash, class_hash=manifest.class_hash, num_records=len(manifest))
+    return StoredMaps(store)
+
+
+def chosen_rows(run: LoadedRun, manifest: Manifest, options: ExplainOptions, known: bool) -> Int64[np.ndarray, " n"]:
+    """Which images, in the order of the manifest."""
+    if options.pick == "evenly":
+        return evenly(options.num_images, len(manifest))
+    if not known:
+        raise InputError("pick: worst needs the images' labels, and a folder has none; leave images= empty")
+    everything = np.arange(len(manifest))
+    losses = []
+    for batch in batches_of(manifest, run, everything, options):
+        with torch.inference_mode(), run.precision.autocast():
+            logits = run.method.predict(batch.images.to(run.precision.device))
+        losses.append(image_losses(logits.float().cpu(), batch.targets))
+    worst = torch.cat(losses).nan_to_num(nan=-1).argsort(descending=True).numpy()
+    return np.sort(worst[: options.num_images or None])
+
+
+def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, " B"]:
+    """The sum over known labels of the binary cross-entropy; NaN where none is known."""
+    losses = binary_cross_entropy(logits, targets, reduction="none").sum(1)
+    return losses.where(targets.isfinite().any(1), torch.nan)
+
+
+def explain_batch(
+    subject: Subject,
+    run: LoadedRun,
+    manifest: Manifest,
+    batch: Batch,
+    explainers: dict[str, Any],
+    labels: Any,
+    options: ExplainOptions,
+    known: bool,
+) -> tuple[list[ExplainedImage], list[tuple[str, dict[str, np.ndarray]]]]:
+    """The images of a batch that have such a label, with every method's maps; and their measures."""
+    pixels = subject.pixels(batch.images)
+    with torch.inference_mode():
+        logits = subject.logits(pixels).float().cpu().clone()
+    targets = batch.targets
+    try:
+        selection = select(
+            labels,
+            logits,
+            targets=targets if known else None,
+            threshold=options.threshold,
+            classes=run.classes,
+            activation=run.method.activation,
+        )
+    except EmptySelectionError:
+        return [], []
+    kept = selection.valid.any(1)
+    pixels, logits, targets, rows = pixels[kept.to(pixels.device)], logits[kept], targets[kept], batch.index[kept]
+    selection = selection.rows(kept)
+    found = {
+        name: explain(subject, pixels, explainer, selection, rows, seed=options.seed)
+        for name, explainer in explainers.items()
+    }
+    scores, losses = run.method.scores(logits), image_losses(logits, targets)
+    measured = []
+    if options.measure and known:
+        records = [manifest.records[row] for row in rows.tolist()]
+        judged = judge_on(
+            subject, pixels, targets, selection.to(pixels.device), rows, records,
+            threshold=options.threshold, activation=run.method.activation,
+        )  # fmt: skip
+        measured = [(name, measure(subject, judged, one, options.measures).columns) for name, one in explainers.items()]
+    shown = {name: by_label(columns, selection) for name, columns in measured}
+    images = []
+    for place in range(len(rows)):
+        maps = {name: one.maps[place].cpu().numpy() for name, one in found.items()}
+        images.append(
+            ExplainedImage(
+                manifest.records[int(rows[place])].key,
+                batch.images[kept][place].permute(1, 2, 0).numpy(),
+                scores[place].numpy(),
+                targets[place].numpy(),
+                selection.labels[place].numpy(),
+                maps,
+                logits[place].numpy(),
+                float(losses[place]),
+                None if selection.against is None else selection.against[place].numpy(),
+                {name: {key: table[place] for key, table in tables.items()} for name, tables in shown.items()},
+            )
+        )
+    return images, measured
+
+
+def by_label(columns: dict[str, np.ndarray], selection: Selection) -> dict[str, np.ndarray]:
+    """The measures that the report shows as `[B, L]`, NaN in empty places."""
+    where = tuple(index.cpu().numpy() for index in selection.valid.nonzero(as_tuple=True))
+    tables = {}
+    for key in ("srg_mean", "specificity_mean", "pointing", "mass_lift"):
+        if key in columns:
+            tables[key] = np.full(selection.labels.shape, np.nan)
+            tables[key][where] = columns[key]
+    return tables
+
+
+def shown_method(name: str, explainer: Any) -> ShownMethod:
+    described = (type(explainer).__doc__ or "").strip().splitlines()
+    return ShownMethod(
+        name,
+        signed=getattr(explainer, "signed", False),
+        label_specific=getattr(explainer, "label_specific", True),
+        description=described[0] if described else "",
+    )
+
+
+def write_maps(
+    folder: Path, explained: list[ExplainedImage], run: LoadedRun, options: ExplainOptions, explainers: dict[str, Any]
+) -> None:
+    """One .npz a method: maps of its own size in float16, and all that is needed to read them."""
+    folder.mkdir()
+    most = max(len(image.labels) for image in explained)
+
+    def padded(values: np.ndarray | None, fill: float) -> np.ndarray:
+        values = np.full((most,), fill) if values is None else values
+        return np.concatenate([values, np.full((most - len(values), *values.shape[1:]), fill, values.dtype)])
+
+    for name, explainer in explainers.items():
+        maps = np.stack([padded(image.maps[name], 0) for image in explained])
+        # float16 ends at 65,504: each image has its own scale, and its shape survives whatever the unit.
+        scale = np.abs(maps).max((1, 2, 3), keepdims=True).astype(np.float32)
+        scale = np.where(scale > 0, scale, 1)
+        about = {
+            "method": name,
+            "options": asdict(explainer) if is_dataclass(explainer) and not isinstance(explainer, type) else {},
+            "seed": options.seed,
+            "threshold": options.threshold,
+            "run": str(run.folder),
+            "weights": run.weights,
+            "model_hash": state_hash([run.method]),
+        }
+        np.savez_compressed(
+            folder / f"{name}.npz",
+            maps=(maps / scale).astype(np.float16),
+            scale=scale[:, 0, 0, 0],
+            labels=np.stack([padded(image.labels, -1) for image in explained]),
+            against=np.stack([padded(image.against, -1) for image in explained]).astype(np.int64),
+            logits=np.stack([image.logits for image in explained if image.logits is not None]),
+            targets=np.stack([image.targets for image in explained]),
+            keys=np.array([image.key for image in explained]),
+            classes=np.array(run.classes),
+            about=np.array(json.dumps(about)),
+        )
+
+
+def draw_pages(
+    folder: Path, explained: list[ExplainedImage], run: LoadedRun, shown: list[ShownMethod], options: ExplainOptions
+) -> None:
+    folder.mkdir()
+    for method in shown:
+        for page in range(options.grids):
+            images = explained[8 * page : 8 * page + 8]
+            if images:
+                drawn = draw_grid(images, run.classes, method, options.threshold, title=run.folder.name)
+                Image.fromarray(drawn).save(folder / f"{method.name}_{page}.png")
+
+
+def write_measures(
+    folder: Path,
+    run: LoadedRun,
+    options: ExplainOptions,
+    columns: list[tuple[str, dict[str, np.ndarray]]],
+    summary: dict[str, str],
+) -> None:
+    """metrics.csv has a row for each explained label; metrics.json the means over labels, by what became of the label."""
+    tables = {
+        name: join([part for key, part in columns if key == name]) for name in dict.fromkeys(key for key, _ in columns)
+    }
+    write_pairs(folder / "metrics.csv", tables)
+    means = {
+        name: {
+            case: {key: label_means(table, key, which)[0] for key in table if key not in FACTS}
+            for case, which in cases(table).items()
+        }
+        for name, table in tables.items()
+    }
+    write_json(
+        folder / "metrics.json", {**summary, "environment": describe_environment(run.precision.device), "means": means}
+    )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[LoadedRun, Any]:
+    """The run, with what is overridden of its data, and the tool's own options."""
+    if not argv or "=" in argv[0]:
+        raise InputError(f"expected a run folder: {command} RUN [key=value ...]")
+    path, *rest = argv
+    of_data = [argument for argument in rest if argument.startswith("data.")]
+    own = [argument for argument in rest if argument not in of_data]
+    options = parse_options(options_type, own, prog=command, description=__doc__ or "")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return load_run(path, device=options.device, weights=options.weights, overrides=of_data), options
+
+
+def read_split(run: LoadedRun, role: str) -> Manifest:
+    """The images of a role, which the run was not trained on unless they are asked for."""
+    manifest, _ = read_role(run.config, role)
+    check_classes(run.folder, list(run.classes), manifest.classes)
+    check_never_trained_on(run, manifest, role)
+    return manifest
+
+
+def evenly(num: int, total: int) -> Int64[np.ndarray, " n"]:
+    """Rows spread over all of them; all where num is 0 or more than there are."""
+    return np.arange(total) if not 0 < num < total else np.linspace(0, total - 1, num).round().astype(np.int64)
+
+
+def batches_of(manifest: Manifest, run: LoadedRun, rows: Int64[np.ndarray, " n"], options: Any) -> Iterator[Batch]:
+    order = EpochBatches(lambda _: rows, options.batch_size, drop_last=False)
+    yield from Loader(ImageDataset(manifest, run.view), order, LoaderConfig(num_workers=options.num_workers))
+
+
+# Comparison
+
+
+def compare(argv: list[str]) -> dict[str, Any]:
+    """Every explainer and control on the same pairs of images and labels; writes comparison.json, .md, pairs.csv, and the
+    cross-label matrices."""
+    run, options = read_arguments(argv, CompareOptions, "python tools/explain.py compare")
+    out = Path(options.out or run.folder / "comparison")
+    if out.exists():
+        raise InputError(f"out: {out} is there already; give another folder")
+    manifest = read_split(run, options.split)
+    subject = Subject(run.method)
+    rows = evenly(options.num_images, len(manifest))
+    explainers = chosen_explainers(run, manifest, options)
+    columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in explainers}
+    drops: dict[str, list[np.ndarray]] = {name: [] for name in explainers}
+    sanity: dict[str, list[dict[str, Any]]] = {}
+    done = 0
+    with tqdm(total=len(rows) * len(explainers), desc="explaining", unit=" images", disable=None) as bar:
+        for batch in batches_of(manifest, run, rows, options):
+            judged = judge_batch(subject, run, manifest, batch, options)
+            if judged is None:
+                bar.update(len(batch.images) * len(explainers))
+                continue
+            few = done < options.sensitivity_images
+            measures = options.measures if few else replace(options.measures, sensitivity_samples=0)
+            for name, explainer in explainers.items():
+                found = measure(subject, judged, explainer, measures)
+                columns[name].append(found.columns)
+                drops[name].append(found.drops)
+                if options.sanity_images and name not in sanity and done < options.sanity_images:
+                    sanity[name] = randomised(subject, first_images(judged, options.sanity_images), explainer, measures)
+                bar.update(len(batch.images))
+            done += len(batch.images)
+    if not done:
+        raise InputError(
+            f"{manifest.split}: no label of these {len(rows)} images is present or predicted; nothing to explain"
+        )
+    result = summarise(run, manifest, options, explainers, columns, drops, sanity, len(rows))
+    write_comparison(out, result, columns)
+    print(result["table"])
+    print(f"written to {out}: comparison.json, comparison.md, pairs.csv")
+    return result
+
+
+def chosen_explainers(run: LoadedRun, manifest: Manifest, options: CompareOptions) -> dict[str, Any]:
+    """The explainers that were asked for, and the controls; where none was named, those that the model can carry."""
+    unknown = set(options.options) - set(EXPLAINERS) - set(CONTROLS)
+    if unknown:
+        raise InputError(f"options.{min(unknown)}: no such method; expected one of {', '.join(EXPLAINERS)}")
+    named = options.methods or list(EXPLAINERS)
+    built = {name: build_explainer(name, **options.options.get(name, {})) for name in [*named, *CONTROLS]}
+    if options.methods:
+        return built
+    image = torch.zeros(1, 3, *run.view.size, dtype=torch.uint8)
+    image[:, :, : run.view.size[0] // 2] = 200
+    carried = {}
+    for name, explainer in built.items():
+        try:
+            subject_takes(run, explainer, image)
+            carried[name] = explainer
+        except InputError as error:
+            print(f"left out: {name} ({error})")
+    return carried
+
+
+def subject_takes(run: LoadedRun, explainer: Any, image: torch.Tensor) -> None:
+    explain(run.method, image, explainer, [0])
+
+
+def judge_batch(
+    subject: Subject, run: LoadedRun, manifest: Manifest, batch: Batch, options: CompareOptions
+) -> Judged | None:
+    """A batch with every label that is present or predicted; None where no image has one."""
+    if not torch.equal(batch.view.boxes, whole_images(batch.view.boxes)):
+        raise InputError(
+            "view.eval_resize: explanations are compared on whole images; this run's views are crops (use squash)"
+        )
+    pixels = subject.pixels(batch.images)
+    activation = run.method.activation
+    with torch.inference_mode():
+        logits = subject.logits(pixels).float().cpu().clone()
+    try:
+        selection = select(
+            "relevant", logits, targets=batch.targets, threshold=options.threshold, activation=activation
+        )
+    except EmptySelectionError:
+        return None
+    kept = selection.valid.any(1)
+    records = [manifest.records[row] for row in batch.index[kept].tolist()]
+    return judge_on(
+        subject,
+        pixels[kept.to(pixels.device)],
+        batch.targets[kept],
+        selection.rows(kept).to(pixels.device),
+        batch.index[kept],
+        records,
+        threshold=options.threshold,
+        activation=activation,
+    )
+
+
+def first_images(judged: Judged, num: int) -> Judged:
+    """The same batch, shorter."""
+    image, _ = judged.pairs
+    pairs = (image < num).cpu().numpy()
+    return replace(
+        judged,
+        pixels=judged.pixels[:num],
+        targets=judged.targets[:num],
+        selection=judged.selection.rows(slice(num)),
+        rows=judged.rows[:num],
+        logits=judged.logits[:num],
+        scores=judged.scores[:num],
+        cover=judged.cover[pairs],
+    )
+
+
+def summarise(
+    run: LoadedRun,
+    manifest: Manifest,
+    options: CompareOptions,
+    explainers: dict[str, Any],
+    columns: dict[str, list[dict[str, np.ndarray]]],
+    drops: dict[str, list[np.ndarray]],
+    sanity: dict[str, list[dict[str, Any]]],
+    num_images: int,
+) -> dict[str, Any]:
+    """Each measure's mean over labels, for each explainer and case; the cross-label matrices; the printed table."""
+    methods = {}
+    for name, parts in columns.items():
+        joined = join(parts)
+        measures = [key for key in joined if key not in ("image", "label", "outcome", "score", "num_present", "flat")]
+        of_cases = {}
+        for case, which in cases(joined).items():
+            means = {key: label_means(joined, key, which) for key in measures}
+            of_cases[case] = {
+                "pairs": int(which.sum()),
+                "flat": int(joined["flat"][which].sum()),
+                "means": {key: mean for key, (mean, _) in means.items()},
+                "defined": {key: count for key, (_, count) in means.items()},
+            }
+        matrix = cross_label_matrix(np.concatenate(drops[name])[:, None], joined["label"][:, None], len(run.classes))
+        methods[name] = {
+            "options": asdict(explainers[name]) if is_dataclass(explainers[name]) else {},
+            "control": name in CONTROLS,
+            "cases": of_cases,
+            "randomised": sanity.get(name, []),
+            "cross_label": {"drops": matrix.drops.tolist(), "counts": matrix.counts.tolist()},
+        }
+    protocol = (
+        f"{manifest.protocol}; {num_images} of {len(manifest)} images of split {manifest.split}, spread evenly, every label "
+        f"that is present or predicted (score >= {options.threshold:g}); each figure is the mean over labels of the mean "
+        "over a label's pairs"
+    )
+    result = {
+        "protocol": protocol,
+        "run": str(run.folder),
+        "weights": run.weights,
+        "model": run.config.model.name,
+        "classes": list(run.classes),
+        "options": asdict(options),
+        "methods": methods,
+        "environment": describe_environment(run.precision.device),
+    }
+    return result | {"table": f"{protocol}.\n\n{markdown([result])}"}
+
+
+def write_comparison(out: Path, result: dict[str, Any], columns: dict[str, list[dict[str, np.ndarray]]]) -> None:
+    """All files, or none."""
+    with writing(out) as folder:
+        write_json(folder / "comparison.json", {key: value for key, value in result.items() if key != "table"})
+        (folder / "comparison.md").write_text(result["table"] + "\n")
+        write_pairs(folder / "pairs.csv", {name: join(parts) for name, parts in columns.items()})
+
+
+def write_pairs(path: Path, tables: dict[str, dict[str, np.ndarray]]) -> None:
+    """A row for each explained label of each method."""
+    names = list(dict.fromkeys(key for table in tables.values() for key in table))
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", *names])
+        for method, table in tables.items():
+            for row in range(len(table["image"])):
+                writer.writerow([method, *(table[name][row] if name in table else "" for name in names)])
+
+
+if __name__ == "__main__":
+    run_command(main)
