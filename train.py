@@ -7,7 +7,7 @@ python train.py configs/scenes_efficientnet_lite0_baseline.yaml resume=auto
 from mlvision.config import Config, parse_options, run_command
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.engine.fit import fit
-from mlvision.run import build_run, choose_folder, note_resumption, start_folder
+from mlvision.run import build_callbacks, build_run, choose_folder, note_resumption, start_folder
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         checkpoint=run.config.checkpoint,
         log=run.config.log,
         resume=resume,
-        callbacks=[ProgressBar()],
+        callbacks=[ProgressBar(), *build_callbacks(run)],
     )
     if state.epoch == run.config.optim.epochs:
         print(f"done; python eval.py {folder} reads the test split")

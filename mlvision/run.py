@@ -32,6 +32,7 @@ from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything
 from mlvision.errors import InputError
+from mlvision.explain.callback import CamGrids
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import METHODS, Method
 from mlvision.models import Preprocessing, build_classifier
@@ -126,6 +127,18 @@ def build_run(config: Config) -> Run:
         bad_images=bad,
         label_maps=label_maps,
     )
+
+
+def build_callbacks(run: Run) -> list[CamGrids]:
+    """What watches a run beside its progress bar: CAM grids of validation images spread over the split, where asked for."""
+    num = min(run.config.log.cam_images, len(run.val))
+    if not num or not run.config.log.tensorboard:
+        return []
+    rows = torch.linspace(0, len(run.val) - 1, num).round().long().tolist()
+    samples = [run.val_loader.dataset[0, row] for row in rows]
+    images = torch.stack([sample.views[0].image for sample in samples])
+    targets = torch.stack([torch.as_tensor(sample.target) for sample in samples])
+    return [CamGrids(images, targets, [run.val.records[row].key for row in rows], run.val.classes)]
 
 
 def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMapStore | None:

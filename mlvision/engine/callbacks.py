@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from mlvision.engine.fit import FitState
 
 
-class Callback:
-    """Does nothing at each of the three moments; a callback overrides those that it wants.
+@runtime_checkable
+class Callback(Protocol):
+    """Does nothing at each of the three moments; a callback overrides those that it wants, or has all three of its own.
 
     `state` is the loop's own FitState: read it, write to `state.log.tensorboard`, leave the rest alone.
     """

@@ -22,10 +22,13 @@ _HEADER = "step,epoch,name,value\n"
 class LogConfig:
     every_steps: Annotated[int, "training loss and rates are read back and written every so many steps"] = 50
     tensorboard: Annotated[bool, "write TensorBoard events"] = True
+    cam_images: Annotated[int, "validation images whose CAM grids go to TensorBoard after each epoch; 0: none"] = 0
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise InputError(f"log.every_steps: expected at least 1, got {self.every_steps}")
+        if self.cam_images < 0:
+            raise InputError(f"log.cam_images: expected 0 or more, got {self.cam_images}")
 
 
 class RunLog:
