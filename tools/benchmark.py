@@ -1,6 +1,6 @@
 """Measure ours against a peer, interleaved in one process; as ratios, for times of a shared machine are not stable.
 
-python tools/benchmark.py mean_ap views pooling store annotate relabel
+python tools/benchmark.py mean_ap views pooling store annotate relabel explainers
 python tools/benchmark.py pooling pairs=60 out=docs/performance/pooling.json
 """
 
@@ -25,6 +25,8 @@ from mlvision.data.images import read_image
 from mlvision.data.transforms import BACKENDS, TrainView, ViewConfig
 from mlvision.engine.optim import OptimConfig, build_optimizer
 from mlvision.errors import InputError
+from mlvision.explain import Subject, explain
+from mlvision.explain.perturb import slic_segments
 from mlvision.labels import pool_label_map
 from mlvision.labels.annotate import top_k_of
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
@@ -69,10 +71,15 @@ class Row:
     note: str = ""
 
 
-def compare(ours: Callable[[], Any], peer: Callable[[], Any], options: BenchmarkOptions) -> dict[str, Any]:
+def compare(
+    ours: Callable[[], Any], peer: Callable[[], Any], options: BenchmarkOptions, peer_calls: int = 1
+) -> dict[str, Any]:
     """Times of interleaved pairs, in alternating order, after a warm-up of each.
 
     A call shorter than 20 ms is repeated to last about that: alone it would measure the caches that the other left.
+
+    Args:
+        peer_calls: the peer does what ours does in so many equal calls, of which one is timed.
     """
 
     def seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -90,6 +97,7 @@ def compare(ours: Callable[[], Any], peer: Callable[[], Any], options: Benchmark
     for pair in range(options.pairs):
         for which in (0, 1) if pair % 2 else (1, 0):
             times[pair, which] = seconds((ours, peer)[which], repeats[which])
+    times[:, 1] *= peer_calls
     ratios = times[:, 1] / times[:, 0]
     low, high = np.quantile(ratios, [0.1, 0.9])
     return {
@@ -325,6 +333,94 @@ def relabel(options: BenchmarkOptions) -> Iterator[Row]:
         )
 
 
+def explainers(options: BenchmarkOptions) -> Iterator[Row]:
+    """Maps of 20 labels of one image from ResNet-50, 224 px, against the libraries' loops over the labels."""
+    from captum.attr import LayerGradCam, Lime, Occlusion
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    side, num_labels = 224, 20
+    torch.manual_seed(0)
+    classifier = build_classifier(BackboneConfig("resnet50"), LinearHeadConfig(), num_labels, image_size=side)
+    torch.nn.init.normal_(classifier.get_parameter("head.linear.weight"))
+    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval().to(options.device)
+    method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    subject, layer = Subject(method), classifier.backbone.model.layer4
+    image = torch.rand(1, 3, side, side, device=options.device)
+
+    def ours(name: str, **chosen: Any) -> Callable[[], Tensor]:
+        return lambda: explain(subject, image, name, **chosen).maps
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.method = method
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.method.predict(images)
+
+    model = Logits()
+    captum_cam, peer_cam = LayerGradCam(model, layer), GradCAM(model, [layer])
+    cam = ours("grad_cam")()
+
+    def of_captum() -> Tensor:
+        found: Any = [captum_cam.attribute(image, target=label) for label in range(num_labels)]
+        return torch.cat(found, 1)
+
+    def of_pytorch_grad_cam() -> list[Any]:
+        targets: list[Any] = [ClassifierOutputTarget(label) for label in range(num_labels)]
+        return [peer_cam(image, [target]) for target in targets]
+
+    gap = (of_captum() - cam).abs().amax((2, 3)) / cam.abs().amax((2, 3))
+    loops: dict[str, tuple[str, Callable[[], Any], float | None]] = {
+        "captum": ("20x, difference 1e-5 of the highest value", of_captum, float(gap.max())),
+        "pytorch-grad-cam": ("50x", of_pytorch_grad_cam, None),
+    }
+    for peer, (asked, loop, difference) in loops.items():
+        yield Row(
+            what=f"Grad-CAM of {num_labels} labels, ResNet-50, {side} px",
+            peer=f"{peer}, one label after the other",
+            asked=asked,
+            difference=difference,
+            **compare(ours("grad_cam"), loop, options),
+        )
+
+    windows = {"window_px": 56, "stride_px": 28, "baseline": "black"}
+    occlusion = Occlusion(model)
+
+    def occlude() -> Any:
+        return occlusion.attribute(image, (3, 56, 56), (3, 28, 28), target=0, baselines=0)
+
+    maps = torch.nn.functional.interpolate(ours("occlusion", **windows)()[:, :1], (side, side))
+    theirs = occlude()[:, :1]
+    yield Row(
+        what=f"Occlusion of {num_labels} labels, 49 windows, fp32",
+        peer=f"captum, one label after the other (one timed, times {num_labels})",
+        asked="18x, difference 1e-5 of the highest value",
+        difference=float((maps - theirs).abs().max() / theirs.abs().max()),
+        **compare(ours("occlusion", **windows), occlude, options, num_labels),
+    )
+    yield Row(
+        what=f"Occlusion of {num_labels} labels, bf16",
+        peer="ours, fp32",
+        asked="1.5x where the CPU has bf16",
+        **compare(ours("occlusion", precision="bf16", **windows), ours("occlusion", **windows), options),
+    )
+    segments = slic_segments(image, 40, 10.0)
+    lime, copies = Lime(model), 50
+    yield Row(
+        what=f"LIME of {num_labels} labels, {copies} copies",
+        peer=f"captum, one label after the other (one timed, times {num_labels})",
+        asked="18x",
+        **compare(
+            ours("lime", num_samples=copies, baseline="black"),
+            lambda: lime.attribute(image, target=0, feature_mask=segments[:, None], n_samples=copies, baselines=0),
+            options,
+            num_labels,
+        ),
+    )
+
+
 BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
     "mean_ap": mean_ap,
     "views": views,
@@ -332,6 +428,7 @@ BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
     "store": store,
     "annotate": annotate,
     "relabel": relabel,
+    "explainers": explainers,
 }
 
 
