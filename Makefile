@@ -10,7 +10,7 @@ SHORT := data.root=datasets/scenes_demo optim.epochs=3
 .PHONY: demo test check format
 
 # Every training image tells its largest object alone. A baseline learns that; its label maps then teach a student what each
-# crop shows. The test images know all their objects.
+# crop shows. The test images know all their objects. At the end a report shows where the student saw each label.
 demo: $(VENV)/.installed
 	$(BIN)/python tools/prepare_data.py scenes out=datasets/scenes_demo train_images=2000 test_images=500
 	rm -rf $(DEMO)
@@ -21,6 +21,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python train.py $(STUDENT) $(SHORT) label_maps=$(DEMO)/maps out=$(DEMO)/relabel
 	$(BIN)/python eval.py $(DEMO)/relabel
 	$(BIN)/python tools/results_table.py runs=[$(DEMO)/single_labels,$(DEMO)/relabel]
+	$(BIN)/python tools/explain.py $(DEMO)/relabel data.root=datasets/scenes_demo method=[grad_cam,occlusion] \
+		labels=relevant num_images=60 out=$(DEMO)/explanations
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto
