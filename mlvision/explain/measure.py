@@ -244,7 +244,6 @@ class Removals:
         self._ranks = order.argsort(1)
         rows, columns = (torch.arange(side, device=order.device) * lattice // side for side in size)
         self._patch = rows[:, None] * lattice + columns
-        self.cells = self._ranks.new_zeros(0)
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         removed = (numbers % (self._steps + 1) * self._total / self._steps).round().long()[:, None]

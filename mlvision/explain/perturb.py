@@ -29,15 +29,9 @@ PRECISIONS = ("", "fp32", "bf16", "fp16")
 
 @runtime_checkable
 class Masks(Protocol):
-    """`num` masks of each image.
-
-    Attributes:
-        num: M.
-        cells: `[B or 1, M, h, w]`: how much each mask keeps of each cell of the map that is to be made.
-    """
+    """`num` masks of each image, made when they are needed: all of them would not fit into memory."""
 
     num: int
-    cells: Tensor
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         """Of some (image, mask): 1 where the pixel is kept, 0 where it is hidden."""
@@ -104,7 +98,7 @@ class Occlusion(Perturbation):
             whole = selection.scores(subject.logits(pixels) if not self.precision else _in(self, subject, pixels))
         drops = whole[:, None] - selection.scores(self._answers(subject, pixels, masks))
         hidden = 1 - masks.cells
-        return torch.einsum("bml,xmhw->blhw", drops, hidden) / hidden.sum(1, keepdim=True)
+        return torch.einsum("bml,mhw->blhw", drops, hidden) / hidden.sum(0)
 
 
 @dataclass(frozen=True)
@@ -178,11 +172,15 @@ class Rise(Perturbation):
         masks = SmoothGrids(size, self.num_samples, self.grid, self.share, self.seed, self.cell_px, pixels.device)
         scores = selection.scores(self._answers(subject, pixels, masks))
         centred = scores - scores.mean(1, keepdim=True)
-        return torch.einsum("bml,xmhw->blhw", centred, masks.cells) / (masks.num * self.share)
+        return torch.einsum("bml,mhw->blhw", centred, masks.cells) / (masks.num * self.share)
 
 
 class Windows:
-    """Masks that hide one square window each; the same for every image."""
+    """Masks that hide one square window each; the same for every image.
+
+    Attributes:
+        cells: `[M, h, w]`: what each mask keeps of the cells of the finest grid whose lines hold all borders of windows.
+    """
 
     def __init__(self, size: tuple[int, int], window: int, stride: int, device: torch.device):
         self._size = size
@@ -191,9 +189,8 @@ class Windows:
         self._top, self._left, self._window = rows.flatten(), columns.flatten(), window
         self.num = len(self._top)
         every = torch.arange(self.num, device=device)
-        # Borders of windows and image all lie on the lines of this grid.
         cell = [math.gcd(stride, window, side) for side in size]
-        self.cells = self.keep(every, every)[:, cell[0] // 2 :: cell[0], cell[1] // 2 :: cell[1]][None]
+        self.cells = self.keep(every, every)[:, cell[0] // 2 :: cell[0], cell[1] // 2 :: cell[1]]
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         inside = []
@@ -221,9 +218,9 @@ class Segments:
         design[:, 0] = True
         exists = torch.arange(most, device=segments.device) < self.counts[:, None]
         self.design = (design & exists[:, None]).float()
-        members = F.one_hot(segments, most).permute(0, 3, 1, 2).float()
-        self.members = _cells(members, cell_px)
-        self.cells = torch.einsum("bms,bshw->bmhw", self.design, self.members)
+        # An image at a time: of all at once the pixels' membership would be large.
+        members = (F.one_hot(one, most).permute(2, 0, 1).float() for one in segments)
+        self.members = torch.stack([_cells(one, cell_px) for one in members])
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         kept = self.design[images, numbers]
@@ -231,7 +228,11 @@ class Segments:
 
 
 class SmoothGrids:
-    """RISE's masks: small random grids, enlarged bilinearly to more than the image and cut at a random place."""
+    """RISE's masks: small random grids, enlarged bilinearly to more than the image and cut at a random place.
+
+    Attributes:
+        cells: `[M, h, w]`: the mean of each mask over each cell of the map that is to be made.
+    """
 
     def __init__(
         self,
@@ -251,7 +252,7 @@ class SmoothGrids:
         ).to(device)
         every = torch.arange(num_samples, device=device)
         parts = [_cells(self.keep(part, part), cell_px) for part in every.split(64)]
-        self.cells = torch.cat(parts)[None]
+        self.cells = torch.cat(parts)
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         grids, shifts = self._grids[numbers], self._shifts[numbers]

@@ -69,7 +69,7 @@ def test_segments_that_an_image_lacks_do_not_matter():
     kept = masks.keep(torch.ones(16, dtype=torch.long), every)
     assert torch.equal(kept[:, 0, 0], masks.design[1, :, 0])
     assert torch.equal(kept[:, 3, 5], masks.design[1, :, 1])
-    torch.testing.assert_close(masks.cells[1, :, 0, 0], masks.design[1, :, 0])
+    assert masks.members[0, :, 0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert masks.design[:, 0].sum(1).tolist() == [3, 2]  # the first copy is the image itself
 
 
@@ -78,8 +78,8 @@ def test_windows_are_cut_at_the_border_and_their_cells_hold_all_lines():
     assert masks.num == 3 * 4
     kept = masks.keep(torch.zeros(12, dtype=torch.long), torch.arange(12))
     assert kept[11].nonzero().tolist() == [[y, x] for y in range(10) for x in range(14) if not (y >= 8 and x >= 12)]
-    assert masks.cells.shape[2:] == (5, 7)
-    torch.testing.assert_close(nn.functional.interpolate(masks.cells, (10, 14))[0], kept)
+    assert masks.cells.shape == (12, 5, 7)
+    torch.testing.assert_close(nn.functional.interpolate(masks.cells[None], (10, 14))[0], kept)
 
 
 def test_rise_masks_have_the_asked_mean_and_are_smooth():
@@ -88,7 +88,7 @@ def test_rise_masks_have_the_asked_mean_and_are_smooth():
     assert kept.shape == (300, 30, 45)
     assert abs(kept.mean().item() - 0.3) < 0.02
     assert kept.diff(dim=1).abs().max() <= 1 / 6 + 1e-5  # a cell is 6 rows high
-    torch.testing.assert_close(masks.cells[0], nn.functional.avg_pool2d(kept, 3))
+    torch.testing.assert_close(masks.cells, nn.functional.avg_pool2d(kept, 3))
 
 
 class BrightCorner(nn.Module):
