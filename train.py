@@ -14,6 +14,7 @@ def main(argv: list[str]) -> None:
     config = parse_options(Config, argv, prog="python train.py", description="Train a multi-label classifier.")
     run = build_run(config)
     folder, resume = choose_folder(run.config)
+    watching = build_callbacks(run)  # reads images: before anything is written
     if resume:
         note_resumption(run, folder)
     else:
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         checkpoint=run.config.checkpoint,
         log=run.config.log,
         resume=resume,
-        callbacks=[ProgressBar(), *build_callbacks(run)],
+        callbacks=[ProgressBar(), *watching],
     )
     if state.epoch == run.config.optim.epochs:
         print(f"done; python eval.py {folder} reads the test split")

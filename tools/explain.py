@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -41,7 +41,7 @@ from mlvision.explain import (
     select,
 )
 from mlvision.explain.comparison import FACTS, cases, join, label_means, markdown
-from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure, randomised
+from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure, randomised, sensitivity
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.report import ReportData, write_report
 from mlvision.explain.selection import SELECTIONS, class_index
@@ -49,6 +49,7 @@ from mlvision.labels import LabelMapStore
 from mlvision.labels.geometry import whole_images
 from mlvision.losses import binary_cross_entropy
 from mlvision.metrics.faithfulness import cross_label_matrix
+from mlvision.metrics.summary import log_odds
 from mlvision.models.weights import state_hash
 from mlvision.run import LoadedRun, check_never_trained_on, describe_environment, load_run, read_role, write_json
 from mlvision.types import Batch
@@ -113,9 +114,7 @@ class ExplainOptions:
     pick: Annotated[
         str, "evenly: spread over the images; worst: those of the highest loss (which needs their labels)"
     ] = "evenly"
-    measure: Annotated[bool, "also measure the explanations of present and predicted labels: metrics.json and .csv"] = (
-        False
-    )
+    measure: Annotated[bool, "also measure the explanations: metrics.json and metrics.csv"] = False
     measures: MeasureConfig = field(default_factory=MeasureConfig)
     threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
     grids: Annotated[int, "PNG pages of each method, 8 images each; 0: none"] = 2
@@ -174,7 +173,7 @@ def explain_run(argv: list[str]) -> Path:
     labels = wanted_labels(options.labels, run.classes, known)
     if options.measure and not known:
         raise InputError("measure: measures need the images' labels, and a folder has none; leave images= empty")
-    explainers = {name: build_explainer(name, **options.options.get(name, {})) for name in options.method}
+    explainers = build_explainers(options.method, options.options)
     if options.stored:
         explainers["stored"] = open_store(options.stored, manifest)
     rows = chosen_rows(run, manifest, options, known)
@@ -188,11 +187,15 @@ def explain_run(argv: list[str]) -> Path:
             unit=" batches",
             disable=None,
         ):
-            images, measured = explain_batch(subject, run, manifest, batch, explainers, labels, options, known)
+            if options.measure or options.stored:
+                check_whole(batch)
+            with run.precision.autocast():
+                images, measured = explain_batch(subject, run, manifest, batch, explainers, labels, options, known)
             explained += images
             columns += measured
         if not explained:
             raise InputError(f"labels: none of the {len(rows)} images has such a label; there is nothing to explain")
+        check_not_flat(explained, explainers)
         write_maps(folder / "maps", explained, run, options, explainers)
         shown = [shown_method(name, explainer) for name, explainer in explainers.items()]
         draw_pages(folder / "grids", explained, run, shown, options)
@@ -213,6 +216,16 @@ def explain_run(argv: list[str]) -> Path:
             write_measures(folder, run, options, columns, summary)
     print(f"{len(explained)} images, {', '.join(explainers)}: open {out / 'report' / 'index.html'}")
     return out
+
+
+def check_not_flat(explained: list[ExplainedImage], explainers: dict[str, Any]) -> None:
+    """Refuse a method none of whose maps says anything."""
+    for name in explainers:
+        if all(np.ptp(image.maps[name], axis=(1, 2)).max(initial=0) == 0 for image in explained):
+            raise InputError(
+                f"{name}: the maps of all labels of all {len(explained)} images are flat; they explain nothing. The images "
+                "may be uniform, the grid a single cell, or the model's answer constant"
+            )
 
 
 def as_list(argument: str) -> str:
@@ -262,14 +275,14 @@ def chosen_rows(run: LoadedRun, manifest: Manifest, options: ExplainOptions, kno
     for batch in batches_of(manifest, run, everything, options):
         with torch.inference_mode(), run.precision.autocast():
             logits = run.method.predict(batch.images.to(run.precision.device))
-        losses.append(image_losses(logits.float().cpu(), batch.targets))
+        losses.append(image_losses(logits.float().cpu(), batch.targets, run.method.activation))
     worst = torch.cat(losses).nan_to_num(nan=-1).argsort(descending=True).numpy()
     return np.sort(worst[: options.num_images or None])
 
 
-def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, " B"]:
+def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], activation: str) -> Float[Tensor, " B"]:
     """The sum over known labels of the binary cross-entropy; NaN where none is known."""
-    losses = binary_cross_entropy(logits, targets, reduction="none").sum(1)
+    losses = binary_cross_entropy(log_odds(logits, activation), targets, reduction="none").sum(1)
     return losses.where(targets.isfinite().any(1), torch.nan)
 
 
@@ -302,19 +315,22 @@ def explain_batch(
     kept = selection.valid.any(1)
     pixels, logits, targets, rows = pixels[kept.to(pixels.device)], logits[kept], targets[kept], batch.index[kept]
     selection = selection.rows(kept)
-    found = {
-        name: explain(subject, pixels, explainer, selection, rows, seed=options.seed)
-        for name, explainer in explainers.items()
-    }
-    scores, losses = run.method.scores(logits), image_losses(logits, targets)
-    measured = []
-    if options.measure and known:
+    scores, losses = run.method.scores(logits), image_losses(logits, targets, run.method.activation)
+    found, measured = {}, []
+    if options.measure:  # the explanation that is measured is the one that is shown
         records = [manifest.records[row] for row in rows.tolist()]
         judged = judge_on(
             subject, pixels, targets, selection.to(pixels.device), rows, records,
             threshold=options.threshold, activation=run.method.activation,
         )  # fmt: skip
-        measured = [(name, measure(subject, judged, one, options.measures).columns) for name, one in explainers.items()]
+        config = replace(options.measures, seed=options.seed)
+        for name, explainer in explainers.items():
+            one = measure(subject, judged, explainer, config)
+            found[name] = one.explanation
+            measured.append((name, one.columns))
+    else:
+        for name, explainer in explainers.items():
+            found[name] = explain(subject, pixels, explainer, selection, rows, seed=options.seed, allow_flat=True)
     shown = {name: by_label(columns, selection) for name, columns in measured}
     images = []
     for place in range(len(rows)):
@@ -340,8 +356,8 @@ def by_label(columns: dict[str, np.ndarray], selection: Selection) -> dict[str, 
     """The measures that the report shows as `[B, L]`, NaN in empty places."""
     where = tuple(index.cpu().numpy() for index in selection.valid.nonzero(as_tuple=True))
     tables = {}
-    for key in ("srg_mean", "specificity_mean", "pointing", "mass_lift"):
-        if key in columns:
+    for key in columns:
+        if key.startswith(("srg_", "specificity_")) or key in ("pointing", "mass_lift"):
             tables[key] = np.full(selection.labels.shape, np.nan)
             tables[key][where] = columns[key]
     return tables
@@ -435,14 +451,13 @@ def write_measures(
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not out.parent.is_dir():
+        raise InputError(f"out: the folder {out.parent} does not exist")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+        folder = Path(name) / out.name
+        folder.mkdir()
+        yield folder
+        folder.replace(out)
 
 
 def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[LoadedRun, Any]:
@@ -489,30 +504,46 @@ def compare(argv: list[str]) -> dict[str, Any]:
     manifest = read_split(run, options.split)
     subject = Subject(run.method)
     rows = evenly(options.num_images, len(manifest))
-    explainers = chosen_explainers(run, manifest, options)
+    # Sub-sets are spread over the same images: data sets are often sorted by class.
+    sensitive, randomise = (
+        torch.from_numpy(rows[evenly(num, len(rows))]) if num else torch.empty(0)
+        for num in (options.sensitivity_images, options.sanity_images)
+    )
+    explainers = chosen_explainers(run, options)
     columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in explainers}
     drops: dict[str, list[np.ndarray]] = {name: [] for name in explainers}
-    sanity: dict[str, list[dict[str, Any]]] = {}
-    done = 0
-    with tqdm(total=len(rows) * len(explainers), desc="explaining", unit=" images", disable=None) as bar:
-        for batch in batches_of(manifest, run, rows, options):
+    sanity: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {name: [] for name in explainers}
+    curves = replace(options.measures, sensitivity_samples=0)
+    batches = batches_of(manifest, run, rows, options)
+    total = math.ceil(len(rows) / options.batch_size)
+    for batch in tqdm(batches, total=total, desc="explaining", unit=" batches", disable=None):
+        with run.precision.autocast():
             judged = judge_batch(subject, run, manifest, batch, options)
-            if judged is None:
-                bar.update(len(batch.images) * len(explainers))
-                continue
-            few = done < options.sensitivity_images
-            measures = options.measures if few else replace(options.measures, sensitivity_samples=0)
-            for name, explainer in explainers.items():
-                found = measure(subject, judged, explainer, measures)
+            for name, explainer in list(explainers.items()) if judged else ():
+                assert judged is not None
+                try:
+                    found = measure(subject, judged, explainer, curves)
+                    which = torch.isin(judged.rows, sensitive)
+                    if options.measures.sensitivity_samples and which.any():
+                        noisy = sensitivity(subject, judged.some(which), explainer, options.measures)
+                        place = which[judged.pairs[0].cpu()].numpy()
+                        for key, values in noisy.items():
+                            found.columns[key] = np.full(len(place), np.nan)
+                            found.columns[key][place] = values
+                    which = torch.isin(judged.rows, randomise)
+                    if which.any():
+                        part = judged.some(which)
+                        sanity[name].append((len(part.pairs[0]), randomised(subject, part, explainer, curves)))
+                except InputError as error:
+                    print(f"left out: {name} ({error})")
+                    for table in (explainers, columns, drops, sanity):
+                        table.pop(name)
+                    continue
                 columns[name].append(found.columns)
                 drops[name].append(found.drops)
-                if options.sanity_images and name not in sanity and done < options.sanity_images:
-                    sanity[name] = randomised(subject, first_images(judged, options.sanity_images), explainer, measures)
-                bar.update(len(batch.images))
-            done += len(batch.images)
-    if not done:
+    if not any(columns.values()):
         raise InputError(
-            f"{manifest.split}: no label of these {len(rows)} images is present or predicted; nothing to explain"
+            f"{manifest.split}: no label of these {len(rows)} images is present or predicted, or every method was left out"
         )
     result = summarise(run, manifest, options, explainers, columns, drops, sanity, len(rows))
     write_comparison(out, result, columns)
@@ -521,39 +552,48 @@ def compare(argv: list[str]) -> dict[str, Any]:
     return result
 
 
-def chosen_explainers(run: LoadedRun, manifest: Manifest, options: CompareOptions) -> dict[str, Any]:
+def chosen_explainers(run: LoadedRun, options: CompareOptions) -> dict[str, Any]:
     """The explainers that were asked for, and the controls; where none was named, those that the model can carry."""
-    unknown = set(options.options) - set(EXPLAINERS) - set(CONTROLS)
-    if unknown:
-        raise InputError(f"options.{min(unknown)}: no such method; expected one of {', '.join(EXPLAINERS)}")
-    named = options.methods or list(EXPLAINERS)
-    built = {name: build_explainer(name, **options.options.get(name, {})) for name in [*named, *CONTROLS]}
+    names = [*(options.methods or EXPLAINERS), *CONTROLS]
+    built = build_explainers(names, options.options)
     if options.methods:
         return built
     image = torch.zeros(1, 3, *run.view.size, dtype=torch.uint8)
     image[:, :, : run.view.size[0] // 2] = 200
-    carried = {}
-    for name, explainer in built.items():
+    for name, explainer in list(built.items()):
         try:
-            subject_takes(run, explainer, image)
-            carried[name] = explainer
+            explain(run.method, image, explainer, [0], allow_flat=True)
         except InputError as error:
             print(f"left out: {name} ({error})")
-    return carried
+            del built[name]
+    return built
 
 
-def subject_takes(run: LoadedRun, explainer: Any, image: torch.Tensor) -> None:
-    explain(run.method, image, explainer, [0])
+def build_explainers(names: list[str], options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Explainers with their options.
+
+    Raises:
+        InputError: an unknown method, or options of one that is not asked for.
+    """
+    for name in options:
+        if name not in names:
+            raise InputError(f"options.{name}: not one of the methods here, {', '.join(names)}")
+    return {name: build_explainer(name, **options.get(name, {})) for name in names}
+
+
+def check_whole(batch: Batch) -> None:
+    """Refuse views that show a part of the image, which annotated areas and stored maps do not."""
+    if not torch.equal(batch.view.boxes, whole_images(batch.view.boxes)):
+        raise InputError(
+            "view.eval_resize: measures and stored maps are of whole images; this run's views are crops of them (use squash)"
+        )
 
 
 def judge_batch(
     subject: Subject, run: LoadedRun, manifest: Manifest, batch: Batch, options: CompareOptions
 ) -> Judged | None:
     """A batch with every label that is present or predicted; None where no image has one."""
-    if not torch.equal(batch.view.boxes, whole_images(batch.view.boxes)):
-        raise InputError(
-            "view.eval_resize: explanations are compared on whole images; this run's views are crops (use squash)"
-        )
+    check_whole(batch)
     pixels = subject.pixels(batch.images)
     activation = run.method.activation
     with torch.inference_mode():
@@ -578,22 +618,6 @@ def judge_batch(
     )
 
 
-def first_images(judged: Judged, num: int) -> Judged:
-    """The same batch, shorter."""
-    image, _ = judged.pairs
-    pairs = (image < num).cpu().numpy()
-    return replace(
-        judged,
-        pixels=judged.pixels[:num],
-        targets=judged.targets[:num],
-        selection=judged.selection.rows(slice(num)),
-        rows=judged.rows[:num],
-        logits=judged.logits[:num],
-        scores=judged.scores[:num],
-        cover=judged.cover[pairs],
-    )
-
-
 def summarise(
     run: LoadedRun,
     manifest: Manifest,
@@ -601,7 +625,7 @@ def summarise(
     explainers: dict[str, Any],
     columns: dict[str, list[dict[str, np.ndarray]]],
     drops: dict[str, list[np.ndarray]],
-    sanity: dict[str, list[dict[str, Any]]],
+    sanity: dict[str, list[tuple[int, list[dict[str, Any]]]]],
     num_images: int,
 ) -> dict[str, Any]:
     """Each measure's mean over labels, for each explainer and case; the cross-label matrices; the printed table."""
@@ -618,12 +642,15 @@ def summarise(
                 "means": {key: mean for key, (mean, _) in means.items()},
                 "defined": {key: count for key, (_, count) in means.items()},
             }
-        matrix = cross_label_matrix(np.concatenate(drops[name])[:, None], joined["label"][:, None], len(run.classes))
+        # Of labels that were found, whose evidence is really there.
+        which = (cases(joined)["clear"] | cases(joined)["competing"]) & ~joined["flat"]
+        labels = joined["label"][which]
+        matrix = cross_label_matrix(np.concatenate(drops[name])[which][:, None], labels[:, None], len(run.classes))
         methods[name] = {
             "options": asdict(explainers[name]) if is_dataclass(explainers[name]) else {},
             "control": name in CONTROLS,
             "cases": of_cases,
-            "randomised": sanity.get(name, []),
+            "randomised": mean_by_stage(sanity[name]),
             "cross_label": {"drops": matrix.drops.tolist(), "counts": matrix.counts.tolist()},
         }
     protocol = (
@@ -642,6 +669,18 @@ def summarise(
         "environment": describe_environment(run.precision.device),
     }
     return result | {"table": f"{protocol}.\n\n{markdown([result])}"}
+
+
+def mean_by_stage(parts: list[tuple[int, list[dict[str, Any]]]]) -> list[dict[str, float]]:
+    """The mean over batches, by their number of pairs, of what `randomised` gives."""
+    stages = []
+    for rows in zip(*(part for _, part in parts), strict=True):
+        values = [(count, row["spearman"]) for (count, _), row in zip(parts, rows, strict=True)]
+        known = [(count, value) for count, value in values if not math.isnan(value)]
+        total = sum(count for count, _ in known)
+        mean = sum(count * value for count, value in known) / total if total else math.nan
+        stages.append({"share": rows[0]["share"], "spearman": mean})
+    return stages
 
 
 def write_comparison(out: Path, result: dict[str, Any], columns: dict[str, list[dict[str, np.ndarray]]]) -> None:

@@ -87,13 +87,18 @@ def comparisons(folder: Path) -> str:
     """
     of_data: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        if not {"protocol", "methods", "options", "environment"} <= result.keys():
+        try:
+            result = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not a comparison of tools/explain.py ({error})") from None
+        if not {"protocol", "methods", "model", "options", "environment"} <= result.keys():
             raise InputError(f"{path}: not a comparison of tools/explain.py")
         name = re.sub(r"-seed\d+$", "", path.stem)
         first = of_data.setdefault(name, [result])[0]
-        if first["protocol"] != result["protocol"] or first["methods"].keys() != result["methods"].keys():
-            raise InputError(f"{path}: differs from {name}'s first comparison in its protocol or methods")
+        if alike(first) != alike(result):
+            raise InputError(
+                f"{path}: differs from {name}'s first comparison in its protocol, model, methods or options"
+            )
         if first is not result:
             of_data[name].append(result)
     lines = [COMPARISON_HEADER] if of_data else []
@@ -107,6 +112,13 @@ def comparisons(folder: Path) -> str:
             f"- Command: `{results[0]['environment']['command']}`; commit {commits}; {machines}.\n",
         ]
     return "\n".join(lines)
+
+
+def alike(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What comparisons that are averaged have in common."""
+    free = ("out", "threads", "num_workers", "batch_size")
+    options = {key: value for key, value in result["options"].items() if key not in free}
+    return result["protocol"], result["model"], sorted(result["methods"]), options
 
 
 def bounds_of(grid: Path) -> list[str]:

@@ -70,9 +70,12 @@ def build_explainer(method: Any, **options: Any) -> Any:
     if method not in table:
         raise InputError(f"method: expected one of {', '.join(table)}, got '{method}'")
     known = getattr(table[method], "__dataclass_fields__", {})
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise InputError(f"{method}.{key}: no such option; expected one of {', '.join(known) or 'none'}")
+        wanted = type(known[key].default)
+        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
+            raise InputError(f"{method}.{key}: expected a value like {known[key].default!r}, got {value!r}")
     return table[method](**options)
 
 
@@ -87,6 +90,7 @@ def explain(
     threshold: float | Float[Tensor, " C"] = 0.5,
     classes: Sequence[str] | None = None,
     seed: int = 0,
+    allow_flat: bool = False,
     **options: Any,
 ) -> Explanation:
     """Explain some labels of some images.
@@ -105,13 +109,15 @@ def explain(
         threshold: of the scores in [0, 1] from which a label counts as predicted; one, or one a class.
         classes: the names, where labels are given by name.
         seed: of whatever the method draws at random.
+        allow_flat: also give maps that are all flat; for callers that look at `Explanation.flat` themselves.
         **options: of the named method: the fields of its dataclass.
 
     Raises:
         InputError: labels, layers or options that do not exist; a method that the model cannot carry; maps that are flat for
             every label of every image.
     """
-    subject = model if isinstance(model, Subject) else Subject(model)
+    with torch.inference_mode(False):
+        subject = model if isinstance(model, Subject) else Subject(model)
     model = subject.module
     explainer = build_explainer(method, **options)
     name = method if isinstance(method, str) else type(method).__name__
@@ -120,13 +126,17 @@ def explain(
     with torch.inference_mode(False), undisturbed(subject.module, seed):
         pixels = subject.pixels(images.clone() if images.is_inference() else images)
         with torch.no_grad():
-            logits = subject.logits(pixels)
+            logits = subject.answer(pixels)
+        if not bool(logits.isfinite().all()):
+            raise InputError("model: its logits are not finite for these images; there is nothing to explain")
         selection = select(labels, logits, targets=targets, threshold=threshold, classes=classes, activation=activation)
         if isinstance(explainer, Explainer):
             maps, kind = explainer.explain(subject, pixels, selection), "attribution"
         else:
             maps, kind = _produced(explainer, model, images, indices, selection)
-    maps = maps.detach().float() * selection.valid[:, :, None, None]
+    maps = torch.where(selection.valid[:, :, None, None], maps.detach().float(), 0)
+    if not bool(maps.isfinite().all()):
+        raise InputError(f"{name}: its maps are not finite")
     explanation = Explanation(
         maps,
         selection.labels,
@@ -134,9 +144,10 @@ def explain(
         name,
         against=selection.against,
         label_specific=getattr(explainer, "label_specific", True),
-        kind=kind,
+        kind="attribution" if selection.against is not None else kind,
+        activation=activation,
     )
-    if bool((explanation.flat | ~selection.valid).all()):
+    if not allow_flat and bool((explanation.flat | ~selection.valid).all()):
         height, width = maps.shape[2:]
         raise InputError(
             f"{name}: the maps ({height}x{width}) of all labels of all {len(maps)} images are flat; they explain nothing. "

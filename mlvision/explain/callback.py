@@ -14,6 +14,7 @@ from mlvision.explain import Explainer, explain
 from mlvision.explain.cam import GradCam
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.selection import from_mask
+from mlvision.explain.subject import undisturbed
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class CamGrids:
         """
         device = next(model.parameters()).device
         images = self._images.to(device)
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(model):
             scores = model.scores(model.predict(images)).cpu()  # pyright: ignore[reportCallIssue]
         labels = from_mask((self._targets == 1) | (scores >= self._threshold)).labels
         found = explain(model, images, self._explainer, labels)

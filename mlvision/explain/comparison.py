@@ -11,21 +11,24 @@ from mlvision.explain.selection import OUTCOMES
 # Columns that are no measures.
 FACTS = {"image", "label", "outcome", "score", "num_present", "area", "seconds", "forwards", "flat"}
 
-# The measures that the printed table shows, and which way is better.
-SHOWN = {
-    "srg_mean": "SRG, mean colour ^",
-    "srg_blur": "SRG, blur ^",
-    "specificity_mean": "specificity ^",
-    "map_discrimination": "discrimination",
-    "pointing": "pointing ^",
-    "pointing_small": "pointing, area < 15 % ^",
-    "mass_lift": "mass lift ^",
-    "rank_accuracy": "rank accuracy ^",
-    "max_sensitivity_0.02": "Max-Sens. 0.02 v",
-    "gini": "Gini",
-    "png_bytes": "PNG bytes v",
-    "forwards": "forwards v",
-}
+
+def shown_measures(baselines: Sequence[str], radii: Sequence[float]) -> dict[str, str]:
+    """The measures that the printed table shows, and which way is better."""
+    first = baselines[0]
+    return {
+        **{f"srg_{name}": f"SRG, {name} ^" for name in baselines},
+        f"specificity_{first}": "specificity ^",
+        "map_discrimination": "discrimination",
+        "pointing": "pointing ^",
+        "pointing_small": "pointing, area < 15 % ^",
+        "mass_lift": "mass lift ^",
+        "rank_accuracy": "rank accuracy ^",
+        **{f"max_sensitivity_{radius:g}": f"Max-Sens. {radius:g} v" for radius in radii},
+        "gini": "Gini",
+        "png_bytes": "PNG bytes v",
+        "forwards": "forwards v",
+    }
+
 
 # When a pair of an image and a label belongs to which case; never are they pooled.
 CASES = {
@@ -73,24 +76,39 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     Args:
         results: what `tools/explain.py compare` writes to comparison.json.
     """
-    first = results[0]["methods"]
+    first, measures = results[0]["methods"], results[0]["options"]["measures"]
+    titles = shown_measures(measures["baselines"], measures["sensitivity"])
     methods = sorted(first, key=lambda name: first[name]["control"])
     lines = []
     for case, meaning in CASES.items():
         pairs = [result["methods"][methods[0]]["cases"][case]["pairs"] for result in results]
         lines += [f"### {case}: {meaning} ({' + '.join(map(str, pairs))} pairs)", ""]
-        values = {name: {key: _means(results, name, case, key) for key in SHOWN} for name in methods}
-        shown = [key for key in SHOWN if any(values[name][key] for name in methods)]
+        values = {name: {key: _means(results, name, case, key) for key in titles} for name in methods}
+        shown = [key for key in titles if any(values[name][key] for name in methods)]
         if not shown:
             lines += ["none", ""]
             continue
-        lines.append(f"| explainer | {' | '.join(SHOWN[key] for key in shown)} |")
+        lines.append(f"| explainer | {' | '.join(titles[key] for key in shown)} |")
         lines.append(f"| --- | {' | '.join('---:' for _ in shown)} |")
         for name in methods:
-            title = f"*{name}*" if first[name]["control"] else name
-            lines.append(f"| {title} | {' | '.join(_cell(values[name][key]) for key in shown)} |")
+            lines.append(f"| {_title(name, first)} | {' | '.join(_cell(values[name][key]) for key in shown)} |")
         lines.append("")
-    return "\n".join(lines)
+    lines += ["### Spearman correlation with the maps after layers got random weights, from the head down: v", ""]
+    stages = [row["share"] for row in next((one["randomised"] for one in first.values() if one["randomised"]), [])]
+    if not stages:
+        return "\n".join([*lines, "not measured", ""])
+    lines.append(f"| explainer | {' | '.join(f'{share:.0%} of the layers' for share in stages[1:])} |")
+    lines.append(f"| --- | {' | '.join('---:' for _ in stages[1:])} |")
+    for name in methods:
+        rows = [result["methods"][name]["randomised"] for result in results]
+        cells = ([row[stage]["spearman"] for row in rows if row] for stage in range(1, len(stages)))
+        known = ([value for value in cell if value is not None and math.isfinite(value)] for cell in cells)
+        lines.append(f"| {_title(name, first)} | {' | '.join(map(_cell, known))} |")
+    return "\n".join([*lines, ""])
+
+
+def _title(name: str, methods: dict[str, Any]) -> str:
+    return f"*{name}*" if methods[name]["control"] else name
 
 
 def _means(results: Sequence[dict[str, Any]], method: str, case: str, key: str) -> list[float]:

@@ -53,5 +53,6 @@ class EdgeMap:
         grey = F.pad(pixels.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
         across = pixels.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
         slopes = F.conv2d(grey, torch.stack([across, across.T])[:, None])
-        steepness = F.avg_pool2d(slopes.square().sum(1, keepdim=True).sqrt(), self.cell_px)
+        height, width = (-(-side // self.cell_px) for side in pixels.shape[2:])
+        steepness = F.adaptive_avg_pool2d(slopes.square().sum(1, keepdim=True).sqrt(), (height, width))
         return steepness.expand(-1, selection.labels.shape[1], -1, -1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class Explanation:
         against: `[B, L]`: the class that a contrast is set against, -1 where there is none; None: none anywhere.
         label_specific: False where the maps of all labels of an image are the same by construction.
         kind: what the values are, as in `LabelMap.kind`.
+        activation: what makes probabilities of logits, as in `LabelMap.activation`.
     """
 
     maps: Float[Tensor, "B L h w"]
@@ -32,6 +34,7 @@ class Explanation:
     against: Int64[Tensor, "B L"] | None = None
     label_specific: bool = True
     kind: str = "attribution"
+    activation: str = "sigmoid"
 
     @property
     def flat(self) -> Bool[Tensor, "B L"]:
@@ -39,7 +42,9 @@ class Explanation:
         return (self.maps.amax((2, 3)) == self.maps.amin((2, 3))) & (self.labels >= 0)
 
     def as_label_map(self) -> LabelMap:
-        return LabelMap(self.maps, self.labels, self.kind)
+        """The same maps, for whatever takes label maps; what was not explained is worth nothing."""
+        fill = -torch.inf if self.kind == "logit" else 0.0
+        return LabelMap(self.maps, self.labels, self.kind, fill, activation=self.activation)
 
 
 @runtime_checkable

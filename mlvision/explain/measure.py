@@ -6,12 +6,12 @@ randomised weights) is the same object.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor, nn
 
 from mlvision.data.manifest import Record
@@ -21,6 +21,7 @@ from mlvision.explain.comparison import FACTS
 from mlvision.explain.impute import BASELINES
 from mlvision.explain.perturb import PRECISIONS, perturbed_logits
 from mlvision.explain.selection import outcomes
+from mlvision.explain.subject import undisturbed
 from mlvision.labels.oracle import oracle_map
 from mlvision.metrics.faithfulness import cross_label_drops, deletion_measures, patch_order, specificity
 from mlvision.metrics.localisation import mass_in_mask, pointing_in_mask, rank_accuracy
@@ -95,6 +96,15 @@ class Judged:
     cover: Float32[np.ndarray, "P H2 W2"]
     forward_seconds: float
 
+    def some(self, which: Bool[Tensor, " B"]) -> "Judged":
+        """Some of the images alone."""
+        image, _ = self.pairs
+        here = which.to(self.pixels.device)
+        columns = {name: getattr(self, name)[here] for name in ("pixels", "targets", "logits", "scores")}
+        pairs = here[image].cpu().numpy()
+        rows, selection = self.rows[which.to(self.rows.device)], self.selection.rows(here)
+        return replace(self, **columns, rows=rows, selection=selection, cover=self.cover[pairs])
+
     @property
     def pairs(self) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
         """(image, place in the selection) of each explained label."""
@@ -112,7 +122,7 @@ class Measured:
             all its labels, in seconds and in plain forward passes), `flat`, and the measures: NaN where undefined, and of
             flat maps.
         drops: `[P, C]`: how much each logit falls when a fifth of the image, where the map is highest, becomes the first
-            baseline.
+            baseline; NaN for flat maps.
     """
 
     explanation: Explanation
@@ -132,14 +142,14 @@ def judge_on(
     activation: str,
 ) -> Judged:
     """Put together what a batch is judged by; times a plain forward pass."""
-    with torch.inference_mode():
-        subject.logits(pixels)
-        started = time.perf_counter()
+    with torch.inference_mode(), undisturbed(subject.module):
         logits = subject.logits(pixels).float()
-        if pixels.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    logits = logits.clone()
+        times = []
+        for _ in range(3):
+            started = _now(pixels.device)
+            subject.logits(pixels)
+            times.append(_now(pixels.device) - started)
+    logits, seconds = logits.clone(), sorted(times)[1]
     scores = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
     image, place = selection.valid.nonzero(as_tuple=True)
     covers = cover_of_labels(
@@ -174,15 +184,9 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
         InputError: as `explain`.
     """
     image, place = judged.pairs
-
-    def ask(pixels: Tensor, selection: Selection) -> Explanation:
-        return explain(subject, pixels, explainer, selection, judged.rows, seed=config.seed)
-
-    started = time.perf_counter()
-    explanation = ask(judged.pixels, judged.selection)
-    if judged.pixels.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    started = _now(judged.pixels.device)
+    explanation = _ask(subject, judged, explainer, config, judged.pixels)
+    seconds = _now(judged.pixels.device) - started
     maps = explanation.maps[image, place].cpu()
     labels = judged.selection.labels[image, place]
     present = judged.targets[image] == 1
@@ -204,11 +208,26 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
         columns |= measures
     columns["map_discrimination"] = _discrimination(explanation, judged)[image.cpu().numpy()]
     if config.sensitivity_samples:
-        columns |= _sensitivity(judged, maps, ask, config)
+        columns |= sensitivity(subject, judged, explainer, config, maps)
     for name, values in columns.items():
         if name not in FACTS:
             values[columns["flat"]] = np.nan
-    return Measured(explanation, columns, drops[config.baselines[0]])
+    kept = drops[config.baselines[0]]
+    kept[columns["flat"]] = np.nan
+    return Measured(explanation, columns, kept)
+
+
+def _ask(
+    subject: Subject, judged: Judged, explainer: Any, config: MeasureConfig, pixels: Float[Tensor, "B in_chans H W"]
+) -> Explanation:
+    return explain(subject, pixels, explainer, judged.selection, judged.rows, seed=config.seed, allow_flat=True)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _shape(maps: Float[Tensor, "P h w"], lattice: int) -> dict[str, np.ndarray]:
@@ -246,10 +265,12 @@ class Removals:
         self._patch = rows[:, None] * lattice + columns
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
-        removed = (numbers % (self._steps + 1) * self._total / self._steps).round().long()[:, None]
+        # Least first is the mirror image of most first, also where a step is no whole number of patches.
+        step, highest_first = numbers % (self._steps + 1), numbers <= self._steps
+        gone = torch.where(highest_first, step, self._steps - step)
+        cut = torch.div(2 * gone * self._total + self._steps, 2 * self._steps, rounding_mode="floor")[:, None]
         ranks = self._ranks[images]
-        highest_first = (numbers <= self._steps)[:, None]
-        kept = torch.where(highest_first, ranks >= removed, ranks < self._total - removed)
+        kept = torch.where(highest_first[:, None], ranks >= cut, ranks < cut)
         return kept[:, self._patch].float()
 
 
@@ -266,9 +287,10 @@ def deletion_curves(
     """
     lattice = resample(maps.to(pixels), (config.lattice, config.lattice))
     masks = Removals(patch_order(lattice), (pixels.shape[2], pixels.shape[3]), config.lattice, config.steps)
-    answers = perturbed_logits(
-        subject, pixels, masks, baseline=baseline, batch_size=config.batch_size, precision=config.precision
-    )
+    with undisturbed(subject.module, config.seed):
+        answers = perturbed_logits(
+            subject, pixels, masks, baseline=baseline, batch_size=config.batch_size, precision=config.precision
+        )
     most, least = answers.unflatten(1, (2, config.steps + 1)).unbind(1)
     return most, least
 
@@ -304,21 +326,30 @@ def _discrimination(explanation: Explanation, judged: Judged) -> Float[np.ndarra
     return found
 
 
-def _sensitivity(
-    judged: Judged, maps: Float[Tensor, "P h w"], ask: Any, config: MeasureConfig
+def sensitivity(
+    subject: Subject,
+    judged: Judged,
+    explainer: Any,
+    config: MeasureConfig,
+    maps: Float[Tensor, "P h w"] | None = None,
 ) -> dict[str, np.ndarray]:
     """Max-Sensitivity: the largest relative change of a map under small noise on the image; all labels from each copy.
+
+    Args:
+        maps: of the images as they are, where they are there already.
 
     Source: Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", NeurIPS 2019, definition 2.
     """
     image, place = judged.pairs
+    if maps is None:
+        maps = _ask(subject, judged, explainer, config, judged.pixels).maps[image, place].cpu()
     noise = torch.Generator().manual_seed(config.seed)
     found = {}
     for radius in config.sensitivity:
         copies = []
         for _ in range(config.sensitivity_samples):
             shift = (2 * torch.rand(judged.pixels.shape, generator=noise) - 1).to(judged.pixels) * radius
-            again = ask((judged.pixels + shift).clamp(0, 1), judged.selection)
+            again = _ask(subject, judged, explainer, config, (judged.pixels + shift).clamp(0, 1))
             copies.append(again.maps[image, place].cpu())
         found[f"max_sensitivity_{radius:g}"] = max_sensitivity(maps, torch.stack(copies))
     return found
@@ -336,7 +367,7 @@ def randomised(
     Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, section 3.1.
     """
     image, place = judged.pairs
-    original = explain(subject, judged.pixels, explainer, judged.selection, judged.rows, seed=config.seed)
+    original = _ask(subject, judged, explainer, config, judged.pixels)
     changed = subject.copy()
     layers = [part for part in changed.module.modules() if hasattr(part, "reset_parameters")]
     # The head is not always the last module that a network lists.
@@ -349,13 +380,18 @@ def randomised(
         with torch.random.fork_rng():
             torch.manual_seed(config.seed + stage)
             for part in layers[len(layers) * stage // stages : len(layers) * (stage + 1) // stages]:
-                _reset(part)
-        again = explain(changed, judged.pixels, explainer, judged.selection, judged.rows, seed=config.seed)
+                part.reset_parameters()  # pyright: ignore[reportCallIssue]
+            if stage == stages - 1:  # what no layer draws anew: class tokens, position embeddings, layer scales
+                for parameter in _loose_parameters(changed.module):
+                    nn.init.normal_(parameter, std=0.02)
+        again = _ask(changed, judged, explainer, config, judged.pixels)
         alike = np.asarray(spearman(before, again.maps[image, place].cpu()))
         mean = float(np.nanmean(alike)) if np.isfinite(alike).any() else float("nan")
         found.append({"share": (stage + 1) / stages, "spearman": mean})
     return found
 
 
-def _reset(part: nn.Module) -> None:
-    part.reset_parameters()  # pyright: ignore[reportCallIssue]
+def _loose_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that belong to no layer with a `reset_parameters` of its own."""
+    parts = [part for part in module.modules() if not hasattr(part, "reset_parameters")]
+    return [parameter for part in parts for parameter in part.parameters(recurse=False)]

@@ -2,13 +2,13 @@
 
 Masks say what each copy of an image keeps; the runner asks the model about all copies of all images in batches; a little
 linear algebra turns the answers into maps. A copy's answer holds all labels, so the cost does not depend on how many are
-explained, and nothing is added up at the resolution of pixels: maps are made on cells that the masks can tell apart.
+explained; maps are made once, on cells that the masks can tell apart.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -90,15 +90,22 @@ class Occlusion(Perturbation):
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
     ) -> Float[Tensor, "B L h w"]:
-        window = min(self.window_px or max(1, round(min(pixels.shape[2:]) / 4)), *pixels.shape[2:])
-        masks = Windows(
-            (pixels.shape[2], pixels.shape[3]), window, self.stride_px or max(1, window // 2), pixels.device
-        )
-        with torch.no_grad():
-            whole = selection.scores(subject.logits(pixels) if not self.precision else _in(self, subject, pixels))
-        drops = whole[:, None] - selection.scores(self._answers(subject, pixels, masks))
-        hidden = 1 - masks.cells
-        return torch.einsum("bml,mhw->blhw", drops, hidden) / hidden.sum(0)
+        size = (pixels.shape[2], pixels.shape[3])
+        window = min(self.window_px or max(1, round(min(size) / 4)), *size)
+        stride = self.stride_px or max(1, window // 2)
+        if stride > window:
+            raise InputError(
+                f"stride_px: expected at most the window of {window}, got {stride}; places would be left out"
+            )
+        masks = Windows(size, window, stride, pixels.device)
+        with (
+            torch.no_grad(),
+            _autocast(self.precision, pixels.device),
+        ):  # as of the copies
+            whole = selection.scores(subject.logits(pixels).float())
+        scores = selection.scores(self._answers(subject, pixels, masks))
+        with torch.autocast(pixels.device.type, enabled=False):
+            return masks.fold(_without_rounding(whole[:, None] - scores, whole[:, None]))
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,6 @@ class Lime(Perturbation):
     kernel_width: Annotated[float, "cosine distance at which a copy weighs exp(-1/2)"] = 0.25
     compactness: Annotated[float, "of SLIC: how much more place counts than colour"] = 10.0
     cell_px: Annotated[int, "side of a cell of the map; a cell is the mean of its pixels"] = 4
-    seed: Annotated[int, "of the copies"] = 0
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
@@ -131,15 +137,16 @@ class Lime(Perturbation):
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
     ) -> Float[Tensor, "B L h w"]:
-        masks = Segments(
-            slic_segments(pixels, self.num_segments, self.compactness), self.num_samples, self.seed, self.cell_px
-        )
+        segments = slic_segments(pixels, self.num_segments, self.compactness)
+        masks = Segments(segments, self.num_samples, self.cell_px)
         scores = selection.scores(self._answers(subject, pixels, masks))
+        scores = _without_rounding(scores - scores[:, :1], scores)  # the first copy is the image itself
         shares = masks.design.sum(2) / masks.counts[:, None]
         distance = 1 - shares.clamp(min=0).sqrt()  # of a 0-1 vector from all ones, by the cosine
         weights = (-distance.square() / (2 * self.kernel_width**2)).exp()
         coefficients = weighted_ridge(masks.design, weights, scores, self.ridge)
-        return torch.einsum("bsl,bshw->blhw", coefficients.float(), masks.members)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return torch.einsum("bsl,bshw->blhw", coefficients.float(), masks.members)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,6 @@ class Rise(Perturbation):
     grid: Annotated[int, "cells of a mask along each side, before it is enlarged and shifted"] = 7
     share: Annotated[float, "probability that a cell is kept"] = 0.5
     cell_px: Annotated[int, "side of a cell of the map"] = 4
-    seed: Annotated[int, "of the masks"] = 0
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
@@ -169,35 +175,39 @@ class Rise(Perturbation):
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
     ) -> Float[Tensor, "B L h w"]:
         size = (pixels.shape[2], pixels.shape[3])
-        masks = SmoothGrids(size, self.num_samples, self.grid, self.share, self.seed, self.cell_px, pixels.device)
+        masks = SmoothGrids(size, self.num_samples, self.grid, self.share, self.cell_px, pixels.device)
         scores = selection.scores(self._answers(subject, pixels, masks))
-        centred = scores - scores.mean(1, keepdim=True)
-        return torch.einsum("bml,mhw->blhw", centred, masks.cells) / (masks.num * self.share)
+        centred = _without_rounding(scores - scores.mean(1, keepdim=True), scores)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return torch.einsum("bml,mhw->blhw", centred, masks.cells) / (masks.num * self.share)
 
 
 class Windows:
-    """Masks that hide one square window each; the same for every image.
-
-    Attributes:
-        cells: `[M, h, w]`: what each mask keeps of the cells of the finest grid whose lines hold all borders of windows.
-    """
+    """Masks that hide one square window each; the same for every image."""
 
     def __init__(self, size: tuple[int, int], window: int, stride: int, device: torch.device):
-        self._size = size
-        starts = [torch.arange(math.ceil((side - window) / stride) + 1, device=device) * stride for side in size]
-        rows, columns = torch.meshgrid(*starts, indexing="ij")
-        self._top, self._left, self._window = rows.flatten(), columns.flatten(), window
-        self.num = len(self._top)
-        every = torch.arange(self.num, device=device)
-        cell = [math.gcd(stride, window, side) for side in size]
-        self.cells = self.keep(every, every)[:, cell[0] // 2 :: cell[0], cell[1] // 2 :: cell[1]]
+        self._size, self._window = size, window
+        self._starts = [torch.arange(math.ceil((side - window) / stride) + 1, device=device) * stride for side in size]
+        # The side of the largest cells whose lines hold all borders of windows and of the image.
+        self._cells = [math.gcd(stride, window, side) for side in size]
+        self.num = len(self._starts[0]) * len(self._starts[1])
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
-        inside = []
-        for start, side in ((self._top, self._size[0]), (self._left, self._size[1])):
-            place, first = torch.arange(side, device=start.device), start[numbers][:, None]
-            inside.append((place >= first) & (place < first + self._window))
-        return 1 - (inside[0][:, :, None] & inside[1][:, None]).float()
+        row, column = numbers // len(self._starts[1]), numbers % len(self._starts[1])
+        down, across = (self._inside(axis, 1)[which] for axis, which in ((0, row), (1, column)))
+        return 1 - down[:, :, None] * across[:, None]
+
+    def fold(self, drops: Float[Tensor, "B M L"]) -> Float[Tensor, "B L h w"]:
+        """The mean of the windows that cover each cell; rows and columns one after the other."""
+        drops = drops.unflatten(1, (len(self._starts[0]), len(self._starts[1])))
+        down, across = (self._inside(axis, self._cells[axis]) for axis in (0, 1))
+        return torch.einsum("brcl,rh,cw->blhw", drops, down / down.sum(0), across / across.sum(0))
+
+    def _inside(self, axis: int, cell: int) -> Float[Tensor, "windows cells"]:
+        """Which cells of `cell` pixels each window holds, along one axis."""
+        start = self._starts[axis][:, None]
+        place = torch.arange(0, self._size[axis], cell, device=start.device)
+        return ((place >= start) & (place < start + self._window)).float()
 
 
 class Segments:
@@ -209,15 +219,16 @@ class Segments:
         members: `[B, S, h, w]`: the share of each segment in each cell.
     """
 
-    def __init__(self, segments: Int64[Tensor, "B H W"], num_samples: int, seed: int, cell_px: int):
+    def __init__(self, segments: Int64[Tensor, "B H W"], num_samples: int, cell_px: int):
         self._segments, self.num = segments, num_samples
         self.counts = segments.flatten(1).amax(1) + 1
         most = int(self.counts.max())
-        random = torch.Generator().manual_seed(seed)
-        design = torch.rand(len(segments), num_samples, most, generator=random).to(segments.device) < 0.5
-        design[:, 0] = True
-        exists = torch.arange(most, device=segments.device) < self.counts[:, None]
-        self.design = (design & exists[:, None]).float()
+        design = torch.zeros(len(segments), num_samples, most)
+        for one, count in zip(design, self.counts.tolist(), strict=True):
+            random = torch.Generator().manual_seed(torch.initial_seed())  # whatever images are beside it
+            one[:, :count] = torch.randint(2, (num_samples, count), generator=random)
+            one[0, :count] = 1
+        self.design = design.to(segments.device)
         # An image at a time: of all at once the pixels' membership would be large.
         members = (F.one_hot(one, most).permute(2, 0, 1).float() for one in segments)
         self.members = torch.stack([_cells(one, cell_px) for one in members])
@@ -240,16 +251,12 @@ class SmoothGrids:
         num_samples: int,
         grid: int,
         share: float,
-        seed: int,
         cell_px: int,
         device: torch.device,
     ):
         self.num, self._size, self._cell = num_samples, size, tuple(math.ceil(side / grid) for side in size)
-        random = torch.Generator().manual_seed(seed)
-        self._grids = (torch.rand(num_samples, 1, grid + 1, grid + 1, generator=random) < share).float().to(device)
-        self._shifts = torch.stack(
-            [torch.randint(cell, (num_samples,), generator=random) for cell in self._cell], 1
-        ).to(device)
+        self._grids = (torch.rand(num_samples, 1, grid + 1, grid + 1) < share).float().to(device)
+        self._shifts = torch.stack([torch.randint(cell, (num_samples,)) for cell in self._cell], 1).to(device)
         every = torch.arange(num_samples, device=device)
         parts = [_cells(self.keep(part, part), cell_px) for part in every.split(64)]
         self.cells = torch.cat(parts)
@@ -324,8 +331,7 @@ def perturbed_logits(
     answers: list[Tensor] = []
     step = batch_size or _batch_size(pixels)
     start = 0
-    context = nullcontext() if not precision else _autocast(precision, pixels.device)
-    with torch.inference_mode(), context:
+    with torch.inference_mode(), _autocast(precision, pixels.device):
         while start < total:
             which = torch.arange(start, min(start + step, total), device=pixels.device)
             images, numbers = which // masks.num, which % masks.num
@@ -347,13 +353,16 @@ def perturbed_logits(
     return torch.cat(answers).clone().unflatten(0, (len(pixels), masks.num))
 
 
-def _in(explainer: Perturbation, subject: Subject, pixels: Tensor) -> Float[Tensor, "B C"]:
-    """The answers to whole images in the precision of the copies', so that a difference is the window's alone."""
-    with _autocast(explainer.precision, pixels.device):
-        return subject.logits(pixels)
+def _without_rounding(differences: Float[Tensor, "B M L"], scores: Float[Tensor, "B #M L"]) -> Float[Tensor, "B M L"]:
+    """0 where no difference of a label is more than the rounding of its scores: nothing that was hidden mattered."""
+    least = 1e-5 * scores.abs().amax(1, keepdim=True)
+    return torch.where(differences.abs().amax(1, keepdim=True) > least, differences, 0)
 
 
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """What `precision` names; the caller's own where it names none."""
+    if not precision:
+        return nullcontext()
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 

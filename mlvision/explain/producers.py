@@ -55,4 +55,4 @@ class StoredMaps:
             raise InputError(
                 f"stored maps: {self.store.path} has a map for each row of a manifest; give the images' rows (indices=)"
             )
-        return self.store.read(indices)
+        return self.store.read(indices.cpu())

@@ -98,8 +98,16 @@ def select(
         if len(labels.labels) != num_images:
             raise InputError(f"labels: a selection of {len(labels.labels)} images for {num_images}")
         chosen, what = labels, "labels"
+        for column in (labels.labels, labels.against):
+            if column is not None and column.numel() and int(column.max()) >= num_classes:
+                raise InputError(f"labels: {int(column.max())} is beyond the {num_classes} classes")
     elif isinstance(labels, Tensor):
-        if labels.ndim != 2 or len(labels) != num_images or labels.dtype.is_floating_point:
+        if (
+            labels.ndim != 2
+            or len(labels) != num_images
+            or labels.dtype.is_floating_point
+            or labels.dtype == torch.bool
+        ):
             raise InputError(
                 f"labels: expected class indices [{num_images}, L], got {tuple(labels.shape)} of {labels.dtype}"
             )
@@ -150,6 +158,7 @@ def _by_rule(
             + _nearest(rule, SELECTIONS)
         )
     scores = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    threshold = threshold.to(logits.device) if isinstance(threshold, Tensor) else threshold
     if rule == "predicted":
         return from_mask(scores >= threshold)
     if targets is None:

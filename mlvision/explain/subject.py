@@ -26,24 +26,28 @@ class Subject:
     def __init__(self, model: nn.Module):
         """Take a method (anything with `classifier`, `mean`, `std` and `predict`), a timm classifier, or any network that
         gives logits `[B, C]` for images in [0, 1].
-
-        Raises:
-            InputError: a timm model that gives no spatial map.
         """
         self.classifier: Classifier | None = None
         self._predict: Any = getattr(model, "predict", model)
         self.module = model
+        self._kept: tuple[Tensor, Tensor] | None = None
         if isinstance(getattr(model, "classifier", None), Classifier) and hasattr(model, "predict"):
             self.classifier = model.classifier  # pyright: ignore[reportAttributeAccessIssue]
             self._normalise: Any = model.normalise
         elif hasattr(model, "pretrained_cfg") and hasattr(model, "forward_head"):
-            with torch.random.fork_rng([]):  # a new head is drawn before the model's own is copied into it
-                self.classifier = take_apart(model, getattr(getattr(model, "patch_embed", None), "img_size", None))
+            try:
+                with torch.random.fork_rng([]):  # a new head is drawn before it takes over the model's own weights
+                    self.classifier = take_apart(model, getattr(getattr(model, "patch_embed", None), "img_size", None))
+            except InputError:  # no spatial map, or no linear head: methods that need neither will do
+                self.classifier = None
             preprocessing = Preprocessing.of(model)
             like = next(model.parameters())
             mean, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
             self._normalise = lambda pixels: (pixels - mean) / std
-            self._predict = lambda pixels: model(self._normalise(pixels))
+            classifier = self.classifier
+            self._predict = lambda pixels: (
+                model(self._normalise(pixels)) if classifier is None else classifier(self._normalise(pixels)).logits
+            )
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +57,14 @@ class Subject:
     def pixels(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B in_chans H W"]:
         """uint8, or float in [0, 1], as float in [0, 1] on the model's device."""
         images = images.to(self.device)
-        return images.float() / 255 if images.dtype == torch.uint8 else images
+        if images.dtype == torch.uint8:
+            return images.float() / 255
+        if images.numel() and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+            raise InputError(
+                f"images: expected uint8, or float in [0, 1], got {images.dtype} from {float(images.min()):.3g} to "
+                f"{float(images.max()):.3g}; the model normalises them itself"
+            )
+        return images.float()
 
     def logits(self, pixels: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
         """The model's answer, in at least float32; differentiable."""
@@ -61,6 +72,26 @@ class Subject:
         if logits.ndim != 2:
             raise InputError(f"model: expected logits [B, C], got {tuple(logits.shape)}")
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def answer(self, pixels: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
+        """The logits without a graph; the map that the head pooled on the way is kept for `pooled_map`."""
+        kept: list[Tensor] = []
+        self._kept = None
+        if self.classifier is None:
+            return self.logits(pixels)
+        handle = self.classifier.backbone.register_forward_hook(lambda _, __, features: kept.append(features.map))
+        try:
+            with torch.no_grad():
+                logits = self.logits(pixels)
+        finally:
+            handle.remove()
+        if len(kept) == 1:
+            self._kept = pixels, kept[0]
+        return logits
+
+    def pooled_map(self, pixels: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B D h w"] | None:
+        """The map of the last `answer`, if it was to these very pixels."""
+        return self._kept[1] if self._kept is not None and self._kept[0] is pixels else None
 
     def normalise(self, pixels: Float[Tensor, "B in_chans H W"]) -> Float[Tensor, "B in_chans H W"]:
         """As the backbone expects its images."""

@@ -329,7 +329,7 @@ def _count_classes(backbone: Backbone, config: BackboneConfig) -> int:
 
 
 def take_apart(model: TimmModel, image_size: tuple[int, int] | int | None) -> Classifier:
-    """A timm classifier as backbone and linear head: its last layer is copied, the rest shared."""
+    """A timm classifier as backbone and linear head, which share its weights; of a 1x1 convolution they are copied."""
     cfg, linear = model.pretrained_cfg, model.get_classifier()
     if not isinstance(linear, nn.Linear | nn.Conv2d):  # some timm classifiers are 1x1 convolutions
         raise InputError(
@@ -339,9 +339,13 @@ def take_apart(model: TimmModel, image_size: tuple[int, int] | int | None) -> Cl
     size = (image_size, image_size) if isinstance(image_size, int) else image_size or tuple(cfg["input_size"][1:])
     backbone = Backbone(model, size)
     head = LinearHead(backbone.num_features, len(linear.weight), LinearHeadConfig()).to(linear.weight)
-    with torch.no_grad():
-        head.linear.weight.copy_(linear.weight.flatten(1))
-        head.linear.bias.copy_(torch.zeros_like(head.linear.bias) if linear.bias is None else linear.bias)
+    if isinstance(linear, nn.Linear):
+        head.linear.weight = linear.weight
+        head.linear.bias = linear.bias if linear.bias is not None else nn.Parameter(torch.zeros_like(head.linear.bias))
+    else:
+        with torch.no_grad():
+            head.linear.weight.copy_(linear.weight.flatten(1))
+            head.linear.bias.copy_(torch.zeros_like(head.linear.bias) if linear.bias is None else linear.bias)
     return Classifier(backbone, head)
 
 

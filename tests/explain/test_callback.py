@@ -40,7 +40,10 @@ def test_a_page_of_the_same_images_is_written_each_epoch(method, grids):
     method.train()
     writer = Writer()
     state = State(method, writer)
+    before, random = {k: v.clone() for k, v in method.state_dict().items()}, torch.get_rng_state()
     grids.on_epoch_end(state)
+    assert all(torch.equal(before[k], v) for k, v in method.state_dict().items())  # batch statistics too
+    assert torch.equal(random, torch.get_rng_state())
     with torch.no_grad():
         method.classifier.head.linear.weight.mul_(-1)
     grids.on_epoch_end(state)

@@ -7,7 +7,7 @@ import torch
 
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS, Explanation, StoredMaps, build_explainer, explain
-from mlvision.explain.selection import from_mask, outcomes, select
+from mlvision.explain.selection import Selection, from_mask, outcomes, select
 from mlvision.labels import LabelMapStore
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.methods import Baseline, BaselineConfig
@@ -71,6 +71,8 @@ def test_directions_and_scores_agree():
         (torch.tensor([[0.5], [1.0]]), "class indices"),
         (torch.tensor([[0]]), "class indices"),
         (torch.tensor([[0], [7]]), "7 is beyond the 4 classes"),
+        (Selection(torch.tensor([[0], [7]])), "7 is beyond the 4 classes"),
+        (torch.tensor([[True, False], [True, True]]), "class indices"),
         ([(0, 1, 2)], "a contrast is a pair"),
         ([], "nothing to explain"),
         (torch.full((2, 1), -1), "nothing to explain"),
@@ -188,6 +190,53 @@ class Constant(torch.nn.Module):
 def test_flat_maps_are_refused_not_returned():
     with pytest.raises(InputError, match="flat; they explain nothing"):
         explain(Constant(), torch.rand(2, 3, 16, 16), "occlusion")
+    kept = explain(Constant(), torch.rand(2, 3, 16, 16), "occlusion", allow_flat=True)
+    assert kept.flat.all()
+
+
+@pytest.mark.parametrize("name", ["occlusion", "lime", "rise"])
+def test_the_rounding_of_a_uniform_image_is_no_evidence(name, resnet):
+    with pytest.raises(InputError, match="flat; they explain nothing"):
+        explain(resnet, torch.full((1, 3, 48, 80), 0.3), name)
+
+
+def test_images_that_are_no_images_are_refused(resnet, images):
+    with pytest.raises(InputError, match="float in \\[0, 1\\]"):
+        explain(resnet, images * 255)
+    with pytest.raises(InputError, match="float in \\[0, 1\\]|not finite"):
+        explain(resnet, images.clone().index_fill_(3, torch.tensor([3]), torch.nan))
+
+
+def test_the_first_image_may_have_no_label(images):
+    """ConvNeXt normalises after pooling: the closed form is wrong for it, and must not be taken unseen."""
+    torch.manual_seed(0)
+    model = timm.create_model("convnext_atto", num_classes=3).eval()
+    both = explain(model, images, labels=[[], [0]])
+    alone = explain(model, images[1:], labels=[0])
+    torch.testing.assert_close(both.maps[1], alone.maps[0], rtol=1e-4, atol=1e-5 * alone.maps.abs().max().item())
+
+
+def test_under_inference_mode_gradients_are_still_there(resnet, images):
+    expected = explain(resnet, images).maps
+    with torch.inference_mode():
+        torch.testing.assert_close(explain(resnet, images.clone()).maps, expected)
+        explain(resnet, images.clone(), "saliency", labels=[0])
+
+
+def test_networks_that_have_no_map_can_still_be_occluded(images):
+    model = timm.create_model("resnet10t", num_classes=4).eval()
+    model.fc = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(512, 4))
+    assert explain(model, images, "occlusion").maps.shape[:2] == (2, 4)
+    with pytest.raises(InputError, match="name the module"):
+        explain(model, images)
+
+
+def test_maps_of_contrasts_and_of_logits_say_what_they_are(images):
+    model = timm.create_model("resnet10t", num_classes=4).eval()
+    dense = explain(model, images, "dense_head", labels=[1]).as_label_map()
+    assert (dense.kind, dense.activation) == ("logit", "sigmoid")
+    assert dense.to("probability").of_labels(torch.tensor([[2], [1]]))[0].max() == 0  # not explained, so worth nothing
+    assert explain(model, images, "dense_head", labels=[(1, 0)]).kind == "attribution"
 
 
 def test_unknown_methods_and_options_are_named(linear_model):

@@ -62,7 +62,7 @@ def test_the_ridge_equals_scikit_learns_for_every_label(penalty):
 def test_segments_that_an_image_lacks_do_not_matter():
     segments = torch.zeros(2, 4, 6, dtype=torch.long)
     segments[0, :, 2:4], segments[0, :, 4:], segments[1, 2:] = 1, 2, 1
-    masks = Segments(segments, 16, seed=0, cell_px=2)
+    masks = Segments(segments, 16, cell_px=2)
     assert masks.counts.tolist() == [3, 2]
     assert not masks.design[1, :, 2].any()
     every = torch.arange(16)
@@ -78,12 +78,16 @@ def test_windows_are_cut_at_the_border_and_their_cells_hold_all_lines():
     assert masks.num == 3 * 4
     kept = masks.keep(torch.zeros(12, dtype=torch.long), torch.arange(12))
     assert kept[11].nonzero().tolist() == [[y, x] for y in range(10) for x in range(14) if not (y >= 8 and x >= 12)]
-    assert masks.cells.shape == (12, 5, 7)
-    torch.testing.assert_close(nn.functional.interpolate(masks.cells[None], (10, 14))[0], kept)
+    drops = torch.randn(2, 12, 3)
+    folded = masks.fold(drops)
+    assert folded.shape == (2, 3, 5, 7)
+    hidden = 1 - kept
+    expected = torch.einsum("bml,mhw->blhw", drops, hidden) / hidden.sum(0)
+    torch.testing.assert_close(nn.functional.interpolate(folded, (10, 14)), expected)
 
 
 def test_rise_masks_have_the_asked_mean_and_are_smooth():
-    masks = SmoothGrids((30, 45), 300, 5, 0.3, 0, 3, torch.device("cpu"))
+    masks = SmoothGrids((30, 45), 300, 5, 0.3, 3, torch.device("cpu"))
     kept = masks.keep(torch.zeros(300, dtype=torch.long), torch.arange(300))
     assert kept.shape == (300, 30, 45)
     assert abs(kept.mean().item() - 0.3) < 0.02
@@ -213,6 +217,10 @@ def test_token_dropping_needs_a_vit(resnet, images):
     [
         ("occlusion", {"baseline": "white"}, "baseline: expected one of black, mean, blur, impute, drop, got 'white'"),
         ("occlusion", {"window_px": 4, "stride_px": 5}, "stride_px: expected 0 to window_px"),
+        ("occlusion", {"stride_px": 30}, "stride_px: expected at most the window of 12"),
+        ("occlusion", {"window_px": 200, "stride_px": 80}, "stride_px: expected at most the window of 48"),
+        ("occlusion", {"window_px": "wide"}, "window_px: expected a value like 0, got 'wide'"),
+        ("lime", {"num_samples": 10.5}, "num_samples: expected a value like 200"),
         ("lime", {"num_samples": 1}, "num_samples: expected 2 or more"),
         ("lime", {"ridge": -1.0}, "ridge"),
         ("rise", {"share": 1.0}, "share"),
