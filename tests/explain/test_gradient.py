@@ -16,9 +16,9 @@ from mlvision.explain.gradient import (
     IntegratedGradients,
     Saliency,
     SmoothGrad,
-    _MaxOfReLUs,
 )
 from mlvision.explain.impute import fill_in
+from mlvision.explain.rewrite import _MaxOfReLUs
 from mlvision.methods.baseline import Baseline, BaselineConfig
 from mlvision.models import Classifier, LinearHead, LinearHeadConfig, build_backbone
 

@@ -31,7 +31,7 @@ def test_the_peak_is_what_a_call_holds_at_once():
 
 def test_unknown_names_are_refused():
     with pytest.raises(
-        InputError, match="expected some of mean_ap, views, pooling, store, annotate, relabel, got speed"
+        InputError, match="expected some of mean_ap, views, pooling, store, annotate, relabel, explainers, got speed"
     ):
         benchmark.main(["speed"])
     with pytest.raises(InputError, match="expected pairs >= 1"):
