@@ -412,10 +412,16 @@ def note_resumption(run: Run, folder: Path) -> None:
     write_json(folder / "environment.json", environment)
 
 
+def _script() -> str:
+    """The running script as one names it from the repository's root; as it was called where it lies elsewhere."""
+    root, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    return script.relative_to(root).as_posix() if script.is_relative_to(root) else sys.argv[0]
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside its config: command, code, packages and machine."""
     return {
-        "command": "python " + shlex.join(sys.argv),
+        "command": "python " + shlex.join([_script(), *sys.argv[1:]]),
         "commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
