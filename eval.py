@@ -10,12 +10,11 @@ from pathlib import Path
 
 from mlvision.config import Config, describe_options, run_command
 from mlvision.data.loader import eval_loader
-from mlvision.engine.checkpoint import check_classes
 from mlvision.engine.evaluate import predict
 from mlvision.errors import InputError
 from mlvision.metrics import multilabel_summary, per_class_table
 from mlvision.metrics.figures import draw_precision_recall
-from mlvision.run import check_never_trained_on, is_trained, load_run, read_role, write_metrics, write_record
+from mlvision.run import is_trained, load_run, read_for, write_metrics, write_record
 
 USAGE = f"""usage: python eval.py RUN [key=value ...]
 
@@ -34,9 +33,7 @@ def main(argv: list[str]) -> dict:
         raise InputError(f"'{path}': expected a run folder or a checkpoint first, then key=value")
     run = load_run(path, overrides=overrides)
     role = run.config.data.split
-    manifest, bad = read_role(run.config, role)
-    check_classes(run.folder, list(run.classes), manifest.classes)
-    check_never_trained_on(run, manifest, role)
+    manifest, bad = read_for(run, role)
     loader = eval_loader(manifest, run.view, run.config.loader)
 
     results, chosen = {}, run.weights

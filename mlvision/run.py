@@ -24,10 +24,10 @@ from torch import Tensor
 from mlvision.config import Config, build_options, load_options, read_overrides, save_options, to_plain
 from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
-from mlvision.data.loader import Loader, eval_loader, train_loader
+from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
-from mlvision.engine.checkpoint import load_checkpoint
+from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything
@@ -131,10 +131,9 @@ def build_run(config: Config) -> Run:
 
 def build_callbacks(run: Run) -> list[CamGrids]:
     """What watches a run beside its progress bar: CAM grids of validation images spread over the split, where asked for."""
-    num = min(run.config.log.cam_images, len(run.val))
-    if not num or not run.config.log.tensorboard:
+    if not run.config.log.cam_images or not run.config.log.tensorboard:
         return []
-    rows = torch.linspace(0, len(run.val) - 1, num).round().long().tolist()
+    rows = evenly(run.config.log.cam_images, len(run.val)).tolist()
     samples = [run.val_loader.dataset[0, row] for row in rows]
     images = torch.stack([sample.views[0].image for sample in samples])
     targets = torch.stack([torch.as_tensor(sample.target) for sample in samples])
@@ -456,6 +455,18 @@ def _cpu_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return f"{', '.join(sorted(names)) or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def read_for(run: LoadedRun, role: str) -> tuple[Manifest, list[tuple[str, str, str]]]:
+    """As `read_role`, of images that a trained run is judged by: of its classes, and unseen unless its own are asked for.
+
+    Raises:
+        InputError: as `read_role`, other classes, or images that the run was trained on.
+    """
+    manifest, bad = read_role(run.config, role)
+    check_classes(run.folder, list(run.classes), manifest.classes)
+    check_never_trained_on(run, manifest, role)
+    return manifest, bad
 
 
 def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> None:

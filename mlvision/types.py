@@ -49,6 +49,13 @@ class CropBox(_Columns):
 
 KINDS = ("logit", "probability", "mass", "attribution")
 ACTIVATIONS = ("softmax", "sigmoid")
+
+
+def to_scores(logits: Float[Tensor, "B C"], activation: str) -> Float[Tensor, "B C"]:
+    """Logits to what is taken for probabilities: by a softmax over the classes, or a sigmoid of each."""
+    return logits.softmax(dim=1) if activation == "softmax" else logits.sigmoid()
+
+
 # How attributions and transport plans become targets: by name, because neither says how probable a label is.
 CALIBRATIONS = ("relative_to_peak",)
 

@@ -18,16 +18,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from mlvision.config import describe_options, parse_options, run_command
 from mlvision.data.images import folder_manifest
-from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
+from mlvision.data.loader import Loader, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Manifest
-from mlvision.engine.checkpoint import check_classes
 from mlvision.errors import InputError, check_fields
 from mlvision.explain import (
     CONTROLS,
@@ -40,7 +39,7 @@ from mlvision.explain import (
     explain,
     select,
 )
-from mlvision.explain.comparison import FACTS, cases, join, label_means, markdown
+from mlvision.explain.comparison import FACTS, by_case, cases, join, markdown
 from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure, randomised, sensitivity
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.report import ReportData, write_report
@@ -51,26 +50,19 @@ from mlvision.losses import binary_cross_entropy
 from mlvision.metrics.faithfulness import cross_label_matrix
 from mlvision.metrics.summary import log_odds
 from mlvision.models.weights import state_hash
-from mlvision.run import LoadedRun, check_never_trained_on, describe_environment, load_run, read_role, write_json
+from mlvision.run import LoadedRun, describe_environment, load_run, read_for, write_json
 from mlvision.types import Batch
 
 
 @dataclass(frozen=True)
-class CompareOptions:
-    """Which images, which explainers, which measures."""
+class RunOptions:
+    """Of which run and split, and how it is run: what both commands have."""
 
-    methods: Annotated[list[str], "names in EXPLAINERS; empty: all that the model can carry"] = field(
-        default_factory=list
-    )
     options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
         default_factory=dict
     )
-    split: Annotated[str, "role of the split: test, val or train"] = "test"
-    num_images: Annotated[int, "spread evenly over the split; 0: all"] = 200
-    sensitivity_images: Annotated[
-        int, "Max-Sensitivity is measured on so many of them: it explains every image again"
-    ] = 32
-    sanity_images: Annotated[int, "maps of randomised weights are made of so many of them; 0: none"] = 16
+    split: Annotated[str, "role of the run's own images: test, val or train"] = "test"
+    num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 100
     threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
     measures: MeasureConfig = field(default_factory=MeasureConfig)
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
@@ -78,30 +70,41 @@ class CompareOptions:
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
     batch_size: Annotated[int, "images explained together"] = 16
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
-    out: Annotated[str, "folder to write; empty: comparison in the run folder"] = ""
 
     def __post_init__(self) -> None:
-        rules = (
-            ("num_images", self.num_images >= 0, "0 or more"),
-            ("sensitivity_images", self.sensitivity_images >= 0, "0 or more"),
-            ("sanity_images", self.sanity_images >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("num_workers", self.num_workers >= 0, "0 or more"),
-            ("threads", self.threads >= 0, "0 or more"),
-        )
-        check_fields(self, "", rules)
+        least = {"num_images": 0, "threads": 0, "batch_size": 1, "num_workers": 0}
+        rules = [(name, getattr(self, name) >= low, f"{low} or more") for name, low in least.items()]
+        check_fields(self, "", [*rules, *self._rules()])
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return []
 
 
 @dataclass(frozen=True)
-class ExplainOptions:
+class CompareOptions(RunOptions):
+    """Which explainers are compared, and on how many images."""
+
+    num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 200
+    methods: Annotated[list[str], "names in EXPLAINERS; empty: all that the model can carry"] = field(
+        default_factory=list
+    )
+    sensitivity_images: Annotated[
+        int, "Max-Sensitivity is measured on so many of them: it explains every image again"
+    ] = 32
+    sanity_images: Annotated[int, "maps of randomised weights are made of so many of them; 0: none"] = 16
+    out: Annotated[str, "folder to write; empty: comparison in the run folder"] = ""
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [(name, getattr(self, name) >= 0, "0 or more") for name in ("sensitivity_images", "sanity_images")]
+
+
+@dataclass(frozen=True)
+class ExplainOptions(RunOptions):
     """Which images, which labels, which explainers, and what is written."""
 
-    images: Annotated[str, "folder of images, sub-folders included; empty: the run's own, of data.split"] = ""
+    images: Annotated[str, "folder of images, sub-folders included; empty: the run's own, of `split`"] = ""
     method: Annotated[list[str], "one name of EXPLAINERS or several, between which the report switches"] = field(
         default_factory=lambda: ["grad_cam"]
-    )
-    options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
-        default_factory=dict
     )
     stored: Annotated[str, "label-map store of these images, shown beside the methods; empty: none"] = ""
     labels: Annotated[
@@ -109,35 +112,21 @@ class ExplainOptions:
         "all, predicted, ground_truth, errors, relevant (present or predicted), top<k>, or classes; 'a - b': what speaks "
         "for a and against b",
     ] = field(default_factory=lambda: ["predicted"])
-    split: Annotated[str, "role of the run's own images: test, val or train"] = "test"
-    num_images: Annotated[int, "so many of the images; 0: all"] = 100
     pick: Annotated[
         str, "evenly: spread over the images; worst: those of the highest loss (which needs their labels)"
     ] = "evenly"
     measure: Annotated[bool, "also measure the explanations: metrics.json and metrics.csv"] = False
-    measures: MeasureConfig = field(default_factory=MeasureConfig)
-    threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
     grids: Annotated[int, "PNG pages of each method, 8 images each; 0: none"] = 2
-    weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
-    device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
-    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
-    batch_size: Annotated[int, "images explained together"] = 16
-    num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
     seed: Annotated[int, "of methods that draw at random"] = 0
     out: Annotated[str, "folder to write; empty: explanations in the run folder"] = ""
 
-    def __post_init__(self) -> None:
-        rules = (
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [
             ("method", bool(self.method), f"one of {', '.join(EXPLAINERS)}"),
             ("labels", bool(self.labels), "which labels"),
             ("pick", self.pick in ("evenly", "worst"), "evenly or worst"),
-            ("num_images", self.num_images >= 0, "0 or more"),
             ("grids", self.grids >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("num_workers", self.num_workers >= 0, "0 or more"),
-            ("threads", self.threads >= 0, "0 or more"),
-        )
-        check_fields(self, "", rules)
+        ]
 
 
 USAGE = f"""usage: python tools/explain.py RUN [key=value ...]
@@ -169,7 +158,7 @@ def explain_run(argv: list[str]) -> Path:
     if options.images:
         manifest, known = folder_manifest(Path(options.images), run.classes), False
     else:
-        manifest, known = read_split(run, options.split), True
+        manifest, known = read_for(run, options.split)[0], True
     labels = wanted_labels(options.labels, run.classes, known)
     if options.measure and not known:
         raise InputError("measure: measures need the images' labels, and a folder has none; leave images= empty")
@@ -267,7 +256,7 @@ def open_store(path: str, manifest: Manifest) -> StoredMaps:
 def chosen_rows(run: LoadedRun, manifest: Manifest, options: ExplainOptions, known: bool) -> Int64[np.ndarray, " n"]:
     """Which images, in the order of the manifest."""
     if options.pick == "evenly":
-        return evenly(options.num_images, len(manifest))
+        return rows_of(options.num_images, manifest)
     if not known:
         raise InputError("pick: worst needs the images' labels, and a folder has none; leave images= empty")
     everything = np.arange(len(manifest))
@@ -297,30 +286,17 @@ def explain_batch(
     known: bool,
 ) -> tuple[list[ExplainedImage], list[tuple[str, dict[str, np.ndarray]]]]:
     """The images of a batch that have such a label, with every method's maps; and their measures."""
-    pixels = subject.pixels(batch.images)
-    with torch.inference_mode():
-        logits = subject.logits(pixels).float().cpu().clone()
-    targets = batch.targets
-    try:
-        selection = select(
-            labels,
-            logits,
-            targets=targets if known else None,
-            threshold=options.threshold,
-            classes=run.classes,
-            activation=run.method.activation,
-        )
-    except EmptySelectionError:
+    chosen = choose(subject, run, batch, labels, options, known)
+    if chosen is None:
         return [], []
-    kept = selection.valid.any(1)
-    pixels, logits, targets, rows = pixels[kept.to(pixels.device)], logits[kept], targets[kept], batch.index[kept]
-    selection = selection.rows(kept)
+    kept, pixels, logits, selection = chosen
+    targets, rows = batch.targets[kept], batch.index[kept]
     scores, losses = run.method.scores(logits), image_losses(logits, targets, run.method.activation)
     found, measured = {}, []
     if options.measure:  # the explanation that is measured is the one that is shown
         records = [manifest.records[row] for row in rows.tolist()]
         judged = judge_on(
-            subject, pixels, targets, selection.to(pixels.device), rows, records,
+            subject, pixels, targets, selection, rows, records,
             threshold=options.threshold, activation=run.method.activation,
         )  # fmt: skip
         config = replace(options.measures, seed=options.seed)
@@ -341,15 +317,37 @@ def explain_batch(
                 batch.images[kept][place].permute(1, 2, 0).numpy(),
                 scores[place].numpy(),
                 targets[place].numpy(),
-                selection.labels[place].numpy(),
+                selection.labels[place].cpu().numpy(),
                 maps,
                 logits[place].numpy(),
                 float(losses[place]),
-                None if selection.against is None else selection.against[place].numpy(),
+                None if selection.against is None else selection.against[place].cpu().numpy(),
                 {name: {key: table[place] for key, table in tables.items()} for name, tables in shown.items()},
             )
         )
     return images, measured
+
+
+def choose(
+    subject: Subject, run: LoadedRun, batch: Batch, labels: Any, options: RunOptions, known: bool
+) -> tuple[Bool[Tensor, " B"], Float[Tensor, "n in_chans H W"], Float[Tensor, "n C"], Selection] | None:
+    """Which images of a batch have such a label; their pixels, logits (on the CPU) and selection. None where none has."""
+    pixels = subject.pixels(batch.images)
+    with torch.inference_mode():
+        logits = subject.logits(pixels).float().cpu().clone()
+    try:
+        selection = select(
+            labels,
+            logits,
+            targets=batch.targets if known else None,
+            threshold=options.threshold,
+            classes=run.classes,
+            activation=run.method.activation,
+        )
+    except EmptySelectionError:
+        return None
+    kept = selection.valid.any(1)
+    return kept, pixels[kept.to(pixels.device)], logits[kept], selection.rows(kept).to(pixels.device)
 
 
 def by_label(columns: dict[str, np.ndarray], selection: Selection) -> dict[str, np.ndarray]:
@@ -384,6 +382,7 @@ def write_maps(
         values = np.full((most,), fill) if values is None else values
         return np.concatenate([values, np.full((most - len(values), *values.shape[1:]), fill, values.dtype)])
 
+    model_hash = state_hash([run.method])
     for name, explainer in explainers.items():
         maps = np.stack([padded(image.maps[name], 0) for image in explained])
         # float16 ends at 65,504: each image has its own scale, and its shape survives whatever the unit.
@@ -396,7 +395,7 @@ def write_maps(
             "threshold": options.threshold,
             "run": str(run.folder),
             "weights": run.weights,
-            "model_hash": state_hash([run.method]),
+            "model_hash": model_hash,
         }
         np.savez_compressed(
             folder / f"{name}.npz",
@@ -438,8 +437,8 @@ def write_measures(
     write_pairs(folder / "metrics.csv", tables)
     means = {
         name: {
-            case: {key: label_means(table, key, which)[0] for key in table if key not in FACTS}
-            for case, which in cases(table).items()
+            case: {key: mean for key, mean in found["means"].items() if key not in FACTS}
+            for case, found in by_case(table).items()
         }
         for name, table in tables.items()
     }
@@ -473,22 +472,14 @@ def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[L
     return load_run(path, device=options.device, weights=options.weights, overrides=of_data), options
 
 
-def read_split(run: LoadedRun, role: str) -> Manifest:
-    """The images of a role, which the run was not trained on unless they are asked for."""
-    manifest, _ = read_role(run.config, role)
-    check_classes(run.folder, list(run.classes), manifest.classes)
-    check_never_trained_on(run, manifest, role)
-    return manifest
+def rows_of(num: int, manifest: Manifest) -> Int64[np.ndarray, " n"]:
+    """So many rows, spread evenly; 0: all."""
+    return evenly(num or len(manifest), len(manifest))
 
 
-def evenly(num: int, total: int) -> Int64[np.ndarray, " n"]:
-    """Rows spread over all of them; all where num is 0 or more than there are."""
-    return np.arange(total) if not 0 < num < total else np.linspace(0, total - 1, num).round().astype(np.int64)
-
-
-def batches_of(manifest: Manifest, run: LoadedRun, rows: Int64[np.ndarray, " n"], options: Any) -> Iterator[Batch]:
-    order = EpochBatches(lambda _: rows, options.batch_size, drop_last=False)
-    yield from Loader(ImageDataset(manifest, run.view), order, LoaderConfig(num_workers=options.num_workers))
+def batches_of(manifest: Manifest, run: LoadedRun, rows: Int64[np.ndarray, " n"], options: RunOptions) -> Loader:
+    loading = LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
+    return eval_loader(manifest, run.view, loading, rows=rows)
 
 
 # Comparison
@@ -501,13 +492,12 @@ def compare(argv: list[str]) -> dict[str, Any]:
     out = Path(options.out or run.folder / "comparison")
     if out.exists():
         raise InputError(f"out: {out} is there already; give another folder")
-    manifest = read_split(run, options.split)
+    manifest, _ = read_for(run, options.split)
     subject = Subject(run.method)
-    rows = evenly(options.num_images, len(manifest))
+    rows = rows_of(options.num_images, manifest)
     # Sub-sets are spread over the same images: data sets are often sorted by class.
     sensitive, randomise = (
-        torch.from_numpy(rows[evenly(num, len(rows))]) if num else torch.empty(0)
-        for num in (options.sensitivity_images, options.sanity_images)
+        torch.from_numpy(rows[evenly(num, len(rows))]) for num in (options.sensitivity_images, options.sanity_images)
     )
     explainers = chosen_explainers(run, options)
     columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in explainers}
@@ -594,28 +584,15 @@ def judge_batch(
 ) -> Judged | None:
     """A batch with every label that is present or predicted; None where no image has one."""
     check_whole(batch)
-    pixels = subject.pixels(batch.images)
-    activation = run.method.activation
-    with torch.inference_mode():
-        logits = subject.logits(pixels).float().cpu().clone()
-    try:
-        selection = select(
-            "relevant", logits, targets=batch.targets, threshold=options.threshold, activation=activation
-        )
-    except EmptySelectionError:
+    chosen = choose(subject, run, batch, "relevant", options, known=True)
+    if chosen is None:
         return None
-    kept = selection.valid.any(1)
-    records = [manifest.records[row] for row in batch.index[kept].tolist()]
+    kept, pixels, _, selection = chosen
+    rows = batch.index[kept]
     return judge_on(
-        subject,
-        pixels[kept.to(pixels.device)],
-        batch.targets[kept],
-        selection.rows(kept).to(pixels.device),
-        batch.index[kept],
-        records,
-        threshold=options.threshold,
-        activation=activation,
-    )
+        subject, pixels, batch.targets[kept], selection, rows, [manifest.records[row] for row in rows.tolist()],
+        threshold=options.threshold, activation=run.method.activation,
+    )  # fmt: skip
 
 
 def summarise(
@@ -632,24 +609,15 @@ def summarise(
     methods = {}
     for name, parts in columns.items():
         joined = join(parts)
-        measures = [key for key in joined if key not in ("image", "label", "outcome", "score", "num_present", "flat")]
-        of_cases = {}
-        for case, which in cases(joined).items():
-            means = {key: label_means(joined, key, which) for key in measures}
-            of_cases[case] = {
-                "pairs": int(which.sum()),
-                "flat": int(joined["flat"][which].sum()),
-                "means": {key: mean for key, (mean, _) in means.items()},
-                "defined": {key: count for key, (_, count) in means.items()},
-            }
         # Of labels that were found, whose evidence is really there.
-        which = (cases(joined)["clear"] | cases(joined)["competing"]) & ~joined["flat"]
+        groups = cases(joined)
+        which = (groups["clear"] | groups["competing"]) & ~joined["flat"]
         labels = joined["label"][which]
         matrix = cross_label_matrix(np.concatenate(drops[name])[which][:, None], labels[:, None], len(run.classes))
         methods[name] = {
             "options": asdict(explainers[name]) if is_dataclass(explainers[name]) else {},
             "control": name in CONTROLS,
-            "cases": of_cases,
+            "cases": by_case(joined),
             "randomised": mean_by_stage(sanity[name]),
             "cross_label": {"drops": matrix.drops.tolist(), "counts": matrix.counts.tolist()},
         }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mlvision.config import Config, describe_options, parse_options, run_command
 from mlvision.data import DataConfig, read_split
-from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
+from mlvision.data.loader import ImageDataset, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Boxes, Manifest, check_same_classes
 from mlvision.data.transforms import EvalView
 from mlvision.engine.checkpoint import check_classes
@@ -253,7 +253,7 @@ def axes_by(reference: str, root: str, manifest: Manifest, fill: str, images: in
     """The axes of the published maps, by another teacher's maps of some of the images."""
     store = LabelMapStore.open(reference)
     store.check(record_hash=manifest.hash, class_hash=manifest.class_hash, num_records=len(manifest))
-    rows = np.unique(np.linspace(0, len(manifest) - 1, images).round().astype(int)).tolist()
+    rows = evenly(images, len(manifest)).tolist()
     keys = [manifest.records[row].key for row in rows]
     as_stored = stacked(import_published(root, keys, len(manifest.classes), axes="hw", fill=fill))
     return detect_axes(as_stored, store.read(rows), len(manifest.classes))
@@ -282,11 +282,10 @@ def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
     teacher.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     view = EvalView(teacher.image_size, teacher.preprocessing.interpolation, "squash")
     dataset = ImageDataset(manifest, view)
-    loading = LoaderConfig(num_workers=options.num_workers)
+    loading = LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        order = np.asarray(rows)
-        for batch in Loader(dataset, EpochBatches(lambda _: order, options.batch_size, drop_last=False), loading):
+        for batch in eval_loader(manifest, view, loading, rows=np.asarray(rows)):
             yield batch.index.tolist(), batch.images.to(device).contiguous(memory_format=torch.channels_last)
 
     def maps_of(images: Tensor) -> Tensor:

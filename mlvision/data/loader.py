@@ -261,9 +261,20 @@ def train_loader(
 
 
 def eval_loader(
-    manifest: Manifest, view: TrainView | EvalView, config: LoaderConfig, *, rank: int = 0, world_size: int = 1
+    manifest: Manifest,
+    view: TrainView | EvalView,
+    config: LoaderConfig,
+    *,
+    rows: Int64[np.ndarray, " n"] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Loader:
-    """Every image once, in the manifest's order; each rank has a contiguous part, without padding."""
-    rows = rank_slice(np.arange(len(manifest)), rank, world_size)
+    """Every image once, or `rows` alone, in that order; each rank has a contiguous part, without padding."""
+    rows = rank_slice(np.arange(len(manifest)) if rows is None else rows, rank, world_size)
     batches = EpochBatches(lambda epoch: rows, config.eval_batch_size, drop_last=False)
     return Loader(ImageDataset(manifest, view), batches, config)
+
+
+def evenly(num: int, total: int) -> Int64[np.ndarray, " n"]:
+    """Rows spread evenly over all of them, the first and the last included; all where there are no more than `num`."""
+    return np.arange(total) if num >= total else np.linspace(0, total - 1, num).round().astype(np.int64)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlvision.errors import InputError
 from mlvision.explain.selection import Selection
-from mlvision.explain.subject import Subject
+from mlvision.explain.subject import Subject, gradients
 from mlvision.models import Backbone
 
 _CHUNK_BYTES = 1 << 29  # of attention weights, or of gradients of them, at once
@@ -78,27 +78,15 @@ class AttentionRelevance:
             size = sum(w.numel() for w in weights) * 4
             found = []
             for some in directions.split(max(1, _CHUNK_BYTES // size)):
-                gradients = _vjp(logits, weights, some)
+                slopes = gradients(logits, weights, some)
                 gained = torch.zeros(len(some), len(logits), 1, len(vit.read_out), device=pixels.device)
                 with torch.autocast(pixels.device.type, enabled=False):
-                    for attention, gradient in zip(reversed(weights), reversed(gradients), strict=True):
+                    for attention, gradient in zip(reversed(weights), reversed(slopes), strict=True):
                         speaks = (gradient.float() * attention.detach().float()).clamp(min=0).mean(2)
                         gained = gained + (vit.read_out + gained) @ speaks
                 found.append(gained.squeeze(2))
             rows.append(torch.cat(found).transpose(0, 1))
         return vit.to_map(torch.cat(rows))
-
-
-def _vjp(logits: Float[Tensor, "b C"], weights: list[Tensor], directions: Float[Tensor, "l b C"]) -> list[Tensor]:
-    """The gradients of some scores with respect to each block's weights, `[l, b, heads, N, N]`."""
-    try:
-        return list(torch.autograd.grad(logits, weights, directions, retain_graph=True, is_grads_batched=True))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        # An operation without a batching rule.
-        each = [torch.autograd.grad(logits, weights, one, retain_graph=True) for one in directions]
-        return [torch.stack(block) for block in zip(*each, strict=True)]
 
 
 class _Vit:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mlvision.errors import InputError
 from mlvision.explain.selection import Selection
-from mlvision.explain.subject import Subject
+from mlvision.explain.subject import Subject, gradients
 from mlvision.models import Backbone, LinearHead
 from mlvision.models.backbone import embed_patches, is_plain_vit
 from mlvision.types import Features
@@ -132,16 +132,14 @@ def _at_pooling(
 
     closed = _closed_form(subject, cells, selection)
     if closed is not None:  # compared with autograd on one label of one image
-        image, place = selection.valid.nonzero()[0].tolist()
-        row, column = slice(image, image + 1), slice(place, place + 1)
-        against = None if selection.against is None else selection.against[row, column]
-        one = Selection(selection.labels[row, column], against)
+        image, place = selection.valid.nonzero()[:1].unbind(1)
+        row, one = slice(int(image), int(image) + 1), selection.each(image, place)
         with torch.autocast(pixels.device.type, enabled=False):
             exact = _gradients(lambda a: tail(a, row), cells[row].float(), one)
-        found = closed[row, column].expand_as(exact)
+        found = closed[image, place][:, None].expand_as(exact)
         if torch.allclose(found, exact.to(found), rtol=1e-3, atol=1e-5 * float(exact.abs().max())):
             return cells, closed
-    return cells, _checked(_gradients(tail, cells, selection), selection, "the pooled map")
+    return cells, _checked(_gradients(tail, cells, selection), "the pooled map")
 
 
 def _closed_form(subject: Subject, cells: Activations, selection: Selection) -> Gradients | None:
@@ -151,8 +149,8 @@ def _closed_form(subject: Subject, cells: Activations, selection: Selection) -> 
     if not isinstance(head, LinearHead) or head.linear.in_features != cells.shape[1]:
         return None
     weight = head.linear.weight.detach()
-    gradients = selection.scores(weight.T.expand(len(cells), -1, -1)).mT / (cells.shape[2] * cells.shape[3])
-    return gradients[..., None, None]
+    mean = selection.scores(weight.T.expand(len(cells), -1, -1)).mT / (cells.shape[2] * cells.shape[3])
+    return mean[..., None, None]
 
 
 def _at_module(subject: Subject, pixels: Tensor, selection: Selection, layer: str) -> tuple[Activations, Gradients]:
@@ -177,10 +175,9 @@ def _at_module(subject: Subject, pixels: Tensor, selection: Selection, layer: st
     if not logits.requires_grad:
         raise InputError(f"layer: no score depends on {layer}")
     to_map = _reader(subject, layer, leaves[0])
-    gradients = _vjp(logits, leaves[0], selection)
-    batch, labels = gradients.shape[:2]
-    maps = to_map(gradients.flatten(0, 1)).unflatten(0, (batch, labels))
-    return to_map(leaves[0].detach()), _checked(maps, selection, layer)
+    found = _vjp(logits, leaves[0], selection)
+    maps = to_map(found.flatten(0, 1)).unflatten(0, found.shape[:2])
+    return to_map(leaves[0].detach()), _checked(maps, layer)
 
 
 def _find(subject: Subject, layer: str) -> nn.Module:
@@ -261,7 +258,7 @@ def _at_last_block(
         x = model.norm(x + block.ls2(block.mlp(block.norm2(x))))
         return subject.logits_of(Features(activations, model.forward_head(x, pre_logits=True).flatten(1)))
 
-    return cells, _checked(_gradients(tail, cells, selection), selection, f"blocks.{len(model.blocks) - 1}.norm1")
+    return cells, _checked(_gradients(tail, cells, selection), f"blocks.{len(model.blocks) - 1}.norm1")
 
 
 def _gradients(tail: Callable[[Tensor], Tensor], activations: Activations, selection: Selection) -> Gradients:
@@ -275,24 +272,13 @@ def _vjp(logits: Float[Tensor, "B C"], leaf: Tensor, selection: Selection) -> Fl
     """The gradient of each selected score; images do not mix in eval mode, so one pass serves a label of each."""
     directions = selection.directions(logits.shape[1]).transpose(0, 1).to(logits)
     chunk = max(1, _CHUNK_BYTES // (leaf.numel() * 4))
-    found = []
-    for part in directions.split(chunk):
-        try:
-            (gradient,) = torch.autograd.grad(logits, leaf, part, retain_graph=True, is_grads_batched=True)
-        except RuntimeError as error:
-            if "out of memory" in str(error):
-                raise
-            # An operation without a batching rule.
-            each = [torch.autograd.grad(logits, leaf, one, retain_graph=True)[0] for one in part]
-            gradient = torch.stack(each)
-        found.append(gradient)
-    return torch.cat(found).transpose(0, 1)
+    return torch.cat([gradients(logits, [leaf], part)[0] for part in directions.split(chunk)]).transpose(0, 1)
 
 
-def _checked(gradients: Gradients, selection: Selection, layer: str) -> Gradients:
-    if not bool((gradients != 0).any()):
+def _checked(found: Gradients, layer: str) -> Gradients:
+    if not bool((found != 0).any()):
         raise InputError(
             f"layer: the gradient of every score at {layer} is zero: the head does not read its cells. Take an earlier "
             "layer, in a class-token ViT blocks.<last>.norm1"
         )
-    return gradients
+    return found

@@ -8,8 +8,9 @@ import numpy as np
 
 from mlvision.explain.selection import OUTCOMES
 
-# Columns that are no measures.
-FACTS = {"image", "label", "outcome", "score", "num_present", "area", "seconds", "forwards", "flat"}
+# Columns that say which pair it is, and with those of its size and cost all that are no measures of the explanation.
+_PAIR = {"image", "label", "outcome", "score", "num_present", "flat"}
+FACTS = _PAIR | {"area", "seconds", "forwards"}
 
 
 def shown_measures(baselines: Sequence[str], radii: Sequence[float]) -> dict[str, str]:
@@ -60,6 +61,20 @@ def cases(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "FP": outcome == OUTCOMES.index("FP"),
         "FN": outcome == OUTCOMES.index("FN"),
     }
+
+
+def by_case(columns: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Of each case: how many pairs, how many of them flat, and each column's mean over labels."""
+    found = {}
+    for case, which in cases(columns).items():
+        means = {key: label_means(columns, key, which) for key in columns if key not in _PAIR}
+        found[case] = {
+            "pairs": int(which.sum()),
+            "flat": int(columns["flat"][which].sum()),
+            "means": {key: mean for key, (mean, _) in means.items()},
+            "defined": {key: count for key, (_, count) in means.items()},
+        }
+    return found
 
 
 def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

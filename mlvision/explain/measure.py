@@ -27,6 +27,7 @@ from mlvision.metrics.faithfulness import cross_label_drops, deletion_measures, 
 from mlvision.metrics.localisation import mass_in_mask, pointing_in_mask, rank_accuracy
 from mlvision.metrics.map_shape import entropy, gini, map_discrimination, max_sensitivity, png_bytes, spearman
 from mlvision.models.dense import resample
+from mlvision.types import to_scores
 
 COVER_GRID = (56, 56)  # on which annotated areas are compared with maps
 SMALL = 0.15  # of the image: on larger objects any map that is hot in the middle hits
@@ -150,7 +151,7 @@ def judge_on(
             subject.logits(pixels)
             times.append(_now(pixels.device) - started)
     logits, seconds = logits.clone(), sorted(times)[1]
-    scores = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    scores = to_scores(logits, activation)
     image, place = selection.valid.nonzero(as_tuple=True)
     covers = cover_of_labels(
         [records[i] for i in image.tolist()], selection.labels[image, place].tolist(), logits.shape[1]
@@ -300,11 +301,7 @@ def _deletion(
 ) -> tuple[dict[str, np.ndarray], Float64[np.ndarray, "P C"]]:
     image, place = judged.pairs
     most, least = deletion_curves(subject, judged.pixels[image], maps, baseline, config)
-    mine = judged.selection.rows(image)
-    pair = Selection(
-        mine.labels.gather(1, place[:, None]),
-        None if mine.against is None else mine.against.gather(1, place[:, None]),
-    )
+    pair = judged.selection.each(image, place)
     curves = [pair.scores(curve)[..., 0].double().cpu().numpy() for curve in (most, least)]
     measures: dict[str, np.ndarray] = dict(deletion_measures(curves[0], curves[1])._asdict())
     labels = pair.labels.cpu().numpy()

@@ -190,11 +190,12 @@ class Windows:
         self._starts = [torch.arange(math.ceil((side - window) / stride) + 1, device=device) * stride for side in size]
         # The side of the largest cells whose lines hold all borders of windows and of the image.
         self._cells = [math.gcd(stride, window, side) for side in size]
+        self._pixels = [self._inside(axis, 1) for axis in (0, 1)]
         self.num = len(self._starts[0]) * len(self._starts[1])
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         row, column = numbers // len(self._starts[1]), numbers % len(self._starts[1])
-        down, across = (self._inside(axis, 1)[which] for axis, which in ((0, row), (1, column)))
+        down, across = self._pixels[0][row], self._pixels[1][column]
         return 1 - down[:, :, None] * across[:, None]
 
     def fold(self, drops: Float[Tensor, "B M L"]) -> Float[Tensor, "B L h w"]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mlvision.errors import InputError
+from mlvision.types import to_scores
 
 SELECTIONS = ("all", "predicted", "ground_truth", "errors", "relevant")
 OUTCOMES = ("TP", "FP", "FN", "TN")
@@ -45,6 +46,11 @@ class Selection:
     def rows(self, chosen: slice | Tensor) -> "Selection":
         """The selection of some images."""
         return Selection(self.labels[chosen], None if self.against is None else self.against[chosen])
+
+    def each(self, image: Int64[Tensor, " P"], place: Int64[Tensor, " P"]) -> "Selection":
+        """The one score at some places of some images, as P rows of one."""
+        against = None if self.against is None else self.against[image, place][:, None]
+        return Selection(self.labels[image, place][:, None], against)
 
     def scores(self, logits: Float[Tensor, "B ... C"]) -> Float[Tensor, "B ... L"]:
         """The explained scores of logits; 0 in empty places."""
@@ -157,7 +163,7 @@ def _by_rule(
             f"labels: expected {', '.join(SELECTIONS)}, top<k> or a list of labels, got '{rule}'"
             + _nearest(rule, SELECTIONS)
         )
-    scores = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    scores = to_scores(logits, activation)
     threshold = threshold.to(logits.device) if isinstance(threshold, Tensor) else threshold
     if rule == "predicted":
         return from_mask(scores >= threshold)

@@ -1,7 +1,7 @@
 """What is explained, and how it is left as it was found."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,3 +134,17 @@ def undisturbed(module: nn.Module, seed: int = 0) -> Iterator[None]:
                 part.training = mode
             for parameter, flag in wanted:
                 parameter.requires_grad_(flag)
+
+
+def gradients(
+    logits: Float[Tensor, "B C"], leaves: Sequence[Tensor], directions: Float[Tensor, "l B C"]
+) -> list[Tensor]:
+    """The gradients of some scores with respect to each leaf, `[l, ...]`: at once, where every operation can be batched."""
+    try:
+        return list(torch.autograd.grad(logits, leaves, directions, retain_graph=True, is_grads_batched=True))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        # An operation without a batching rule.
+        each = [torch.autograd.grad(logits, leaves, one, retain_graph=True) for one in directions]
+        return [torch.stack(leaf) for leaf in zip(*each, strict=True)]

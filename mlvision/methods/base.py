@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlvision.data.loader import EpochOrder, shuffled
 from mlvision.data.manifest import Manifest
 from mlvision.models import Classifier, Preprocessing
-from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput
+from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput, to_scores
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Method(nn.Module):
 
     def scores(self, logits: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
         """Logits to what the method takes for probabilities."""
-        return logits.softmax(dim=1) if self.activation == "softmax" else logits.sigmoid()
+        return to_scores(logits, self.activation)
 
     def forward(self, batch: Batch) -> StepOutput:
         """One training step's loss, and detached scalars to log."""
