@@ -21,7 +21,7 @@ from mlvision.explain.gradient import (
     Saliency,
     SmoothGrad,
 )
-from mlvision.explain.perturb import Lime, Occlusion, Rise
+from mlvision.explain.perturb import CoarseToFine, KernelShap, Lime, Occlusion, Rise
 from mlvision.explain.producers import DenseHead, StoredMaps
 from mlvision.explain.selection import EmptySelectionError, Labels, Selection, select
 from mlvision.explain.subject import Subject, undisturbed
@@ -33,7 +33,9 @@ EXPLAINERS: dict[str, type[Explainer] | type[MapProducer]] = {
     "layer_cam": LayerCam,
     "grad_cam_pp": GradCamPlusPlus,
     "occlusion": Occlusion,
+    "coarse_to_fine": CoarseToFine,
     "lime": Lime,
+    "kernel_shap": KernelShap,
     "rise": Rise,
     "saliency": Saliency,
     "input_x_gradient": InputXGradient,

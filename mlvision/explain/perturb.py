@@ -1,4 +1,4 @@
-"""Explanations by what changes when parts of the image are hidden: one engine for Occlusion, LIME and RISE.
+"""Explanations by what changes when parts of the image are hidden: one engine for Occlusion, LIME, KernelSHAP and RISE.
 
 Masks say what each copy of an image keeps; the runner asks the model about all copies of all images in batches; a little
 linear algebra turns the answers into maps. A copy's answer holds all labels, so the cost does not depend on how many are
@@ -138,15 +138,51 @@ class Lime(Perturbation):
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
     ) -> Float[Tensor, "B L h w"]:
         segments = slic_segments(pixels, self.num_segments, self.compactness)
-        masks = Segments(segments, self.num_samples, self.cell_px)
+        counts = _count(segments)
+        masks = Segments(segments, coin_flips(counts, self.num_samples), self.cell_px)
         scores = selection.scores(self._answers(subject, pixels, masks))
         scores = _without_rounding(scores - scores[:, :1], scores)  # the first copy is the image itself
-        shares = masks.design.sum(2) / masks.counts[:, None]
+        shares = masks.design.sum(2) / counts[:, None]
         distance = 1 - shares.clamp(min=0).sqrt()  # of a 0-1 vector from all ones, by the cosine
         weights = (-distance.square() / (2 * self.kernel_width**2)).exp()
-        coefficients = weighted_ridge(masks.design, weights, scores, self.ridge)
-        with torch.autocast(pixels.device.type, enabled=False):
-            return torch.einsum("bsl,bshw->blhw", coefficients.float(), masks.members)
+        return masks.paint(weighted_ridge(masks.design, weights, scores, self.ridge))
+
+
+@dataclass(frozen=True)
+class KernelShap(Perturbation):
+    """The Shapley value of each segment of the image, by the regression whose weights make its coefficients those values.
+
+    The values of an image's segments sum to the score of the image less that of one whose segments are all hidden. Where
+    `num_samples` suffices for every sub-set of the segments, the values are exact.
+
+    Source: Lundberg & Lee, "A Unified Approach to Interpreting Model Predictions", NeurIPS 2017, theorem 2; a sub-set is
+    drawn together with its complement as in Covert & Lee, AISTATS 2021, section 4.2.
+    """
+
+    num_segments: Annotated[int, "about how many SLIC segments an image has"] = 40
+    num_samples: Annotated[int, "copies of each image"] = 400
+    compactness: Annotated[float, "of SLIC: how much more place counts than colour"] = 10.0
+    cell_px: Annotated[int, "side of a cell of the map; a cell is the mean of its pixels"] = 4
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [
+            ("num_segments", self.num_segments >= 2, "2 or more"),
+            ("num_samples", self.num_samples >= 4, "4 or more"),
+            ("compactness", self.compactness > 0, "more than 0"),
+            ("cell_px", self.cell_px >= 1, "1 or more"),
+        ]
+
+    def explain(
+        self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
+    ) -> Float[Tensor, "B L h w"]:
+        segments = slic_segments(pixels, self.num_segments, self.compactness)
+        design, weights = coalitions(_count(segments), self.num_samples)
+        masks = Segments(segments, design, self.cell_px)
+        scores = selection.scores(self._answers(subject, pixels, masks))
+        gains = _without_rounding(
+            scores - scores[:, 1:2], scores
+        )  # the first copy is the image, the second shows nothing
+        return masks.paint(shapley_values(masks.design, weights.to(gains), gains))
 
 
 @dataclass(frozen=True)
@@ -182,6 +218,99 @@ class Rise(Perturbation):
             return torch.einsum("bml,mhw->blhw", centred, masks.cells) / (masks.num * self.share)
 
 
+@dataclass(frozen=True)
+class CoarseToFine(Perturbation):
+    """Occlusion that spends its copies where a label's evidence is: large windows first, then halves of the strongest ones.
+
+    Every round splits the `num_splits` windows of an image whose drop, relative to the largest of any explained label, is
+    largest. A place's value is the drop of its large window, and what the drops of the smaller windows that hold it differ
+    from the mean of their neighbours in the same larger one; each per pixel, times the pixels of a large window. Of a linear
+    model that is each smallest window's own sum, however many levels there are.
+    """
+
+    window_px: Annotated[int, "side of the largest windows; 0: a quarter of the image's shorter side"] = 0
+    finest_px: Annotated[int, "windows of this side or less are not split; 0: a quarter of the largest"] = 0
+    num_samples: Annotated[int, "copies of each image at the most; the large windows are always asked about"] = 80
+    num_splits: Annotated[int, "windows of an image that are split at once, into four each"] = 4
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [
+            ("window_px", self.window_px >= 0, "0 or more"),
+            ("finest_px", self.finest_px >= 0, "0 or more"),
+            ("num_samples", self.num_samples >= 1, "1 or more"),
+            ("num_splits", self.num_splits >= 1, "1 or more"),
+        ]
+
+    def explain(
+        self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
+    ) -> Float[Tensor, "B L h w"]:
+        size, device = (pixels.shape[2], pixels.shape[3]), pixels.device
+        largest = self.window_px or max(1, round(min(size) / 4))
+        finest = self.finest_px or max(1, largest // 4)
+        window = finest * 2 ** max(0, round(math.log2(largest / finest)))  # so that halves of halves end on the finest
+        with torch.no_grad(), _autocast(self.precision, device):  # as of the copies
+            whole = selection.scores(subject.logits(pixels).float())
+
+        def drops_of(corners: Int64[Tensor, "B M 4"]) -> Float[Tensor, "B M L"]:
+            return whole[:, None] - selection.scores(self._answers(subject, pixels, Boxes(size, corners)))
+
+        starts = torch.cartesian_prod(*(torch.arange(0, side, window, device=device) for side in size)).flip(1)
+        corners = torch.cat([starts, starts + window], 1).expand(len(pixels), -1, -1)
+        drops = _without_rounding(drops_of(corners), whole[:, None])
+        boxes, details = [corners], [drops / _area(corners, size)]
+        scale = drops.abs().amax(1, keepdim=True).clamp(min=torch.finfo(drops.dtype).tiny)
+        strength = (drops / scale).abs().amax(2)
+        copies, splits = len(starts), min(self.num_splits, len(starts))
+        while copies + 4 * splits <= self.num_samples:
+            splittable = corners[..., 2] - corners[..., 0] > finest
+            strength = strength.masked_fill(~splittable, 0)
+            if not bool(strength.any()):
+                break
+            chosen = strength.topk(splits).indices
+            rank = strength.gather(1, chosen)
+            parents = corners.gather(1, chosen[..., None].expand(-1, -1, 4))
+            quarters = _quarters(parents)
+            parts = drops_of(quarters.flatten(1, 2)).unflatten(1, (splits, 4))
+            # An image with nothing left to split waits for the others.
+            area = torch.where(rank[:, :, None, None] > 0, _area(quarters, size), 0)
+            details.append(_details(parts, area).flatten(1, 2))
+            boxes.append(quarters.flatten(1, 2))
+            strength = strength.scatter(1, chosen, 0)
+            found = torch.where(area[..., 0] > 0, (parts / scale[:, None]).abs().amax(3), 0)
+            strength = torch.cat([strength, found.flatten(1)], 1)
+            corners = torch.cat([corners, quarters.flatten(1, 2)], 1)
+            copies += 4 * splits
+        every = torch.cat(boxes, 1)
+        cell = [math.gcd(finest, side) for side in size]  # their lines hold all borders of windows and of the image
+        ends = [every[..., [1, 3]] // cell[0], every[..., [0, 2]] // cell[1]]
+        with torch.autocast(device.type, enabled=False):
+            down, across = (inside(ends[axis], size[axis] // cell[axis]) for axis in (0, 1))
+            return torch.einsum("bml,bmh,bmw->blhw", torch.cat(details, 1), down, across) * window**2
+
+
+def _area(corners: Int64[Tensor, "... 4"], size: tuple[int, int]) -> Float[Tensor, "... 1"]:
+    """The pixels of boxes, of what of them is in the image."""
+    across, down = (
+        corners[..., axis + 2].clamp(max=side) - corners[..., axis].clamp(max=side)
+        for axis, side in ((0, size[1]), (1, size[0]))
+    )
+    return (across * down)[..., None].float()
+
+
+def _details(parts: Float[Tensor, "B m 4 L"], area: Float[Tensor, "B m 4 1"]) -> Float[Tensor, "B m 4 L"]:
+    """How each quarter's drop per pixel differs from the mean of its window's quarters; 0 for those of no area."""
+    density = torch.where(area > 0, parts / area.clamp(min=1), 0)
+    mean = (density * area).sum(2, keepdim=True) / area.sum(2, keepdim=True).clamp(min=1)
+    return torch.where(area > 0, density - mean, 0)
+
+
+def _quarters(corners: Int64[Tensor, "B m 4"]) -> Int64[Tensor, "B m 4 4"]:
+    left, top, right, bottom = corners.unbind(-1)
+    x, y = (left + right) // 2, (top + bottom) // 2
+    rows = [(left, top, x, y), (x, top, right, y), (left, y, x, bottom), (x, y, right, bottom)]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
 class Windows:
     """Masks that hide one square window each; the same for every image."""
 
@@ -206,37 +335,97 @@ class Windows:
 
     def _inside(self, axis: int, cell: int) -> Float[Tensor, "windows cells"]:
         """Which cells of `cell` pixels each window holds, along one axis."""
-        start = self._starts[axis][:, None]
-        place = torch.arange(0, self._size[axis], cell, device=start.device)
-        return ((place >= start) & (place < start + self._window)).float()
+        start = self._starts[axis]
+        return inside(torch.stack([start, start + self._window], 1) // cell, self._size[axis] // cell)
+
+
+class Boxes:
+    """Masks that hide one rectangle each, an image's own ones.
+
+    Args:
+        corners: `[B, M, 4]`: left, top, right and bottom in pixels, right and bottom not included; a box may reach beyond
+            the image.
+    """
+
+    def __init__(self, size: tuple[int, int], corners: Int64[Tensor, "B M 4"]):
+        self._size, self._corners, self.num = size, corners, corners.shape[1]
+
+    def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
+        corners = self._corners[images, numbers]
+        down, across = (inside(corners[:, [axis, axis + 2]], self._size[1 - axis]) for axis in (1, 0))
+        return 1 - down[:, :, None] * across[:, None]
+
+
+def inside(ends: Int64[Tensor, "... 2"], num: int) -> Float[Tensor, "... num"]:
+    """Which of `num` places in a row are from the first end on and before the second."""
+    place = torch.arange(num, device=ends.device)
+    return ((place >= ends[..., :1]) & (place < ends[..., 1:])).float()
 
 
 class Segments:
-    """Masks that keep each segment of an image with probability one half; the first keeps all.
+    """Masks that keep some segments of an image.
 
     Attributes:
         design: `[B, M, S]`: 1 where a mask keeps a segment; S is the most that an image has, the rest is never kept.
-        counts: `[B]`: how many segments each image has.
         members: `[B, S, h, w]`: the share of each segment in each cell.
     """
 
-    def __init__(self, segments: Int64[Tensor, "B H W"], num_samples: int, cell_px: int):
-        self._segments, self.num = segments, num_samples
-        self.counts = segments.flatten(1).amax(1) + 1
-        most = int(self.counts.max())
-        design = torch.zeros(len(segments), num_samples, most)
-        for one, count in zip(design, self.counts.tolist(), strict=True):
-            random = torch.Generator().manual_seed(torch.initial_seed())  # whatever images are beside it
-            one[:, :count] = torch.randint(2, (num_samples, count), generator=random)
-            one[0, :count] = 1
-        self.design = design.to(segments.device)
+    def __init__(self, segments: Int64[Tensor, "B H W"], design: Float[Tensor, "B M S"], cell_px: int):
+        self._segments, self.design, self.num = segments, design.to(segments.device), design.shape[1]
         # An image at a time: of all at once the pixels' membership would be large.
-        members = (F.one_hot(one, most).permute(2, 0, 1).float() for one in segments)
+        members = (F.one_hot(one, design.shape[2]).permute(2, 0, 1).float() for one in segments)
         self.members = torch.stack([_cells(one, cell_px) for one in members])
 
     def keep(self, images: Int64[Tensor, " n"], numbers: Int64[Tensor, " n"]) -> Float[Tensor, "n H W"]:
         kept = self.design[images, numbers]
         return kept.gather(1, self._segments[images].flatten(1)).view(-1, *self._segments.shape[1:])
+
+    def paint(self, values: Float[Tensor, "B S L"]) -> Float[Tensor, "B L h w"]:
+        """The segments' values, each where its segment is."""
+        with torch.autocast(values.device.type, enabled=False):
+            return torch.einsum("bsl,bshw->blhw", values.float(), self.members)
+
+
+def _count(segments: Int64[Tensor, "B H W"]) -> Int64[Tensor, " B"]:
+    return segments.flatten(1).amax(1) + 1
+
+
+def coin_flips(counts: Int64[Tensor, " B"], num_samples: int) -> Float[Tensor, "B M S"]:
+    """Each segment kept with probability one half; the first sample keeps all. LIME's design."""
+    design = torch.zeros(len(counts), num_samples, int(counts.max()))
+    for one, count in zip(design, counts.tolist(), strict=True):
+        random = torch.Generator().manual_seed(torch.initial_seed())  # whatever images are beside it
+        one[:, :count] = torch.randint(2, (num_samples, count), generator=random)
+        one[0, :count] = 1
+    return design
+
+
+def coalitions(counts: Int64[Tensor, " B"], num_samples: int) -> tuple[Float[Tensor, "B M S"], Float[Tensor, "B M"]]:
+    """KernelSHAP's design: all segments, none, then sub-sets and their complements; and what each sample weighs.
+
+    Every sub-set once, by its kernel weight, where that takes no more samples; else a sub-set's size is drawn by the weight
+    of all sub-sets of that size, and samples weigh the same.
+    """
+    design = torch.zeros(len(counts), num_samples, int(counts.max()))
+    weights = torch.zeros(len(counts), num_samples)
+    for one, weight, count in zip(design, weights, counts.tolist(), strict=True):
+        one[0, :count] = 1
+        if 2**count <= num_samples:
+            codes = torch.arange(1, 2**count - 1)[:, None]
+            rows = ((codes >> torch.arange(count)) & 1).float()
+            sizes = rows.sum(1).long().tolist()
+            kernel = [(count - 1) / (math.comb(count, size) * size * (count - size)) for size in sizes]
+            one[2 : 2 + len(rows), :count], weight[2 : 2 + len(rows)] = rows, torch.tensor(kernel)
+            continue
+        random = torch.Generator().manual_seed(torch.initial_seed())  # whatever images are beside it
+        size = torch.arange(1, count)
+        pairs = (num_samples - 2) // 2
+        sizes = 1 + torch.multinomial(1 / (size * (count - size)), pairs, replacement=True, generator=random)
+        order = torch.rand(pairs, count, generator=random).argsort(1).argsort(1)
+        rows = (order < sizes[:, None]).float()
+        one[2 : 2 + 2 * pairs : 2, :count], one[3 : 3 + 2 * pairs : 2, :count] = rows, 1 - rows
+        weight[2 : 2 + 2 * pairs] = 1
+    return design, weights
 
 
 class SmoothGrids:
@@ -309,6 +498,22 @@ def weighted_ridge(
         return torch.linalg.pinv(normal, hermitian=True) @ right
     identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     return torch.cholesky_solve(right, torch.linalg.cholesky(normal + penalty * identity))
+
+
+def shapley_values(
+    design: Float[Tensor, "B M S"], weights: Float[Tensor, "B M"], gains: Float[Tensor, "B M L"]
+) -> Float[Tensor, "B S L"]:
+    """argmin over phi of sum_i weights_i (gains_il - design_i phi_l)^2 where sum_s phi_sl = gains_0l, in float64.
+
+    The first sample keeps all segments; gains are over the sample that keeps none.
+    """
+    design, weights, gains = design.double(), weights.double(), gains.double()
+    weighted = (weights[:, :, None] * design).mT
+    present = design[:, :1].mT  # of the S segments, those that an image has
+    corner = torch.zeros_like(present[:, :1])
+    system = torch.cat([torch.cat([weighted @ design, present], 2), torch.cat([present.mT, corner], 2)], 1)
+    right = torch.cat([weighted @ gains, gains[:, :1]], 1)
+    return (torch.linalg.pinv(system, hermitian=True) @ right)[:, :-1]
 
 
 def perturbed_logits(

@@ -194,7 +194,7 @@ def test_flat_maps_are_refused_not_returned():
     assert kept.flat.all()
 
 
-@pytest.mark.parametrize("name", ["occlusion", "lime", "rise"])
+@pytest.mark.parametrize("name", ["occlusion", "coarse_to_fine", "lime", "kernel_shap", "rise"])
 def test_the_rounding_of_a_uniform_image_is_no_evidence(name, resnet):
     with pytest.raises(InputError, match="flat; they explain nothing"):
         explain(resnet, torch.full((1, 3, 48, 80), 0.3), name)
@@ -307,7 +307,7 @@ def _in_training(name):
 )
 def test_the_model_is_left_as_it_was(name, kind):
     model = _in_training(kind)
-    options = {"num_samples": 4} if name in ("lime", "rise", "smooth_grad") else {}
+    options = {"num_samples": 4} if name in ("lime", "kernel_shap", "rise", "smooth_grad") else {}
     images = torch.rand(2, 3, 48, 48)
     before = _state(model)
     kept = images.clone()
@@ -338,7 +338,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(name):
 
 @pytest.mark.parametrize("name", list(EXPLAINERS))
 def test_different_labels_in_a_batch_equal_separate_calls(name, resnet, images):
-    options = {"num_samples": 8} if name in ("lime", "rise") else {}
+    options = {"num_samples": 8} if name in ("lime", "kernel_shap", "rise") else {}
     if name in ("attention_rollout", "attention_relevance", "guided_grad_cam"):
         pytest.skip("needs a ViT" if "attention" in name else "a label whose Grad-CAM is negative has no map")
     both = explain(resnet, images, name, labels=[[4, 1], [(2, 0)]], **options)
@@ -346,7 +346,7 @@ def test_different_labels_in_a_batch_equal_separate_calls(name, resnet, images):
     assert not both.maps[1, 1].any()
     first = explain(resnet, images[:1], name, labels=[4, 1], **options)
     torch.testing.assert_close(both.maps[:1], first.maps, rtol=1e-4, atol=1e-5 * first.maps.abs().max().item())
-    if name in ("lime", "rise"):
+    if name in ("lime", "kernel_shap", "rise"):
         return  # the second image's masks are others when it is the first
     second = explain(resnet, images[1:], name, labels=[(2, 0)], **options)
     torch.testing.assert_close(both.maps[1:, :1], second.maps, rtol=1e-4, atol=1e-5 * second.maps.abs().max().item())

@@ -1,5 +1,8 @@
 """Occlusion, LIME and RISE against captum, scikit-learn and linear models whose answer is known."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import timm
@@ -11,7 +14,15 @@ from torch import nn
 from mlvision.errors import InputError
 from mlvision.explain import Subject, explain
 from mlvision.explain.impute import _solve, fill_in
-from mlvision.explain.perturb import Segments, SmoothGrids, Windows, perturbed_logits, weighted_ridge
+from mlvision.explain.perturb import (
+    Segments,
+    SmoothGrids,
+    Windows,
+    coalitions,
+    coin_flips,
+    perturbed_logits,
+    weighted_ridge,
+)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (20, 7), (17, 12), (48, 48)])
@@ -38,10 +49,136 @@ def test_occlusion_of_a_linear_model_is_exact(linear_model):
     assert (found.maps - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("size", [(12, 18), (10, 15)])  # borders that cut windows, too
+def test_coarse_to_fine_of_a_linear_model_is_exact(size):
+    """Each smallest window has its own sum of w (x - b), and a large one that is not split yet its mean."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, *size)
+
+    class Linear(nn.Module):
+        def forward(self, images):
+            return torch.einsum("bchw,kchw->bk", images, weight)
+
+    images = torch.rand(2, 3, *size)
+    density = torch.einsum("bchw,kchw->bkhw", images, weight)
+
+    def cell_means(side):
+        rows, columns = (torch.arange(length) // side for length in size)
+        number = rows[:, None] * 100 + columns
+        means = torch.empty_like(density)
+        for one in number.unique():
+            means[..., number == one] = density[..., number == one].mean(-1, keepdim=True)
+        return means
+
+    options = {"window_px": 8, "finest_px": 2, "baseline": "black"}
+    fine = explain(Linear(), images, "coarse_to_fine", num_samples=10_000, **options).maps
+    expected = cell_means(2) * 64
+    assert (nn.functional.interpolate(fine, size) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    coarse = explain(Linear(), images, "coarse_to_fine", num_samples=1, **options).maps
+    expected = cell_means(8) * 64
+    assert (nn.functional.interpolate(coarse, size) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_coarse_to_fine_asks_where_the_evidence_is():
+    """Large windows, then the halves of the two that matter, and nothing beyond the number of copies."""
+    asked = []
+
+    class Spots(nn.Module):
+        def forward(self, images):
+            asked.append(len(images))
+            return torch.stack([images[:, 0, 13, 50], images[:, 1, 40, 21]], 1)
+
+    images = torch.full((1, 3, 48, 64), 0.5)
+    images[0, 0, 13, 50] = images[0, 1, 40, 21] = 1
+    found = explain(Spots(), images, "coarse_to_fine", num_samples=12 + 2 * 8, window_px=16, finest_px=4, num_splits=2)
+    assert sum(asked) <= 12 + 2 * 8 + 2  # and the image itself
+    maps = nn.functional.interpolate(found.maps, (48, 64))[0]
+    for label, spot in enumerate(((13, 50), (40, 21))):
+        peak = (maps[label] == maps[label].max()).nonzero()
+        top, left = spot[0] // 4 * 4, spot[1] // 4 * 4
+        assert peak.amin(0).tolist() == [top, left]
+        assert peak.amax(0).tolist() == [top + 3, left + 3]
+
+
+def brute_force_shapley(worth, count):
+    """By the definition, over all sub-sets, in float64: worth is of a list of 0 and 1."""
+    values = torch.zeros(count, dtype=torch.float64)
+    for player in range(count):
+        others = [other for other in range(count) if other != player]
+        for size in range(count):
+            share = math.factorial(size) * math.factorial(count - size - 1) / math.factorial(count)
+            for chosen in itertools.combinations(others, size):
+                without = [1 if one in chosen else 0 for one in range(count)]
+                beside = [1 if one == player else kept for one, kept in enumerate(without)]
+                values[player] += share * (worth(beside) - worth(without))
+    return values
+
+
+def in_a_grid(monkeypatch, segments):
+    monkeypatch.setattr(
+        "mlvision.explain.perturb.slic_segments", lambda pixels, *_: segments.expand(len(pixels), -1, -1)
+    )
+
+
+def test_kernel_shap_equals_shapley_values_by_definition(monkeypatch):
+    """Parts that act together, and one that does nothing: exact where there are copies for every sub-set."""
+    segments = torch.arange(6)[:, None] // 3 * 3 + torch.arange(9) // 3  # 2 x 3 of them
+    in_a_grid(monkeypatch, segments)
+
+    class Together(nn.Module):
+        def forward(self, images):
+            part = nn.functional.avg_pool2d(images.mean(1, keepdim=True), 3).flatten(1)
+            return torch.stack([part[:, 0] * part[:, 4] + part[:, 2], (part[:, 1] + part[:, 3] - part[:, 5]) ** 2], 1)
+
+    image = torch.rand(1, 3, 6, 9, generator=torch.Generator().manual_seed(1)) + 0.5
+    image /= image.max()
+    maps = explain(Together(), image, "kernel_shap", num_samples=64, cell_px=3, baseline="black").maps[0]
+    for label in range(2):
+
+        def worth(kept, label=label):
+            shown = image.double() * torch.tensor(kept)[segments]
+            return Together()(shown)[0, label].item()
+
+        torch.testing.assert_close(maps[label].flatten().double(), brute_force_shapley(worth, 6), rtol=1e-4, atol=1e-6)
+
+
+def test_drawn_coalitions_keep_the_sum_and_are_exact_for_a_linear_model(linear_model, monkeypatch):
+    in_a_grid(monkeypatch, torch.arange(12)[:, None] // 4 * 3 + torch.arange(18) // 6)
+    images = torch.rand(2, 3, 12, 18)
+    found = explain(linear_model, images, "kernel_shap", num_samples=61, cell_px=2, baseline="black").maps
+    parts = torch.einsum("bchw,kchw->bkhw", images, linear_model.weight)
+    expected = nn.functional.avg_pool2d(parts, (4, 6)) * 24
+    cells = nn.functional.interpolate(found, (12, 18))[:, :, ::4, ::6]
+    assert (cells - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    class Square(nn.Module):
+        def forward(self, images):
+            return linear_model(images).square()
+
+    found = explain(Square(), images, "kernel_shap", num_samples=61, cell_px=2, baseline="black").maps
+    total = nn.functional.interpolate(found, (12, 18))[:, :, ::4, ::6].sum((2, 3))
+    torch.testing.assert_close(total, Square()(images) - Square()(images * 0), rtol=1e-4, atol=1e-3)
+
+
+def test_coalitions_come_with_their_complements_and_are_of_the_kernels_sizes():
+    design, weights = coalitions(torch.tensor([12, 3, 1]), 2002)
+    assert design[0, :2].sum(1).tolist() == [12, 0]
+    assert torch.equal(design[0, 2::2], 1 - design[0, 3::2])
+    sizes = torch.arange(1, 12)
+    expected = 1 / (sizes * (12 - sizes))
+    counted = torch.bincount(design[0, 2:].sum(1).long(), minlength=12)[1:] / 2000
+    assert (counted - expected / expected.sum()).abs().max() < 0.03
+    assert weights[0].tolist() == [0, 0] + [1] * 2000
+    # Of three segments every sub-set, each (3 - 1) / (3 choose s) / (s (3 - s)); of one there is none.
+    assert design[1, 2:8, :3].tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [0, 1, 1]]
+    assert weights[1, 2:8].tolist() == pytest.approx([1 / 3] * 6)
+    assert not weights[1, 8:].any()
+    assert not weights[2].any()
+
+
 def test_lime_of_a_linear_model_is_exact(linear_model, monkeypatch):
     """No ridge, a free intercept, a design of full rank: the coefficient is the region's sum of w (x - b)."""
-    rows = torch.arange(12)[:, None] // 4 * 3 + torch.arange(18) // 6
-    monkeypatch.setattr("mlvision.explain.perturb.slic_segments", lambda pixels, *_: rows.expand(len(pixels), -1, -1))
+    in_a_grid(monkeypatch, torch.arange(12)[:, None] // 4 * 3 + torch.arange(18) // 6)
     images = torch.rand(2, 3, 12, 18)
     found = explain(linear_model, images, "lime", ridge=0.0, num_samples=60, cell_px=2, baseline="black")
     parts = torch.einsum("bchw,kchw->bkhw", images, linear_model.weight)
@@ -65,8 +202,7 @@ def test_the_ridge_equals_scikit_learns_for_every_label(penalty):
 def test_segments_that_an_image_lacks_do_not_matter():
     segments = torch.zeros(2, 4, 6, dtype=torch.long)
     segments[0, :, 2:4], segments[0, :, 4:], segments[1, 2:] = 1, 2, 1
-    masks = Segments(segments, 16, cell_px=2)
-    assert masks.counts.tolist() == [3, 2]
+    masks = Segments(segments, coin_flips(torch.tensor([3, 2]), 16), cell_px=2)
     assert not masks.design[1, :, 2].any()
     every = torch.arange(16)
     kept = masks.keep(torch.ones(16, dtype=torch.long), every)
@@ -109,7 +245,14 @@ class BrightCorner(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("occlusion", {}), ("lime", {"num_samples": 300}), ("rise", {"num_samples": 800})]
+    ("method", "options"),
+    [
+        ("occlusion", {}),
+        ("coarse_to_fine", {}),
+        ("lime", {"num_samples": 300}),
+        ("kernel_shap", {"num_samples": 300}),
+        ("rise", {"num_samples": 800}),
+    ],
 )
 def test_the_evidence_is_where_it_is(method, options):
     image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.7
@@ -227,6 +370,8 @@ def test_token_dropping_needs_a_vit(resnet, images):
         ("lime", {"num_samples": 1}, "num_samples: expected 2 or more"),
         ("lime", {"ridge": -1.0}, "ridge"),
         ("rise", {"share": 1.0}, "share"),
+        ("kernel_shap", {"num_samples": 3}, "num_samples"),
+        ("coarse_to_fine", {"num_splits": 0}, "num_splits"),
         ("rise", {"precision": "int8"}, "precision"),
     ],
 )
