@@ -10,6 +10,7 @@ from mlvision.losses.asymmetric import asymmetric_loss
 from mlvision.losses.bce import binary_cross_entropy
 from mlvision.losses.smoothing import smooth_labels
 from mlvision.losses.softmax import softmax_cross_entropy
+from mlvision.losses.transport import Transport, conditional_transport
 
 LOSSES = {
     "bce": binary_cross_entropy,
@@ -31,4 +32,13 @@ def build_loss(name: str, *, gamma_neg: float, gamma_pos: float, clip: float) ->
     return loss
 
 
-__all__ = ["LOSSES", "asymmetric_loss", "binary_cross_entropy", "build_loss", "smooth_labels", "softmax_cross_entropy"]
+__all__ = [
+    "LOSSES",
+    "Transport",
+    "asymmetric_loss",
+    "binary_cross_entropy",
+    "build_loss",
+    "conditional_transport",
+    "smooth_labels",
+    "softmax_cross_entropy",
+]

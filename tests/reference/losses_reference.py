@@ -58,3 +58,21 @@ def asymmetric_gradient(x, y, gamma_neg, gamma_pos, clip, detach_focal):
         through_log = p_m**gamma_neg / (1 - p_m) * dp
         through_weight = -gamma_neg * p_m ** (gamma_neg - 1) * math.log(1 - p_m) * dp
     return through_log if detach_focal else through_log + through_weight
+
+
+def conditional_transport_of_one(patches, labels, label_weights, patch_weights, tau, rho):
+    """Cost and both plans of one image: a double loop over the definition, without logarithms."""
+    cosine = np.array([[a @ b / math.sqrt((a @ a) * (b @ b)) for b in labels] for a in patches])
+    theta = np.array(patch_weights) / sum(patch_weights)
+    known = [0.0 if math.isnan(w) else w for w in label_weights]
+    beta = np.array(known) / sum(known)
+    pull = np.exp(cosine / tau)
+    forward, backward = np.zeros_like(pull), np.zeros_like(pull)
+    there = back = 0.0
+    for n in range(len(patches)):
+        for m in range(len(labels)):
+            forward[n, m] = beta[m] * pull[n, m] / sum(beta[j] * pull[n, j] for j in range(len(labels)))
+            backward[n, m] = theta[n] * pull[n, m] / sum(theta[i] * pull[i, m] for i in range(len(patches)))
+            there += theta[n] * forward[n, m] * (1 - cosine[n, m])
+            back += beta[m] * backward[n, m] * (1 - cosine[n, m])
+    return rho * there + (1 - rho) * back, forward, backward
