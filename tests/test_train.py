@@ -190,7 +190,11 @@ def truncate_image(root):
         (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),
         (None, ["data.val=test"], "data.val: 'test' is the test split"),
         (None, ["model.in_chans=1"], "model.in_chans: every reader gives images of 3 channels"),
-        (None, ["method.loss=mse"], "method.loss: expected one of bce, asl, softmax, got 'mse'"),
+        (
+            None,
+            ["method.loss=mse"],
+            "method.loss: expected one of bce, asl, softmax, decoupled_softmax, soft_top_k, got 'mse'",
+        ),
         (lambda root: (root / "annotations/instances_test.json").unlink(), [], "instances_test.json"),
         (lambda root: (root / "images/train/000003.jpg").unlink(), [], "000003.jpg"),
         (malform, [], "line 1"),

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from mlvision.losses.asymmetric import asymmetric_loss
 from mlvision.losses.bce import binary_cross_entropy
+from mlvision.losses.decoupled import decoupled_softmax_loss
 from mlvision.losses.smoothing import smooth_labels
+from mlvision.losses.soft_top_k import soft_top_k_loss
 from mlvision.losses.softmax import softmax_cross_entropy
 from mlvision.losses.transport import Transport, conditional_transport
 
@@ -16,15 +18,21 @@ LOSSES = {
     "bce": binary_cross_entropy,
     "asl": asymmetric_loss,
     "softmax": softmax_cross_entropy,
+    "decoupled_softmax": decoupled_softmax_loss,
+    "soft_top_k": soft_top_k_loss,
 }
 
 
-def build_loss(name: str, *, gamma_neg: float, gamma_pos: float, clip: float) -> Callable[..., Tensor]:
+def build_loss(
+    name: str, *, gamma_neg: float, gamma_pos: float, clip: float, k: int | None = None, alpha: float = 2.0
+) -> Callable[..., Tensor]:
     """A loss of LOSSES with the options of a method; those of asl are checked now, not at the first step.
 
     Raises:
         InputError: gammas or a clip out of range.
     """
+    if name == "soft_top_k":
+        return partial(soft_top_k_loss, k=k, alpha=alpha)
     if name != "asl":
         return LOSSES[name]
     loss = partial(asymmetric_loss, gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip)
@@ -39,6 +47,8 @@ __all__ = [
     "binary_cross_entropy",
     "build_loss",
     "conditional_transport",
+    "decoupled_softmax_loss",
     "smooth_labels",
+    "soft_top_k_loss",
     "softmax_cross_entropy",
 ]

@@ -85,9 +85,8 @@ class Relabel(Method):
         self.mixes = True
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.operator = config.operator or TARGETS[config.target]
-        gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
         name = "softmax" if config.target == "softmax" else config.loss
-        self.loss = build_loss(name, **gammas, clip=config.clip)
+        self.loss = build_loss(name, gamma_neg=config.gamma_neg, gamma_pos=config.gamma_pos, clip=config.clip)
 
     def on_epoch_start(self, epoch: int) -> None:
         mix = self.config.mix

@@ -23,6 +23,7 @@ from mlvision.metrics.localisation import (
     rank_accuracy,
 )
 from mlvision.metrics.map_shape import entropy, gini, map_discrimination, max_sensitivity, png_bytes, spearman
+from mlvision.metrics.ranking import ndcg_at_k, precision_at_k
 from mlvision.metrics.summary import multilabel_summary, per_class_table
 
 __all__ = [
@@ -51,11 +52,13 @@ __all__ = [
     "max_sensitivity",
     "mean_average_precision",
     "multilabel_summary",
+    "ndcg_at_k",
     "patch_order",
     "per_class_table",
     "png_bytes",
     "pointing_game",
     "pointing_in_mask",
+    "precision_at_k",
     "rank_accuracy",
     "reliability_table",
     "spearman",

@@ -4,7 +4,7 @@ import torch
 
 from mlvision.data.manifest import Manifest, Record
 from mlvision.errors import InputError
-from mlvision.losses import asymmetric_loss, binary_cross_entropy
+from mlvision.losses import asymmetric_loss, binary_cross_entropy, decoupled_softmax_loss, soft_top_k_loss
 from mlvision.methods import Baseline, BaselineConfig
 from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig
@@ -54,6 +54,9 @@ def test_predict_is_differentiable_in_the_image():
             {"loss": "asl", "gamma_neg": 2.0, "gamma_pos": 1.0, "clip": 0.1},
             lambda z, y: asymmetric_loss(z, y, gamma_neg=2.0, gamma_pos=1.0, clip=0.1),
         ),
+        ({"loss": "decoupled_softmax"}, decoupled_softmax_loss),
+        ({"loss": "soft_top_k"}, soft_top_k_loss),
+        ({"loss": "soft_top_k", "k": 1, "alpha": 0.5}, lambda z, y: soft_top_k_loss(z, y, k=1, alpha=0.5)),
     ],
 )
 def test_the_loss_is_that_of_the_logits(options, loss):
@@ -89,7 +92,9 @@ def test_groups_are_backbone_and_head_without_overlap():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "mse"}, "method.loss: expected one of bce, asl, softmax, got 'mse'"),
+        ({"loss": "mse"}, "method.loss: expected one of bce, asl, softmax, decoupled_softmax, soft_top_k, got 'mse'"),
+        ({"k": 3}, "method.k: expected 0, or less than the 3 classes, got 3"),
+        ({"alpha": 0.0}, "method.alpha: expected more than 0, got 0.0"),
         ({"class_weights": "balanced"}, "method.class_weights: expected none or inverse_sqrt, got 'balanced'"),
     ],
 )
@@ -98,7 +103,7 @@ def test_bad_options(options, message):
         build(**options)
 
 
-@pytest.mark.parametrize("loss", ["bce", "softmax"])
+@pytest.mark.parametrize("loss", ["bce", "softmax", "decoupled_softmax", "soft_top_k"])
 def test_smoothing_spreads_a_share_of_each_label(loss):
     method, batch = build(loss=loss, smoothing=0.3).eval(), make_batch()
     smooth = 0.7 * batch.targets + 0.3 / 3

@@ -44,6 +44,46 @@ def softmax_cross_entropy_table(logits, targets, class_weights=None):
     return table
 
 
+def decoupled_softmax_table(logits, targets, class_weights=None):
+    """`-w_l y_l / sum(y) log(e^z_l / (e^z_l + sum over other known j of (1 - y_j) e^z_j))`, 0 where y is NaN."""
+    table = np.zeros(logits.shape)
+    for b, row in enumerate(targets):
+        known = [c for c in range(len(row)) if not math.isnan(row[c])]
+        labels = sum(row[c] for c in known)
+        for c in known if labels else []:
+            w = 1 if class_weights is None else class_weights[c]
+            own = math.exp(logits[b, c])
+            rivals = sum((1 - row[j]) * math.exp(logits[b, j]) for j in known if j != c)
+            table[b, c] = -w * row[c] / labels * math.log(own / (own + rivals))
+    return table
+
+
+def soft_top_k_table(logits, targets, k, alpha, class_weights=None):
+    """`-w_l y_l / sum(y) log q_l` with `q = sigmoid(alpha (z + t))` that sums to k (None: sum(y)), 0 where y is NaN."""
+    table = np.zeros(logits.shape)
+    for b, row in enumerate(targets):
+        known = [c for c in range(len(row)) if not math.isnan(row[c])]
+        labels = sum(row[c] for c in known)
+        mass = labels if k is None else k
+        if not labels or mass >= len(known):
+            continue
+        q = soft_top_k(logits[b, known], mass, alpha)
+        for c, share in zip(known, q, strict=True):
+            w = 1 if class_weights is None else class_weights[c]
+            table[b, c] = -w * row[c] / labels * math.log(share)
+    return table
+
+
+def soft_top_k(scores, mass, alpha):
+    """`sigmoid(alpha (s + t))` of one image, t from a bracket far too wide."""
+    low, high = -1e3, 1e3
+    for _ in range(200):
+        t = (low + high) / 2
+        q = [1 / (1 + math.exp(-alpha * (s + t))) if alpha * (s + t) > -700 else 0.0 for s in scores]
+        low, high = (low, t) if sum(q) > mass else (t, high)
+    return q
+
+
 def asymmetric_gradient(x, y, gamma_neg, gamma_pos, clip, detach_focal):
     """d loss / d logit of one hard label, differentiated by hand."""
     p = 1 / (1 + math.exp(-x))

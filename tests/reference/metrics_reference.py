@@ -1,5 +1,6 @@
 """The metrics written from their definitions: exact fractions, loops, no sorting tricks."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -63,3 +64,28 @@ def f_measures(decided, targets):
 
 def harmonic(a, b):
     return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def rankings(scores, targets):
+    """The targets of one image's known classes in every order that never puts a lower score first."""
+    known = [(s, y) for s, y in zip(scores, targets, strict=True) if not math.isnan(y)]
+    for order in itertools.permutations(known):
+        if all(a[0] >= b[0] for a, b in itertools.pairwise(order)):
+            yield [y for _, y in order]
+
+
+def precision_at_k(scores, targets, k):
+    """Mean over the rankings of the share of labels among the first k ranks."""
+    values = [Fraction(sum(y == 1 for y in ranked[:k]), k) for ranked in rankings(scores, targets) if ranked]
+    return float(sum(values) / len(values)) if values else math.nan
+
+
+def ndcg_at_k(scores, targets, k):
+    """Mean over the rankings of the gain of the first k ranks, divided by that of the best ranking."""
+    gains = [discounted_gain(ranked[:k]) for ranked in rankings(scores, targets)]
+    ideal = discounted_gain(sorted((y for y in targets if not math.isnan(y)), reverse=True)[:k])
+    return math.fsum(gains) / len(gains) / ideal if ideal else math.nan
+
+
+def discounted_gain(ranked):
+    return math.fsum(y / math.log2(rank + 1) for rank, y in enumerate(ranked, start=1))
