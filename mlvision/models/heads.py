@@ -1,12 +1,15 @@
 """Heads: features in, one logit a class out."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.types import Features, HeadOutput
 
 
@@ -28,9 +31,13 @@ class LinearHead(nn.Module):
 
     It starts near zero (normal, std 0.01; zero bias), so every label starts near probability 0.5 whatever the scale of
     the features.
+
+    Args:
+        in_features: width of the pooled features.
+        map_features: width of the map, which every head is told and this one does not read.
     """
 
-    def __init__(self, in_features: int, num_classes: int, config: LinearHeadConfig):
+    def __init__(self, in_features: int, num_classes: int, config: LinearHeadConfig, map_features: int | None = None):
         super().__init__()
         if not 0 <= config.dropout < 1:
             raise InputError(f"head.dropout: expected a probability in [0, 1), got {config.dropout}")
@@ -48,3 +55,75 @@ class LinearHead(nn.Module):
         with torch.autocast(features.pooled.device.type, enabled=False):
             pooled = features.pooled.to(self.linear.weight.dtype)
             return HeadOutput(self.linear(self.dropout(pooled)), embedding=pooled)
+
+
+# By the number of heads, each head's temperature; infinity takes the highest cell, and is 99 in the published code.
+CSRA_TEMPERATURES: dict[int, tuple[float, ...]] = {
+    1: (1.0,),
+    2: (1.0, math.inf),
+    4: (1.0, 2.0, 4.0, math.inf),
+    6: (1.0, 2.0, 3.0, 4.0, 5.0, math.inf),
+    8: (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class CsraHeadConfig(HeadConfig):
+    name: Annotated[str, "which head: a key of HEADS"] = "csra"
+    lam: Annotated[
+        float, "weight of the attended score beside the mean; published: 0.1 for VOC, 0.4 to 0.5 for COCO"
+    ] = 0.1
+    num_heads: Annotated[int, "classifiers that are summed, each of its own temperature: 1, 2, 4, 6 or 8"] = 1
+
+
+class CsraHead(nn.Module):
+    """Class-specific residual attention: a class's mean over the cells, plus a share of where it is strongest.
+
+        s[n] = x[n] . w / |w|
+        logit = sum over the heads: mean_n s[n] + lam * sum_n s[n] softmax_n(T s)[n]
+
+    Each head has weights w of its own for every class and its own temperature T; there is no bias. The maps are the scores s
+    of each class, as the mean over the heads: with lam = 0 their mean over the cells is the logit divided by the heads.
+
+    Args:
+        in_features: width of the pooled features, which are not read but handed on as the embedding.
+        map_features: width of the map x; as in_features where not given.
+
+    Raises:
+        InputError: an option outside its range.
+
+    Source: Zhu & Wu, "Residual Attention: A Simple but Effective Method for Multi-Label Recognition", ICCV 2021, and its
+    published code.
+    """
+
+    map_kind = "logit"
+
+    def __init__(self, in_features: int, num_classes: int, config: CsraHeadConfig, map_features: int | None = None):
+        super().__init__()
+        rules = (
+            ("lam", config.lam >= 0, "0 or more"),
+            ("num_heads", config.num_heads in CSRA_TEMPERATURES, f"one of {', '.join(map(str, CSRA_TEMPERATURES))}"),
+        )
+        check_fields(config, "head.", rules)
+        self.num_classes, self.lam = num_classes, config.lam
+        self.temperatures = CSRA_TEMPERATURES[config.num_heads]
+        width = map_features or in_features
+        self.weight = nn.Parameter(torch.empty(config.num_heads, num_classes, width))
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def forward(self, features: Features) -> HeadOutput:
+        """Logits `[B, C]` and maps `[B, C, h, w]` in the weights' own precision also under autocast, as in LinearHead."""
+        with torch.autocast(features.map.device.type, enabled=False):
+            cells = features.map.flatten(2).to(self.weight.dtype)
+            scores = torch.einsum("kcd,bdn->bkcn", F.normalize(self.weight, dim=-1), cells)
+            heads = zip(scores.unbind(1), self.temperatures, strict=True)
+            attended = torch.stack([_attended(of_head, temperature) for of_head, temperature in heads])
+            logits = scores.mean(3).sum(1) + self.lam * attended.sum(0)
+            return HeadOutput(logits, scores.mean(1).unflatten(2, features.map.shape[2:]), features.pooled)
+
+
+def _attended(scores: Float[Tensor, "B C N"], temperature: float) -> Float[Tensor, "B C"]:
+    """The scores' mean over the cells, weighted by the softmax of what they are themselves."""
+    if temperature == math.inf:
+        return scores.amax(2)
+    return (scores * (temperature * scores).softmax(2)).sum(2)

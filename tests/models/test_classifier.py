@@ -68,7 +68,7 @@ def test_every_parameter_of_a_classifier_gets_a_gradient():
 
 
 def test_wrong_head_options_are_named():
-    with pytest.raises(InputError, match="head.name: expected one of linear, got 'linaer'"):
+    with pytest.raises(InputError, match="head.name: expected one of linear, .*, got 'linaer'"):
         build_head("linaer", 2, 3)
     with pytest.raises(InputError, match="head.dropout: expected a probability"):
         build_head("linear", 2, 3, dropout=1.0)

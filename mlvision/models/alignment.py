@@ -1,0 +1,188 @@
+"""Images and the names of their labels in one space: a head that compares them, and what navigates between their parts."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mlvision.errors import InputError, check_fields
+from mlvision.models.heads import HeadConfig
+from mlvision.models.text import TextConfig
+from mlvision.types import Features, HeadOutput
+
+TAU_RANGE = (0.01, 1.0)  # of the navigators' temperature: a colder one would freeze the plan
+
+
+@dataclass(frozen=True)
+class TextHeadConfig(HeadConfig):
+    name: Annotated[str, "which head: a key of HEADS"] = "text"
+    text: TextConfig = field(default_factory=TextConfig)
+    adapter_ratio: Annotated[float, "share of the residual adapter that is added to the image's embedding; 0: none"] = (
+        1.0
+    )
+    region_share: Annotated[
+        float, "share of the logit that compares a label with the patches that its navigator points at; 0 to 1"
+    ] = 0.0
+    scale: Annotated[float, "what a cosine is multiplied by to be a logit, at the start; learnt"] = 10.0
+    tau: Annotated[float, "temperature of the navigators at the start; learnt where anything trains them"] = 0.07
+
+
+class Joint(NamedTuple):
+    """An image, its patches and the labels in the space of the text.
+
+    Attributes:
+        image: `[B, D]`, of length 1.
+        patches: `[B, N, D]`, rows of the map one after the other.
+        labels: `[C, D]`, of length 1.
+        grid: (h, w) of the patches.
+    """
+
+    image: Float[Tensor, "B D"]
+    patches: Float[Tensor, "B N D"]
+    labels: Float[Tensor, "C D"]
+    grid: tuple[int, int]
+
+
+class TextHead(nn.Module):
+    """Logits by how near the image's embedding is to that of each label's name: scale * cos + bias.
+
+    One linear layer takes the pooled features, and each cell of the map, to the space of the text. The image's embedding is
+    passed through a residual adapter of two layers, whose last starts at zero. The maps are the backward plan of conditional
+    transport, for every label: softmax over the cells of cos(patch, label) / tau, which needs no ground truth and sums to 1
+    over space (kind mass). With `region_share` a label is also compared with the mean of the patches under its map.
+
+    Args:
+        in_features: width of the pooled features.
+        label_embeddings: `[C, D]`, from the labels' names; kept as a buffer, or trained where the encoder is `learned`.
+        map_features: width of the map; as in_features where not given.
+
+    Source: for the residual adapter and the CLIP-like read-out Li et al., "PatchCT", ICCV 2023, figure 2.
+
+    DEVIATION: one projection serves pooled features and cells where their widths are the same, so that what trains the
+    image's embedding also places the patches. A bias, which a sigmoid of cosines needs, starts where the mean score is the
+    share of labels that are present (`start_at`).
+    """
+
+    map_kind = "mass"
+    label_embeddings: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        config: TextHeadConfig,
+        map_features: int | None = None,
+        *,
+        label_embeddings: Float[Tensor, "C D"],
+    ):
+        super().__init__()
+        rules = (
+            ("adapter_ratio", config.adapter_ratio >= 0, "0 or more"),
+            ("region_share", 0 <= config.region_share <= 1, "0 to 1"),
+            ("scale", config.scale > 0, "more than 0"),
+            ("tau", TAU_RANGE[0] <= config.tau <= TAU_RANGE[1], f"{TAU_RANGE[0]} to {TAU_RANGE[1]}"),
+        )
+        check_fields(config, "head.", rules)
+        if len(label_embeddings) != num_classes:
+            raise InputError(f"label embeddings of {len(label_embeddings)} labels: expected {num_classes}")
+        self.num_classes, self.config = num_classes, config
+        width, map_features = label_embeddings.shape[1], map_features or in_features
+        if config.text.encoder == "learned":
+            self.label_embeddings = nn.Parameter(label_embeddings.clone())
+        else:
+            self.register_buffer("label_embeddings", label_embeddings.clone())
+        self.project = nn.Linear(in_features, width, bias=False)
+        self.project_cells = None if map_features == in_features else nn.Linear(map_features, width, bias=False)
+        self.adapter = None
+        if config.adapter_ratio:
+            last = nn.Linear(max(1, width // 4), width)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.adapter = nn.Sequential(nn.Linear(width, max(1, width // 4)), nn.GELU(), last)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.bias = nn.Parameter(torch.tensor(0.0))
+        self.log_tau = nn.Parameter(torch.tensor(math.log(config.tau)), requires_grad=config.region_share > 0)
+
+    def start_at(self, share: float) -> None:
+        """Let the mean score start at the share of labels that are present, before training."""
+        nn.init.constant_(self.bias, math.log(share / (1 - share)) if 0 < share < 1 else 0.0)
+
+    @property
+    def tau(self) -> Float[Tensor, ""]:
+        return self.log_tau.exp().clamp(*TAU_RANGE)
+
+    def forward(self, features: Features) -> HeadOutput:
+        """Logits `[B, C]`, maps `[B, C, h, w]` and the image's embedding `[B, D]`, in float32 also under autocast."""
+        with torch.autocast(features.pooled.device.type, enabled=False):
+            return self.read(self.join(features))
+
+    def join(self, features: Features) -> Joint:
+        """What the head compares, in the weights' own precision."""
+        dtype = self.project.weight.dtype
+        image = self.project(features.pooled.to(dtype))
+        if self.adapter is not None:
+            image = image + self.config.adapter_ratio * self.adapter(image)
+        cells = (self.project_cells or self.project)(features.map.flatten(2).mT.to(dtype))
+        labels = F.normalize(self.label_embeddings, dim=-1)
+        return Joint(F.normalize(image, dim=-1), cells, labels, (features.map.shape[2], features.map.shape[3]))
+
+    def read(self, joint: Joint) -> HeadOutput:
+        """Logits and maps of what is joined."""
+        near = joint.image @ joint.labels.T
+        patches = F.normalize(joint.patches, dim=-1)
+        plan = (patches @ joint.labels.T / self.tau).softmax(1)
+        share = self.config.region_share
+        if share:
+            regions = F.normalize(plan.mT @ joint.patches, dim=-1)
+            near = (1 - share) * near + share * (regions * joint.labels).sum(2)
+        return HeadOutput(self.log_scale.exp() * near + self.bias, plan.mT.unflatten(2, joint.grid), joint.image)
+
+
+class LinearNavigator(nn.Module):
+    """d = -cos(f(patch), f(label)) / tau, f one linear map that starts as the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.project = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.project.weight)
+
+    def forward(
+        self, patches: Float[Tensor, "B N D"], labels: Float[Tensor, "*B C D"], tau: Float[Tensor, ""]
+    ) -> Float[Tensor, "B N C"]:
+        one, other = (F.normalize(self.project(x), dim=-1) for x in (patches, labels))
+        return -(one @ other.mT) / tau
+
+
+class MlpNavigator(nn.Module):
+    """d = a network of the squared differences of patch and label; the first layer needs no table of differences.
+
+    sum_d W[k, d] (e[d] - t[d])^2 = W e^2 + W t^2 - 2 sum_d W[k, d] e[d] t[d].
+
+    Source: Zheng & Zhou, NeurIPS 2021, appendix (a navigator of two hidden layers).
+
+    DEVIATION: one hidden layer, and the lengths of patch and label are taken off first.
+    """
+
+    def __init__(self, width: int, hidden: int = 64):
+        super().__init__()
+        self.first = nn.Linear(width, hidden)
+        self.last = nn.Linear(hidden, 1, bias=False)  # what is added to all distances changes no plan
+
+    def forward(
+        self, patches: Float[Tensor, "B N D"], labels: Float[Tensor, "*B C D"], tau: Float[Tensor, ""]
+    ) -> Float[Tensor, "B N C"]:
+        one, other = F.normalize(patches, dim=-1), F.normalize(labels, dim=-1)
+        weight = self.first.weight
+        both = torch.einsum("bnd,kd,bcd->bnck", one, weight, other.expand(len(one), -1, -1))
+        hidden = (
+            self.first(one.square())[:, :, None] + F.linear(other.square(), weight).expand(len(one), -1, -1)[:, None]
+        )
+        return self.last(F.leaky_relu(hidden - 2 * both)).squeeze(-1) / tau
+
+
+# How far apart patch and label are for the navigators; cosine has no network of its own.
+NAVIGATORS = {"linear": LinearNavigator, "mlp": MlpNavigator}

@@ -1,0 +1,142 @@
+"""The head that compares images with the names of labels, and the navigators."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from mlvision.errors import InputError
+from mlvision.models.alignment import LinearNavigator, MlpNavigator, TextHead, TextHeadConfig
+from mlvision.models.text import TextConfig
+from mlvision.types import Features
+
+LABELS = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+
+
+def features(width=6, map_width=6, grid=(2, 5)) -> Features:
+    noise = torch.Generator().manual_seed(1)
+    return Features(torch.randn(4, map_width, *grid, generator=noise), torch.randn(4, width, generator=noise))
+
+
+def build(map_features=None, **options) -> TextHead:
+    torch.manual_seed(0)
+    head = TextHead(6, 3, TextHeadConfig(**options), map_features, label_embeddings=LABELS)
+    torch.nn.init.normal_(head.project.weight)
+    return head.eval()
+
+
+def test_logits_are_scaled_cosines_of_image_and_label():
+    head, given = build(scale=7.0), features()
+    head.bias.data.fill_(-0.5)
+    image = given.pooled @ head.project.weight.T  # the adapter's last layer starts at zero
+    expected = 7 * cosine_similarity(image[:, None], LABELS[None], dim=-1) - 0.5
+    torch.testing.assert_close(head(given).logits, expected)
+    for linear in (head.adapter[0], head.adapter[2]):
+        torch.nn.init.normal_(linear.weight)
+    adapted = build(scale=7.0, adapter_ratio=0.3)
+    adapted.load_state_dict(head.state_dict())
+    image = image + 0.3 * head.adapter(image)
+    expected = 7 * cosine_similarity(image[:, None], LABELS[None], dim=-1) - 0.5
+    torch.testing.assert_close(adapted(given).logits, expected)
+
+
+def test_the_maps_are_the_way_back_from_a_label_to_the_cells():
+    head, given = build(tau=0.2), features()
+    given.map.zero_()[:, :, 0, 3] = LABELS[1] @ head.project.weight  # towards label 1, off the diagonal
+    maps = head(given).maps
+    assert maps.shape == (4, 3, 2, 5)
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(4, 3))
+    assert all(divmod(place, 5) == (0, 3) for place in maps[:, 1].flatten(1).argmax(1).tolist())
+    patch = head.project.weight @ given.map[0, :, 0, 3]
+    near = torch.zeros(10)
+    near[3] = cosine_similarity(patch, LABELS[1], dim=0) / 0.2
+    torch.testing.assert_close(maps[0, 1].flatten(), near.softmax(0))
+
+
+def test_regions_are_the_patches_under_the_maps():
+    head, given = build(region_share=1.0), features()
+    output = head(given)
+    patches = given.map.flatten(2).mT @ head.project.weight.T
+    regions = torch.einsum("bcn,bnd->bcd", output.maps.flatten(2), patches)
+    torch.testing.assert_close(output.logits, 10 * cosine_similarity(regions, LABELS[None], dim=-1))
+    half, none = (build(region_share=share)(given).logits for share in (0.5, 0.0))
+    torch.testing.assert_close(half, (output.logits + none) / 2)
+
+
+def test_a_map_of_another_width_has_a_projection_of_its_own():
+    head = build(map_features=9)
+    assert head.project_cells.weight.shape == (8, 9)
+    assert head(features(map_width=9)).maps.shape == (4, 3, 2, 5)
+
+
+def test_the_mean_score_starts_at_the_share_of_present_labels():
+    head = build()
+    torch.nn.init.zeros_(head.project.weight)
+    head.start_at(0.05)
+    assert head(features()).logits.sigmoid().mean().item() == pytest.approx(0.05, abs=1e-5)
+
+
+def test_learnt_labels_are_trained_and_named_ones_are_not():
+    learnt = build(text=TextConfig(encoder="learned"), region_share=0.5)
+    learnt(features()).logits.square().sum().backward()
+    assert learnt.label_embeddings.grad.abs().sum() > 0
+    assert learnt.log_tau.grad.abs() > 0
+    named = build()
+    assert "label_embeddings" in named.state_dict()
+    assert "label_embeddings" not in dict(named.named_parameters())
+    assert not named.log_tau.requires_grad  # nothing that is trained depends on the maps
+
+
+def test_it_computes_in_float32_under_autocast():
+    head, given = build(region_share=0.5), features()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = head(given)
+    assert torch.equal(inside.logits, head(given).logits)
+    rounded = head(Features(given.map.bfloat16(), given.pooled.bfloat16()))
+    assert rounded.logits.dtype == torch.float32
+    torch.testing.assert_close(rounded.logits, head(given).logits, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"region_share": 1.5}, "head.region_share: expected 0 to 1"),
+        ({"tau": 0.0}, "head.tau: expected 0.01 to 1.0"),
+        ({"scale": 0.0}, "head.scale: expected more than 0"),
+        ({"adapter_ratio": -1.0}, "head.adapter_ratio: expected 0 or more"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        build(**options)
+
+
+def test_embeddings_of_other_labels_are_refused():
+    with pytest.raises(InputError, match="label embeddings of 3 labels: expected 4"):
+        TextHead(6, 4, TextHeadConfig(), label_embeddings=LABELS)
+
+
+def test_the_linear_navigator_starts_as_the_cosine():
+    patches, labels, tau = torch.randn(2, 4, 8), torch.randn(3, 8), torch.tensor(0.3)
+    expected = -normalize(patches, dim=-1) @ normalize(labels, dim=-1).T / 0.3
+    torch.testing.assert_close(LinearNavigator(8)(patches, labels, tau), expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_mlp_navigator_reads_squared_differences(shared):
+    """Against the table of differences, which it never makes."""
+    torch.manual_seed(0)
+    navigator = MlpNavigator(8, hidden=5)
+    patches, labels = torch.randn(2, 4, 8), torch.randn(*(() if shared else (2,)), 3, 8)
+    one, other = normalize(patches, dim=-1), normalize(labels, dim=-1).expand(2, -1, -1)
+    differences = (one[:, :, None] - other[:, None]).square()
+    expected = navigator.last(torch.nn.functional.leaky_relu(navigator.first(differences))).squeeze(-1) / 0.5
+    torch.testing.assert_close(navigator(patches, labels, torch.tensor(0.5)), expected)
+
+
+def test_tau_stays_in_its_range():
+    head = build()
+    for value, expected in ((1e-6, 0.01), (0.3, 0.3), (50.0, 1.0)):
+        head.log_tau.data.fill_(math.log(value))
+        assert head.tau.item() == pytest.approx(expected)
