@@ -333,8 +333,8 @@ def _suggest(schema: Any, full: str) -> str:
     near = difflib.get_close_matches(key, here, n=1)
     if near:
         return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    everywhere = [k for k in _schema_keys(Config()) if k.rpartition(".")[2] == key]
-    everywhere = everywhere or difflib.get_close_matches(full, list(_schema_keys(Config())), n=1)
+    others = [k for k in _schema_keys(Config()) if k != full]  # `full` itself may be an option of another choice
+    everywhere = [k for k in others if k.rpartition(".")[2] == key] or difflib.get_close_matches(full, others, n=1)
     return f"; did you mean {everywhere[0]}?" if everywhere else f"; expected one of {', '.join(here)}"
 
 
