@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -35,11 +35,18 @@ from mlvision.errors import InputError
 from mlvision.explain.callback import CamGrids
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import METHODS, Method
-from mlvision.models import Preprocessing, build_classifier
+from mlvision.models import Preprocessing, TextHead, TextHeadConfig, build_classifier
+from mlvision.models.text import (
+    FILE_NAME,
+    embed_labels,
+    extend_label_embeddings,
+    load_label_embeddings,
+    save_label_embeddings,
+)
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
-_WRITTEN_FIRST = ("images.csv", "bad_images.csv", "environment.json", "config.yaml.partial")
+_WRITTEN_FIRST = ("images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml.partial")
 # What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
 _FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "loader.num_workers")
 
@@ -101,7 +108,7 @@ def build_run(config: Config) -> Run:
     precision = resolve_precision(config.precision, resolve_device(config.device))
     train, val, bad = read_training_manifests(config)
     seed_everything(config.seed)
-    method, preprocessing = build_method(config, len(train.classes))
+    method, preprocessing = build_method(config, train.classes)
     method.prepare(train)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     check_options(method, config.optim, config.checkpoint)
@@ -186,15 +193,24 @@ def resolve(config: Config) -> Config:
     )
 
 
-def build_method(config: Config, num_classes: int) -> tuple[Method, Preprocessing]:
+def build_method(
+    config: Config, classes: Sequence[str], label_embeddings: Float[Tensor, "C D"] | None = None
+) -> tuple[Method, Preprocessing]:
     """The method of a config with a fresh classifier, and the preprocessing that its weights expect.
+
+    Args:
+        label_embeddings: for a head that compares images with the labels' names; made of the names where not given.
 
     Raises:
         InputError: an option of model, head or method that cannot be used.
     """
     if config.model.in_chans != 3:
         raise InputError(f"model.in_chans: every reader gives images of 3 channels, got {config.model.in_chans}")
-    classifier = build_classifier(config.model, config.head, num_classes, image_size=config.view.size)
+    if label_embeddings is None and isinstance(config.head, TextHeadConfig):
+        label_embeddings = embed_labels(classes, config.head.text)
+    classifier = build_classifier(
+        config.model, config.head, len(classes), image_size=config.view.size, label_embeddings=label_embeddings
+    )
     preprocessing = classifier.backbone.preprocessing
     _, build = METHODS[config.method.name]
     return build(config.method, classifier, preprocessing), preprocessing
@@ -314,7 +330,9 @@ def load_run(
         )
     classes = tuple(saved["classes"])
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
-    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), len(classes))
+    text = config.head.text if isinstance(config.head, TextHeadConfig) else None
+    embeddings = load_label_embeddings(folder, classes, text) if text else None
+    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), classes, embeddings)
     try:
         method.load_state_dict(saved["ema" if weights == "ema" else "method"])
     except RuntimeError as error:
@@ -324,6 +342,25 @@ def load_run(
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
     return LoadedRun(method, classes, config, folder, precision, view, weights)
+
+
+def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
+    """The run with further classes by their names, whose logits come last: of a head that compares images with names.
+
+    Raises:
+        InputError: another head, no text encoder to embed the names, or as `extend_label_embeddings`.
+    """
+    classifier = run.method.classifier
+    head = classifier.head
+    if not isinstance(head, TextHead):
+        raise InputError(
+            f"extra_labels: head {run.config.head.name} knows its own {len(run.classes)} classes alone; a head that "
+            "compares with names (head.name=text) can be given more"
+        )
+    embeddings = extend_label_embeddings(head.label_embeddings, run.classes, names, head.config.text)
+    head.label_embeddings = embeddings
+    head.num_classes = classifier.num_classes = len(embeddings)
+    return dataclasses.replace(run, classes=(*run.classes, *names))
 
 
 def choose_folder(config: Config) -> tuple[Path, bool]:
@@ -388,8 +425,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def start_folder(run: Run, folder: Path) -> None:
-    """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated), and
-    bad_images.csv where images were skipped."""
+    """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated),
+    bad_images.csv where images were skipped, and the embeddings of the labels' names where the head compares with them."""
     folder.mkdir(parents=True, exist_ok=True)
     if run.bad_images:
         with open(folder / "bad_images.csv", "w", newline="") as file:
@@ -401,6 +438,9 @@ def start_folder(run: Run, folder: Path) -> None:
     if run.label_maps:
         environment["label_maps"] = run.label_maps.meta.to_json()
     write_json(folder / "environment.json", environment)
+    if isinstance(run.config.head, TextHeadConfig) and isinstance(run.method.classifier.head, TextHead):
+        head = run.method.classifier.head
+        save_label_embeddings(folder, head.label_embeddings, run.train.classes, run.config.head.text)
     save_options(run.config, folder / "config.yaml")  # last: its presence says that a run is here
 
 

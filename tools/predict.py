@@ -4,7 +4,7 @@ python tools/predict.py runs/<name> images=folder out=predictions.csv
 """
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +14,16 @@ from mlvision.config import describe_options, parse_options, run_command
 from mlvision.data.images import drop_unreadable, folder_manifest
 from mlvision.data.loader import LoaderConfig, eval_loader
 from mlvision.errors import InputError
-from mlvision.run import load_run
+from mlvision.run import add_classes, load_run
 
 
 @dataclass(frozen=True)
 class PredictOptions:
     images: Annotated[str, "folder whose images are predicted, sub-folders included"] = ""
     out: Annotated[str, "CSV to write"] = "predictions.csv"
+    extra_labels: Annotated[
+        list[str], "names of classes that the model was not trained on; a head that compares with names can take them"
+    ] = field(default_factory=list)
     threshold: Annotated[float, "a class is a label where its score is at least this"] = 0.5
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
@@ -43,6 +46,8 @@ def main(argv: list[str]) -> None:
     if not out.parent.is_dir():
         raise InputError(f"out: the folder {out.parent} does not exist")
     run = load_run(path, device=options.device, weights=options.weights)
+    if options.extra_labels:
+        run = add_classes(run, options.extra_labels)
     if not options.images:
         raise InputError("images: expected a folder, got nothing")
     manifest = folder_manifest(Path(options.images), run.classes)

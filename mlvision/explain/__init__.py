@@ -22,7 +22,7 @@ from mlvision.explain.gradient import (
     SmoothGrad,
 )
 from mlvision.explain.perturb import CoarseToFine, KernelShap, Lime, Occlusion, Rise
-from mlvision.explain.producers import DenseHead, StoredMaps
+from mlvision.explain.producers import DenseHead, OwnMaps, StoredMaps
 from mlvision.explain.selection import EmptySelectionError, Labels, Selection, select
 from mlvision.explain.subject import Subject, undisturbed
 from mlvision.labels.geometry import whole_images
@@ -47,6 +47,7 @@ EXPLAINERS: dict[str, type[Explainer] | type[MapProducer]] = {
     "attention_rollout": AttentionRollout,
     "attention_relevance": AttentionRelevance,
     "dense_head": DenseHead,
+    "own_maps": OwnMaps,
 }
 # What every table of measures holds beside the explainers.
 CONTROLS: dict[str, type[Explainer]] = {

@@ -21,7 +21,7 @@ class DenseHead:
     def maps(
         self, model: Any, images: Shaped[Tensor, "B in_chans H W"], indices: Int64[Tensor, " B"] | None = None
     ) -> LabelMap:
-        """Logits of all classes.
+        """Of all classes: logits, or what the head's own maps are (queries' attention and transport plans are mass).
 
         Raises:
             InputError: a model without a backbone of timm's, or a head that cannot take a single cell.
@@ -31,10 +31,32 @@ class DenseHead:
             raise InputError("dense_head: this network has no head of its own that could be read cell by cell")
         with torch.no_grad():
             pixels = subject.pixels(images)
-            values = subject.classifier(subject.normalise(pixels)).maps
+            values, kind = subject.classifier(subject.normalise(pixels)).maps, "logit"
             if values is None:
                 values = build_teacher(model).maps(pixels)
-        return LabelMap(values, kind="logit", activation=getattr(model, "activation", "sigmoid"))
+            else:
+                kind = getattr(subject.classifier.head, "map_kind", kind)
+        return LabelMap(values, kind=kind, activation=getattr(model, "activation", "sigmoid"))
+
+
+@dataclass(frozen=True)
+class OwnMaps:
+    """What a method itself says of each cell: PatchCT's way from a label to the patches, Token Labeling's cells."""
+
+    def maps(
+        self, model: Any, images: Shaped[Tensor, "B in_chans H W"], indices: Int64[Tensor, " B"] | None = None
+    ) -> LabelMap:
+        """Of all classes, of the kind that the method makes.
+
+        Raises:
+            InputError: a model without maps of its own.
+        """
+        if not hasattr(model, "label_maps"):
+            raise InputError(
+                f"own_maps: {type(model).__name__} says nothing of its cells (take dense_head or grad_cam)"
+            )
+        with torch.no_grad():
+            return model.label_maps(images)
 
 
 class StoredMaps:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.methods.baseline import Baseline, BaselineConfig
+from mlvision.methods.patchct import PatchCT, PatchCTConfig
 from mlvision.methods.relabel import Relabel, RelabelConfig
 from mlvision.methods.token_labeling import TokenLabeling, TokenLabelingConfig
 
 METHODS: dict[str, tuple[type[MethodConfig], Callable[..., Method]]] = {
     "baseline": (BaselineConfig, Baseline),
+    "patchct": (PatchCTConfig, PatchCT),
     "relabel": (RelabelConfig, Relabel),
     "token_labeling": (TokenLabelingConfig, TokenLabeling),
 }
@@ -19,6 +21,8 @@ __all__ = [
     "BaselineConfig",
     "Method",
     "MethodConfig",
+    "PatchCT",
+    "PatchCTConfig",
     "Relabel",
     "RelabelConfig",
     "TokenLabeling",

@@ -7,6 +7,7 @@ only what stands here.
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -73,7 +74,13 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def prepare(self, manifest: Manifest) -> None:
-        """See the training manifest once, before the first step; what is kept of it is a buffer."""
+        """See the training manifest once, before the first step; what is kept of it is in the state.
+
+        A head that can start at the share of labels that are present does.
+        """
+        start_at = getattr(self.classifier.head, "start_at", None)
+        if start_at is not None:
+            start_at(float(np.nanmean(manifest.targets)))
 
     def check_label_map(self, label_map: LabelMap) -> None:
         """See one map of the training images before the first step, where the method needs them.

@@ -1,6 +1,8 @@
 """Any timm model as a backbone: images in, a spatial map and its pooled form out."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -105,13 +107,51 @@ class Backbone(nn.Module):
         self.preprocessing = Preprocessing.of(model, in_chans)
         self._layout = getattr(model, "output_fmt", "NCHW")
         self._num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-        self._measure(in_chans)
+        self._measure()
 
     def forward(self, images: Float[Tensor, "B in_chans H W"]) -> Features:
         """Map `[B, map_features, h, w]` and pooled features `[B, num_features]` of normalised images."""
         cells, prefix = self._split(self.model.forward_features(images))
         pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
         return Features(cells, pooled.flatten(1))
+
+    def with_levels(
+        self, images: Float[Tensor, "B in_chans H W"], num_levels: int
+    ) -> tuple[Features, list[Float[Tensor, "B _ h2 w2"]]]:
+        """The features, and the maps of the `num_levels` - 1 blocks (of a ViT) or stages before the last one, in order."""
+        if num_levels == 1:
+            return self(images), []
+        features, maps = self.model.forward_intermediates(images, indices=num_levels)
+        cells, prefix = self._split(features)
+        pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
+        return Features(cells, pooled.flatten(1)), maps[:-1]
+
+    def level_widths(self, num_levels: int) -> list[int]:
+        """Widths of the maps that `with_levels` gives, the last one's last.
+
+        Raises:
+            InputError: the model has not so many.
+        """
+        with self._probing() as blank:
+            try:
+                _, maps = self.with_levels(blank, num_levels)
+            except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
+                name = self.model.pretrained_cfg["architecture"]
+                raise InputError(f"levels: {name} gives no {num_levels} maps ({first_line(error)})") from error
+        return [*(level.shape[1] for level in maps), self.map_features]
+
+    @contextmanager
+    def _probing(self) -> Iterator[Float[Tensor, "1 in_chans H W"]]:
+        """A blank image for the model in eval mode: batch statistics stay as they are, no random numbers are drawn."""
+        blank = next(self.model.parameters()).new_zeros(1, len(self.preprocessing.mean), *self.image_size)
+        modes = [(part, part.training) for part in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield blank
+        finally:
+            for part, mode in modes:
+                part.training = mode
 
     def _split(self, features: Tensor) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
         """timm's layout to a map and prefix tokens."""
@@ -131,37 +171,69 @@ class Backbone(nn.Module):
             return torch.cat([prefix, cells.flatten(2).transpose(1, 2)], dim=1)
         return cells
 
-    @torch.no_grad()
-    def _measure(self, in_chans: int) -> None:
+    def _measure(self) -> None:
         """Learn layout, grid and widths from one blank image, as timm's metadata holds them for no model completely."""
-        blank = next(self.model.parameters()).new_zeros(1, in_chans, *self.image_size)
-        modes = [(part, part.training) for part in self.model.modules()]
-        self.model.eval()  # batch statistics stay as they are, no random numbers are drawn
         try:
             _check_patches(self.model, self.image_size)
-            features = self.model.forward_features(blank)
-            if not isinstance(features, Tensor):
-                raise ValueError(f"its features are a {type(features).__name__} of several tensors")
-            if features.ndim == 3:
-                self._layout = "NLC"
-                self.grid = _token_grid(self.model, blank)
-                if features.shape[1] != self._num_prefix_tokens + self.grid[0] * self.grid[1]:
-                    raise ValueError(
-                        f"its {features.shape[1]} tokens are not {self._num_prefix_tokens} prefix tokens and a"
-                        f" {self.grid[0]}x{self.grid[1]} grid"
-                    )
-            probe = self(blank)
+            with self._probing() as blank:
+                features = self.model.forward_features(blank)
+                if not isinstance(features, Tensor):
+                    raise ValueError(f"its features are a {type(features).__name__} of several tensors")
+                if features.ndim == 3:
+                    self._layout = "NLC"
+                    self.grid = _token_grid(self.model, blank)
+                    if features.shape[1] != self._num_prefix_tokens + self.grid[0] * self.grid[1]:
+                        raise ValueError(
+                            f"its {features.shape[1]} tokens are not {self._num_prefix_tokens} prefix tokens and a"
+                            f" {self.grid[0]}x{self.grid[1]} grid"
+                        )
+                probe = self(blank)
         except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
             name, (height, width) = self.model.pretrained_cfg["architecture"], self.image_size
             raise InputError(
                 f"model.name: {name} gives no spatial map for images of {height}x{width} ({first_line(error)})"
             ) from error
-        finally:
-            for part, mode in modes:
-                part.training = mode
         self.grid = tuple(probe.map.shape[-2:])
         self.map_features = probe.map.shape[1]
         self.num_features = probe.pooled.shape[1]
+
+
+class ClassAttention:
+    """How much a plain ViT's class token looks at each patch in the last block, the mean over its heads.
+
+    Raises:
+        InputError: a network without a class token, or one whose last attention cannot be followed.
+    """
+
+    def __init__(self, backbone: Backbone):
+        model = backbone.model
+        if not is_plain_vit(model) or not model.has_class_token:
+            name = model.pretrained_cfg["architecture"]
+            raise InputError(f"patch_weights: {name} has no class token in plain blocks; take uniform")
+        self._attention, self._num_prefix = model.blocks[-1].attn, backbone._num_prefix_tokens
+        self._tokens: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it the backbone's forward pass is seen."""
+
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._tokens = inputs[0]
+
+        handle = self._attention.register_forward_pre_hook(see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def weights(self) -> Float[Tensor, "B N"]:
+        """Of the images seen last; each row sums to 1. No gradient goes through them."""
+        assert self._tokens is not None, "watch a forward pass first"
+        attention, tokens, self._tokens = self._attention, self._tokens.detach(), None
+        with torch.no_grad():
+            q, k, _ = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = attention.q_norm(q[:, :, :1]), attention.k_norm(k[:, :, self._num_prefix :])
+            return (q @ k.mT * attention.scale).float().softmax(-1).mean(1).squeeze(1)
 
 
 def build_backbone(

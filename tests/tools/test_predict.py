@@ -7,6 +7,7 @@ from PIL import Image
 
 import train as train_script
 from mlvision import load_run
+from mlvision.data import build_manifest
 from mlvision.errors import InputError
 from tools import predict
 
@@ -67,3 +68,61 @@ def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, 
 def test_bad_options(run_folder, argument, message, tmp_path):
     with pytest.raises(InputError, match=message):
         predict.main([str(run_folder), f"images={tmp_path}", argument])
+
+
+@pytest.fixture(scope="module")
+def text_run(scenes_root, tmp_path_factory):
+    """PatchCT on the classes' names, by a file of word vectors that knows one word more."""
+    folder = tmp_path_factory.mktemp("text")
+    classes = build_manifest("coco", root=str(scenes_root), images="images", split="test").classes
+    words = sorted({word for name in classes for word in name.replace("_", " ").split()} | {"lighthouse"})
+    noise = torch.Generator().manual_seed(0)
+    lines = [f"{word} {' '.join(f'{x:.4f}' for x in torch.randn(8, generator=noise))}" for word in words]
+    (folder / "words.txt").write_text("\n".join(lines) + "\n")
+    train_script.main(
+        ["configs/scenes_efficientnet_lite0_patchct.yaml", f"data.root={scenes_root}", "device=cpu", "threads=1",
+         "model={name: test_resnet, pretrained: none}", "view.size=48", "loader={batch_size: 16, num_workers: 0}",
+         f"head.text={{encoder: vectors, model: {folder}/words.txt}}", "method={sink: 0.3, levels: 2}",
+         "optim.epochs=1", "log.tensorboard=false", f"out={folder}/run"]
+    )  # fmt: skip
+    return folder
+
+
+def test_a_class_is_added_by_its_name_to_a_model_that_reads_names(text_run, scenes_root, tmp_path):
+    images = tmp_path / "photos"
+    shutil.copytree(scenes_root / "images/test", images)
+    arguments = [str(text_run / "run"), f"images={images}", "num_workers=0"]
+    predict.main([*arguments, f"out={tmp_path}/known.csv"])
+    predict.main([*arguments, f"out={tmp_path}/more.csv", "extra_labels=[lighthouse]"])
+    known, more = (list(csv.reader(open(tmp_path / name, newline=""))) for name in ("known.csv", "more.csv"))
+    assert more[0] == [*known[0], "lighthouse"]
+    assert [row[2:-1] for row in more] == [row[2:] for row in known]
+    run = load_run(text_run / "run", device="cpu")
+    batch = run.preprocess([Image.open(images / more[1][0])])
+    (line,) = [line for line in (text_run / "words.txt").read_text().splitlines() if line.startswith("lighthouse")]
+    word = torch.tensor([float(x) for x in line.split()[1:]])
+    with torch.no_grad():
+        head, image = run.method.classifier.head, run.method.classify(batch).embedding
+        logit = head.log_scale.exp() * torch.cosine_similarity(image, word[None]) + head.bias
+    assert float(more[1][-1]) == pytest.approx(logit.sigmoid().item(), abs=1e-4)
+
+
+def test_a_trained_text_run_needs_no_encoder(text_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(text_run / "run", folder)
+    words = text_run / "words.txt"
+    hidden = words.rename(text_run / "elsewhere.txt")
+    try:
+        run = load_run(folder, device="cpu")
+        maps = run.method.label_maps(torch.zeros(1, 3, 48, 48))
+        assert maps.kind == "mass"
+        (folder / "label_embeddings.safetensors").unlink()
+        with pytest.raises(InputError, match="label_embeddings.safetensors: no such file"):
+            load_run(folder, device="cpu")
+    finally:
+        hidden.rename(words)
+
+
+def test_classes_cannot_be_added_to_a_head_that_reads_no_names(run_folder, tmp_path):
+    with pytest.raises(InputError, match="extra_labels: head linear knows its own"):
+        predict.main([str(run_folder), f"images={tmp_path}", "extra_labels=[lighthouse]"])

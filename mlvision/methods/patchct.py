@@ -1,0 +1,144 @@
+"""PatchCT: transport between an image's patches and the names of its labels, beside a classifier that compares the two."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from mlvision.errors import InputError, check_fields
+from mlvision.losses import Transport, build_loss, conditional_transport
+from mlvision.losses.transport import PLANS
+from mlvision.methods.base import Method, MethodConfig
+from mlvision.models import Classifier, Preprocessing
+from mlvision.models.alignment import NAVIGATORS, Joint, TextHead
+from mlvision.models.backbone import ClassAttention
+from mlvision.types import Batch, LabelMap, StepOutput
+
+
+@dataclass(frozen=True)
+class PatchCTConfig(MethodConfig):
+    name: Annotated[str, "which method: a key of METHODS"] = "patchct"
+    alpha: Annotated[float, "weight of the transport, a mean over images; 0: the classifier alone"] = 0.1
+    loss: Annotated[str, "of the classifier, summed over classes, mean over images: asl or bce"] = "asl"
+    gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
+    gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
+    clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    plan: Annotated[str, "ct (conditional transport), or sinkhorn (one plan that keeps both marginals)"] = "ct"
+    rho: Annotated[float, "share of the way from patches to labels, 0 to 1"] = 0.5
+    levels: Annotated[int, "how many of the backbone's last maps are aligned, each by a projection of its own"] = 1
+    navigator: Annotated[str, "what says how near patch and label are: cosine, linear or mlp"] = "cosine"
+    patch_weights: Annotated[str, "uniform, or attention: of the class token in a ViT's last block"] = "uniform"
+    sink: Annotated[float, "share of the labels' mass in a learnt prototype of the background, below 1; 0: none"] = 0.0
+
+
+class PatchCT(Method):
+    """Classification by the names of the labels, and the cost of transport between patches and the labels that are there.
+
+        loss = L(logits, y) + alpha * mean over levels of CT(patches, labels | y)
+
+    The labels' own maps are the plan back from a label to the patches, which needs no ground truth. The transport says
+    nothing about absent labels; unknown ones are in neither term.
+
+    Source: Li et al., "PatchCT: Aligning Patch Set and Label Set with Conditional Transport for Multi-Label Image
+    Classification", ICCV 2023. There is no published code.
+
+    DEVIATION: L is a mean over images as the transport is, so that alpha does not depend on the batch. Levels are the maps
+    that timm gives of any network; earlier ones are projected linearly, and all meet the same label embeddings.
+    """
+
+    def __init__(self, config: PatchCTConfig, classifier: Classifier, preprocessing: Preprocessing):
+        super().__init__(classifier, preprocessing)
+        _check(config)
+        if not isinstance(classifier.head, TextHead):
+            raise InputError("method.name: patchct compares patches with the names of labels; it needs head.name=text")
+        self.config, self.text = config, classifier.head
+        self.loss = build_loss(config.loss, gamma_neg=config.gamma_neg, gamma_pos=config.gamma_pos, clip=config.clip)
+        width = self.text.label_embeddings.shape[1]
+        learns = config.alpha > 0
+        if learns:
+            self.text.log_tau.requires_grad_(True)
+        earlier = classifier.backbone.level_widths(config.levels)[:-1] if learns else []
+        self.earlier = nn.ModuleList(nn.Linear(level, width, bias=False) for level in earlier)
+        self.navigator = NAVIGATORS[config.navigator](width) if learns and config.navigator in NAVIGATORS else None
+        self.sink = nn.Parameter(torch.randn(width)) if learns and config.sink else None
+        self.attention = ClassAttention(classifier.backbone) if learns and config.patch_weights == "attention" else None
+
+    def forward(self, batch: Batch) -> StepOutput:
+        joint, levels, patch_weights = self._join(batch.images)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            class_loss = self.loss(self.text.read(joint).logits, batch.targets)
+            if not self.config.alpha:
+                return StepOutput(class_loss)
+            costs = [self._transport(level, joint, batch.targets, patch_weights).cost.mean() for level in levels]
+            cost = torch.stack(costs).mean()
+            logs = {"class_loss": class_loss.detach(), "transport": cost.detach(), "tau": self.text.tau.detach()}
+            return StepOutput(class_loss + self.config.alpha * cost, logs)
+
+    def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
+        """Where each label goes: the plan back to the patches of the last map, of every label; sums to 1 over space."""
+        joint, _, patch_weights = self._join(images)
+        with torch.autocast(images.device.type, enabled=False):
+            every = joint.patches.new_ones(len(joint.patches), len(joint.labels))
+            plan = self._transport(joint.patches, joint, every, patch_weights).backward_plan
+        return LabelMap(plan.mT.unflatten(2, joint.grid), None, "mass")
+
+    def _join(
+        self, images: Shaped[Tensor, "B in_chans H W"]
+    ) -> tuple[Joint, list[Float[Tensor, "B N D"]], Float[Tensor, "B N"] | None]:
+        """Image, patches and labels in one space; the patches of every level, the last one last; what each patch weighs."""
+        backbone, normalised = self.classifier.backbone, self.normalise(images)
+        weights = None
+        if self.attention is None:
+            features, maps = backbone.with_levels(normalised, len(self.earlier) + 1)
+        else:
+            with self.attention.watching():
+                features, maps = backbone.with_levels(normalised, len(self.earlier) + 1)
+            weights = self.attention.weights()
+        with torch.autocast(images.device.type, enabled=False):
+            joint = self.text.join(features)
+            dtype = joint.patches.dtype
+            earlier = [
+                project(level.flatten(2).mT.to(dtype)) for project, level in zip(self.earlier, maps, strict=True)
+            ]
+        return joint, [*earlier, joint.patches], weights
+
+    def _transport(
+        self,
+        patches: Float[Tensor, "B N D"],
+        joint: Joint,
+        label_weights: Float[Tensor, "B C"],
+        patch_weights: Float[Tensor, "B N"] | None,
+    ) -> Transport:
+        config, navigator = self.config, self.navigator
+        own: Callable[[Tensor, Tensor], Tensor] | None = None
+        if navigator is not None:
+            own = lambda one, other: navigator(one, other, self.text.tau)  # noqa: E731
+        return conditional_transport(
+            patches,
+            joint.labels,
+            label_weights,
+            patch_weights,
+            plan=config.plan,
+            tau=self.text.tau,
+            rho=config.rho,
+            navigator=own,
+            sink=self.sink,
+            sink_mass=config.sink,
+        )
+
+
+def _check(config: PatchCTConfig) -> None:
+    rules = (
+        ("alpha", config.alpha >= 0, "0 or more"),
+        ("loss", config.loss in ("asl", "bce"), "asl or bce"),
+        ("plan", config.plan in PLANS, f"one of {', '.join(PLANS)}"),
+        ("rho", 0 <= config.rho <= 1, "0 to 1"),
+        ("levels", config.levels >= 1, "1 or more"),
+        ("navigator", config.navigator in ("cosine", *NAVIGATORS), f"one of cosine, {', '.join(NAVIGATORS)}"),
+        ("patch_weights", config.patch_weights in ("uniform", "attention"), "uniform or attention"),
+        ("sink", 0 <= config.sink < 1, "at least 0, less than 1"),
+    )
+    check_fields(config, "method.", rules)
