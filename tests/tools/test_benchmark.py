@@ -30,9 +30,7 @@ def test_the_peak_is_what_a_call_holds_at_once():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(
-        InputError, match="expected some of mean_ap, views, pooling, store, annotate, relabel, explainers, got speed"
-    ):
+    with pytest.raises(InputError, match="expected some of mean_ap, .*, transport, patchct, explainers, got speed"):
         benchmark.main(["speed"])
     with pytest.raises(InputError, match="expected pairs >= 1"):
         benchmark.main(["pooling", "pairs=0"])
