@@ -1,7 +1,7 @@
 """PatchCT: transport between an image's patches and the names of its labels, beside a classifier that compares the two."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -112,19 +112,17 @@ class PatchCT(Method):
         label_weights: Float[Tensor, "B C"],
         patch_weights: Float[Tensor, "B N"] | None,
     ) -> Transport:
-        config, navigator = self.config, self.navigator
-        own: Callable[[Tensor, Tensor], Tensor] | None = None
-        if navigator is not None:
-            own = lambda one, other: navigator(one, other, self.text.tau)  # noqa: E731
+        config, tau = self.config, self.text.tau
+        navigator = None if self.navigator is None else partial(self.navigator, tau=tau)
         return conditional_transport(
             patches,
             joint.labels,
             label_weights,
             patch_weights,
             plan=config.plan,
-            tau=self.text.tau,
+            tau=tau,
             rho=config.rho,
-            navigator=own,
+            navigator=navigator,
             sink=self.sink,
             sink_mass=config.sink,
         )
