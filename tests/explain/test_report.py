@@ -269,7 +269,7 @@ def reader(browser, report):
     page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
     page.on("requestfailed", lambda request: troubles.append(request.url))
     page.on("request", lambda request: requests.append(request.url))
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     yield Reader(page, report)
     page.close()
     assert troubles == []
