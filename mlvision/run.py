@@ -438,9 +438,9 @@ def start_folder(run: Run, folder: Path) -> None:
     if run.label_maps:
         environment["label_maps"] = run.label_maps.meta.to_json()
     write_json(folder / "environment.json", environment)
-    if isinstance(run.config.head, TextHeadConfig) and isinstance(run.method.classifier.head, TextHead):
-        head = run.method.classifier.head
-        save_label_embeddings(folder, head.label_embeddings, run.train.classes, run.config.head.text)
+    head = run.method.classifier.head
+    if isinstance(head, TextHead):
+        save_label_embeddings(folder, head.label_embeddings, run.train.classes, head.config.text)
     save_options(run.config, folder / "config.yaml")  # last: its presence says that a run is here
 
 

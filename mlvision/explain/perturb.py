@@ -69,6 +69,11 @@ class Perturbation:
             subject, pixels, masks, baseline=self.baseline, batch_size=self.batch_size, precision=self.precision
         )
 
+    def _whole(self, subject: Subject, pixels: Tensor, selection: Selection) -> Float[Tensor, "B L"]:
+        """The scores of the images as they are, in the precision of the copies."""
+        with torch.no_grad(), _autocast(self.precision, pixels.device):
+            return selection.scores(subject.logits(pixels).float())
+
 
 @dataclass(frozen=True)
 class Occlusion(Perturbation):
@@ -98,11 +103,7 @@ class Occlusion(Perturbation):
                 f"stride_px: expected at most the window of {window}, got {stride}; places would be left out"
             )
         masks = Windows(size, window, stride, pixels.device)
-        with (
-            torch.no_grad(),
-            _autocast(self.precision, pixels.device),
-        ):  # as of the copies
-            whole = selection.scores(subject.logits(pixels).float())
+        whole = self._whole(subject, pixels, selection)
         scores = selection.scores(self._answers(subject, pixels, masks))
         with torch.autocast(pixels.device.type, enabled=False):
             return masks.fold(_without_rounding(whole[:, None] - scores, whole[:, None]))
@@ -248,8 +249,7 @@ class CoarseToFine(Perturbation):
         largest = self.window_px or max(1, round(min(size) / 4))
         finest = self.finest_px or max(1, largest // 4)
         window = finest * 2 ** max(0, round(math.log2(largest / finest)))  # so that halves of halves end on the finest
-        with torch.no_grad(), _autocast(self.precision, device):  # as of the copies
-            whole = selection.scores(subject.logits(pixels).float())
+        whole = self._whole(subject, pixels, selection)
 
         def drops_of(corners: Int64[Tensor, "B M 4"]) -> Float[Tensor, "B M L"]:
             return whole[:, None] - selection.scores(self._answers(subject, pixels, Boxes(size, corners)))

@@ -1,5 +1,6 @@
 """PatchCT: transport between an image's patches and the names of its labels, beside a classifier that compares the two."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -69,7 +70,7 @@ class PatchCT(Method):
     def forward(self, batch: Batch) -> StepOutput:
         joint, levels, patch_weights = self._join(batch.images)
         with torch.autocast(batch.images.device.type, enabled=False):
-            class_loss = self.loss(self.text.read(joint).logits, batch.targets)
+            class_loss = self.loss(self.text.logits(joint), batch.targets)
             if not self.config.alpha:
                 return StepOutput(class_loss)
             costs = [self._transport(level, joint, batch.targets, patch_weights).cost.mean() for level in levels]
@@ -90,13 +91,9 @@ class PatchCT(Method):
     ) -> tuple[Joint, list[Float[Tensor, "B N D"]], Float[Tensor, "B N"] | None]:
         """Image, patches and labels in one space; the patches of every level, the last one last; what each patch weighs."""
         backbone, normalised = self.classifier.backbone, self.normalise(images)
-        weights = None
-        if self.attention is None:
+        with self.attention.watching() if self.attention else nullcontext():
             features, maps = backbone.with_levels(normalised, len(self.earlier) + 1)
-        else:
-            with self.attention.watching():
-                features, maps = backbone.with_levels(normalised, len(self.earlier) + 1)
-            weights = self.attention.weights()
+        weights = self.attention.weights() if self.attention else None
         with torch.autocast(images.device.type, enabled=False):
             joint = self.text.join(features)
             dtype = joint.patches.dtype

@@ -132,14 +132,21 @@ class TextHead(nn.Module):
 
     def read(self, joint: Joint) -> HeadOutput:
         """Logits and maps of what is joined."""
-        near = joint.image @ joint.labels.T
-        patches = F.normalize(joint.patches, dim=-1)
-        plan = (patches @ joint.labels.T / self.tau).softmax(1)
-        share = self.config.region_share
+        plan = self.plan(joint)
+        return HeadOutput(self.logits(joint, plan), plan.mT.unflatten(2, joint.grid), joint.image)
+
+    def plan(self, joint: Joint) -> Float[Tensor, "B N C"]:
+        """The way back from each label to the patches; columns sum to 1."""
+        return (F.normalize(joint.patches, dim=-1) @ joint.labels.T / self.tau).softmax(1)
+
+    def logits(self, joint: Joint, plan: Float[Tensor, "B N C"] | None = None) -> Float[Tensor, "B C"]:
+        """Logits of what is joined; the plan, where it is not given, is made only if they depend on it."""
+        near, share = joint.image @ joint.labels.T, self.config.region_share
         if share:
+            plan = self.plan(joint) if plan is None else plan
             regions = F.normalize(plan.mT @ joint.patches, dim=-1)
             near = (1 - share) * near + share * (regions * joint.labels).sum(2)
-        return HeadOutput(self.log_scale.exp() * near + self.bias, plan.mT.unflatten(2, joint.grid), joint.image)
+        return self.log_scale.exp() * near + self.bias
 
 
 class LinearNavigator(nn.Module):

@@ -111,9 +111,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "B in_chans H W"]) -> Features:
         """Map `[B, map_features, h, w]` and pooled features `[B, num_features]` of normalised images."""
-        cells, prefix = self._split(self.model.forward_features(images))
-        pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
-        return Features(cells, pooled.flatten(1))
+        return self._pool(self.model.forward_features(images))
 
     def with_levels(
         self, images: Float[Tensor, "B in_chans H W"], num_levels: int
@@ -122,9 +120,7 @@ class Backbone(nn.Module):
         if num_levels == 1:
             return self(images), []
         features, maps = self.model.forward_intermediates(images, indices=num_levels)
-        cells, prefix = self._split(features)
-        pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
-        return Features(cells, pooled.flatten(1)), maps[:-1]
+        return self._pool(features), maps[:-1]
 
     def level_widths(self, num_levels: int) -> list[int]:
         """Widths of the maps that `with_levels` gives, the last one's last.
@@ -152,6 +148,12 @@ class Backbone(nn.Module):
         finally:
             for part, mode in modes:
                 part.training = mode
+
+    def _pool(self, features: Tensor) -> Features:
+        """timm's features to map and pooled features, the latter computed from the former."""
+        cells, prefix = self._split(features)
+        pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
+        return Features(cells, pooled.flatten(1))
 
     def _split(self, features: Tensor) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
         """timm's layout to a map and prefix tokens."""
