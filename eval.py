@@ -57,7 +57,7 @@ def main(argv: list[str]) -> dict:
     draw_precision_recall(figure_file, predictions.logits, predictions.targets, manifest.classes)
     metrics = {
         "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
-        f"{run.config.view.size} px, split {manifest.split}; plain AP, F-measures at 0.5",
+        f"{run.config.view.eval_side} px, split {manifest.split}; plain AP, F-measures at 0.5",
         "checkpoint": str(Path(path)),
         "weights": chosen,
         "skipped_images": [{"key": key, "reason": reason} for _, key, reason in bad],

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{'resuming' if resume else 'training'} {folder}: {len(run.train)} train and {len(run.val)} val images, "
         f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, threads={run.config.threads}\n"
-        f"validation: {run.val.protocol}; {run.config.view.size} px"
+        f"validation: {run.val.protocol}; {run.config.view.eval_side} px"
     )
     state = fit(
         run.method,

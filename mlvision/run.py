@@ -211,6 +211,10 @@ def build_method(
     classifier = build_classifier(
         config.model, config.head, len(classes), image_size=config.view.size, label_embeddings=label_embeddings
     )
+    if config.view.eval_side != config.view.size and classifier.backbone.fixed_size:
+        raise InputError(
+            f"view.eval_size: {config.model.name} takes images of the size it was built for, view.size={config.view.size}"
+        )
     preprocessing = classifier.backbone.preprocessing
     _, build = METHODS[config.method.name]
     return build(config.method, classifier, preprocessing), preprocessing
@@ -282,7 +286,7 @@ def complete_view(view: ViewConfig, preprocessing: Preprocessing) -> ViewConfig:
 
 def _eval_view(view: ViewConfig) -> EvalView:
     assert view.crop_pct is not None, "complete_view first"
-    return EvalView((view.size, view.size), view.interpolation, view.eval_resize, view.crop_pct)
+    return EvalView((view.eval_side, view.eval_side), view.interpolation, view.eval_resize, view.crop_pct)
 
 
 def load_run(

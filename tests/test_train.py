@@ -22,6 +22,7 @@ from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.guard import NonFiniteError
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
+from mlvision.run import build_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +86,16 @@ def test_metrics_can_be_recomputed_from_predictions(trained, scenes_root):
     ap = average_precision(logits, targets)
     assert metrics["ema"]["mAP"] == pytest.approx(ap[~ap.isnan()].mean().item(), abs=1e-6)
     assert f"{len(images)} images, {len(run.classes)} classes, 48 px, split test; plain AP" in metrics["protocol"]
+
+
+def test_evaluation_may_see_larger_images_than_training(smoke_arguments, tmp_path):
+    train_script.main([*smoke_arguments, "view.eval_size=64", "optim.epochs=1", f"out={tmp_path / 'run'}"])
+    run = load_run(tmp_path / "run", device="cpu")
+    assert run.preprocess([Image.new("RGB", (30, 40))]).shape[2:] == (64, 64)
+    assert "64 px" in eval_script.main([str(run.folder)])["protocol"]
+    built = build_run(run.config)
+    assert built.train_loader.dataset[0, 0].views[0].image.shape[1:] == (48, 48)
+    assert built.val_loader.dataset[0, 0].views[0].image.shape[1:] == (64, 64)
 
 
 def test_best_checkpoint_is_the_best_validation_epoch(trained):
@@ -181,6 +192,12 @@ def truncate_image(root):
         (None, ["model.checkpoint=/nowhere/w.pt"], "/nowhere/w.pt"),
         (None, ["model.name=resnet5"], "model.name: timm has no model 'resnet5'"),
         (None, ["view.size=-3"], "view.size: expected at least 1"),
+        (None, ["view.eval_size=-3"], "view.eval_size: expected 0 (as size) or more"),
+        (
+            None,
+            ["model.name=test_vit", "view.eval_size=64"],
+            "view.eval_size: test_vit takes images of the size it was built for, view.size=48",
+        ),
         (None, ["data.val_fraction=1.5"], "fraction"),
         (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),

@@ -46,6 +46,9 @@ class ViewConfig:
     randaugment_ops: Annotated[int, "RandAugment operations for each view, photometric ones only"] = 0
     randaugment_magnitude: Annotated[float, "their strength, 0 to 10"] = 9.0
     cutout: Annotated[float, "side of one square of random colour, as a share of the view's side; 0: none"] = 0.0
+    eval_size: Annotated[
+        int, "side of the square input at evaluation; 0: size. Crops enlarge, so a little more suits CNNs"
+    ] = 0
     eval_resize: Annotated[str, "squash: the whole image, aspect lost; crop: the centre, aspect kept"] = "squash"
     crop_pct: Annotated[float | None, "crop: share of the short side that is kept; null: the weights' own"] = None
     interpolation: Annotated[str, "bilinear or bicubic; empty: the weights' own"] = ""
@@ -54,6 +57,7 @@ class ViewConfig:
         share = "a number from 0 to 1"
         rules = (
             ("size", self.size >= 1, "at least 1"),
+            ("eval_size", self.eval_size >= 0, "0 (as size) or more"),
             ("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("scale", _is_range(self.scale, 1.0), "[min, max] with 0 < min <= max <= 1"),
             ("ratio", _is_range(self.ratio, math.inf), "[min, max] with 0 < min <= max"),
@@ -68,6 +72,12 @@ class ViewConfig:
             ("interpolation", self.interpolation in ("", *INTERPOLATIONS), f"one of {', '.join(INTERPOLATIONS)}"),
         )
         check_fields(self, "view.", rules)
+
+    @property
+    def eval_side(self) -> int:
+        """Side of the square input at evaluation, pixels: Touvron et al., "Fixing the train-test resolution discrepancy",
+        NeurIPS 2019, without its fine-tuning."""
+        return self.eval_size or self.size
 
 
 def _is_range(limits: tuple[float, float], largest: float) -> bool:

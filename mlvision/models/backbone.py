@@ -86,11 +86,10 @@ class Backbone(nn.Module):
     For distilled DeiT it is the mean of the two tokens: one linear layer on it gives the logits of timm's two where
     these are equal.
 
-    Models that work on tokens take images of the size they were built for; convolutional ones take any.
-
     Attributes:
         model: the timm model.
         image_size: (H, W) it was built for.
+        fixed_size: whether it takes images of that size alone, as timm's metadata says; convolutional models take any.
         grid: (h, w) of the map for images of that size.
         num_features: width of `pooled`.
         map_features: width of the map; another one only where timm's head has further layers (MobileNetV3, VGG, ...).
@@ -104,6 +103,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: TimmModel = model
         self.image_size = image_size
+        self.fixed_size = bool(model.pretrained_cfg.get("fixed_input_size"))
         self.preprocessing = Preprocessing.of(model, in_chans)
         self._layout = getattr(model, "output_fmt", "NCHW")
         self._num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
