@@ -75,7 +75,8 @@ def build_classifier(
     image_size: tuple[int, int] | int | None = None,
     label_embeddings: Float[Tensor, "C D"] | None = None,
 ) -> Classifier:
-    """Build backbone and head, and load the weights into both: a classifier of as many classes goes into a linear head.
+    """Build backbone and head, and load the weights into both: a classifier of as many classes goes into a linear head, and
+    CLIP's projection of images into a head that compares with open_clip's text, which is zero-shot CLIP before training.
 
     Raises:
         InputError: see `build_backbone` and `build_head`.
@@ -84,8 +85,15 @@ def build_classifier(
     built = build_head(
         head, backbone.num_features, num_classes, map_features=backbone.map_features, label_embeddings=label_embeddings
     )
-    load_weights(backbone, model, built.linear if isinstance(built, LinearHead) else None)
+    load_weights(backbone, model, _linear_of(built))
     return Classifier(backbone, built)
+
+
+def _linear_of(head: nn.Module) -> nn.Linear | None:
+    """The layer of the head that a classifier which comes with weights may fill."""
+    if isinstance(head, TextHead):
+        return head.project if head.config.text.encoder == "open_clip" else None
+    return head.linear if isinstance(head, LinearHead) else None
 
 
 __all__ = [

@@ -230,8 +230,12 @@ def _load_classifier(classifier: Mapping[str, Tensor], linear: nn.Linear | None,
         return f"its classifier of {count} classes is left out: it has further layers ({_some(tuple(further))})"
     if count != linear.out_features:
         return f"its classifier is left out: it has {count} classes, the head has {linear.out_features}"
+    if linear.bias is None and any(bias.any() for bias in biases):
+        return f"its classifier is left out: it has {count} classes and a bias, the head's projection has none"
     with torch.no_grad():
         linear.weight.copy_(weights[0].flatten(1))  # some timm classifiers are 1x1 convolutions
+        if linear.bias is None:  # timm gives CLIP's projection a bias of zeros
+            return f"its projection to width {count} is loaded"
         linear.bias.copy_(biases[0] if biases else torch.zeros_like(linear.bias))
     return f"its classifier of {count} classes is loaded"
 

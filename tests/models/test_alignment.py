@@ -1,14 +1,18 @@
 """The head that compares images with the names of labels, and the navigators."""
 
+import logging
 import math
 
 import pytest
+import timm
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from mlvision.errors import InputError
+from mlvision.models import BackboneConfig, build_classifier
 from mlvision.models.alignment import LinearNavigator, MlpNavigator, TextHead, TextHeadConfig
 from mlvision.models.text import TextConfig
+from mlvision.models.weights import load_state
 from mlvision.types import Features
 
 LABELS = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
@@ -140,3 +144,45 @@ def test_tau_stays_in_its_range():
     for value, expected in ((1e-6, 0.01), (0.3, 0.3), (50.0, 1.0)):
         head.log_tau.data.fill_(math.log(value))
         assert head.tau.item() == pytest.approx(expected)
+
+
+def test_clip_towers_start_as_zero_shot_clip():
+    """timm's image tower with CLIP's projection, beside open_clip's text tower: the cosines are open_clip's own."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-B-32").eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        labels = clip.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a cat", "a fire hydrant", "a boat"]))
+        expected = cosine_similarity(clip.encode_image(images)[:, None], labels, dim=2)
+    backbone = BackboneConfig("vit_base_patch32_clip_224")
+    classifier = build_classifier(backbone, TextHeadConfig(), 3, image_size=224, label_embeddings=labels).eval()
+    head = classifier.head
+    assert isinstance(head, TextHead)
+    report = load_state(classifier.backbone.model, clip.state_dict(), "clip", head.project)
+    assert report.classifier == "its projection to width 512 is loaded"
+    with torch.no_grad():
+        cosines = (classifier(images).logits - head.bias) / head.log_scale.exp()
+    torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "bias", "said"),
+    [
+        ("open_clip", 0.0, "its projection to width 12 is loaded"),
+        ("open_clip", 1.0, "it has 12 classes and a bias, the head's projection has none"),
+        ("sentence_transformers", 0.0, "its classifier of 12 classes is left out"),
+    ],
+)
+def test_a_linear_layer_goes_into_the_projection_only_if_it_is_one_of_clip(tmp_path, caplog, encoder, bias, said):
+    state = timm.create_model("test_vit", num_classes=12, img_size=64).state_dict()
+    state |= {"head.weight": torch.full((12, 64), 7.0), "head.bias": torch.full((12,), bias)}
+    torch.save(state, tmp_path / "weights.pth")
+    text = TextConfig("open_clip", "ViT-B-32", "a tag") if encoder == "open_clip" else TextConfig(encoder)
+    backbone = BackboneConfig("test_vit", checkpoint=str(tmp_path / "weights.pth"))
+    with caplog.at_level(logging.INFO):
+        classifier = build_classifier(
+            backbone, TextHeadConfig(text=text), 3, image_size=64, label_embeddings=torch.randn(3, 12)
+        )
+    assert said in caplog.text
+    assert bool((classifier.head.project.weight == 7).all()) == ("loaded" in said)
