@@ -1,8 +1,10 @@
-"""Explain a run's decisions, label by label: maps, grids and a report to look at; or compare the explainers by measures.
+"""Explain a run's decisions, label by label: maps, grids and a report to look at; or compare the explainers by measures; or
+show which patches of a data set are nearest to each label.
 
 python tools/explain.py runs/<name> images=folder method=[grad_cam,occlusion] labels=predicted
 python tools/explain.py runs/<name> labels=errors pick=worst      # of the run's own test images
 python tools/explain.py compare runs/<name> num_images=200 out=comparison
+python tools/explain.py prototypes runs/<name> split=val
 """
 
 import csv
@@ -41,6 +43,7 @@ from mlvision.explain import (
 )
 from mlvision.explain.comparison import FACTS, by_case, cases, join, markdown
 from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure, randomised, sensitivity
+from mlvision.explain.prototypes import draw_prototypes, find_prototypes
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.report import ReportData, write_report
 from mlvision.explain.selection import SELECTIONS, class_index
@@ -56,15 +59,10 @@ from mlvision.types import Batch
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Of which run and split, and how it is run: what both commands have."""
+    """Of which run and split, and how it is run: what all commands have."""
 
-    options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
-        default_factory=dict
-    )
     split: Annotated[str, "role of the run's own images: test, val or train"] = "test"
     num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 100
-    threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
-    measures: MeasureConfig = field(default_factory=MeasureConfig)
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
@@ -81,7 +79,18 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class CompareOptions(RunOptions):
+class MapOptions(RunOptions):
+    """What the two commands that make maps have beside."""
+
+    options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
+        default_factory=dict
+    )
+    threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
+    measures: MeasureConfig = field(default_factory=MeasureConfig)
+
+
+@dataclass(frozen=True)
+class CompareOptions(MapOptions):
     """Which explainers are compared, and on how many images."""
 
     num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 200
@@ -99,7 +108,7 @@ class CompareOptions(RunOptions):
 
 
 @dataclass(frozen=True)
-class ExplainOptions(RunOptions):
+class ExplainOptions(MapOptions):
     """Which images, which labels, which explainers, and what is written."""
 
     images: Annotated[str, "folder of images, sub-folders included; empty: the run's own, of `split`"] = ""
@@ -129,8 +138,23 @@ class ExplainOptions(RunOptions):
         ]
 
 
+@dataclass(frozen=True)
+class PrototypeOptions(RunOptions):
+    """Of which labels, and how many of each."""
+
+    split: Annotated[str, "role of the run's own images: test, val or train"] = "val"
+    num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 0
+    labels: Annotated[list[str], "classes; empty: all"] = field(default_factory=list)
+    num: Annotated[int, "patches a label"] = 8
+    out: Annotated[str, "folder to write; empty: prototypes in the run folder"] = ""
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [("num", self.num >= 1, "1 or more")]
+
+
 USAGE = f"""usage: python tools/explain.py RUN [key=value ...]
        python tools/explain.py compare RUN [key=value ...]
+       python tools/explain.py prototypes RUN [key=value ...]
 
 {__doc__}
 Options of data.* are the run's own, overridden. Methods: {", ".join(EXPLAINERS)}; controls: {", ".join(CONTROLS)}.
@@ -139,14 +163,19 @@ Options of data.* are the run's own, overridden. Methods: {", ".join(EXPLAINERS)
 
 Options of compare:
 
-{describe_options(CompareOptions)}"""
+{describe_options(CompareOptions)}
+
+Options of prototypes:
+
+{describe_options(PrototypeOptions)}"""
 
 
 def main(argv: list[str]) -> Any:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return None
-    return compare(argv[1:]) if argv[0] == "compare" else explain_run(argv)
+    commands = {"compare": compare, "prototypes": show_prototypes}
+    return commands[argv[0]](argv[1:]) if argv[0] in commands else explain_run(argv)
 
 
 def explain_run(argv: list[str]) -> Path:
@@ -329,7 +358,7 @@ def explain_batch(
 
 
 def choose(
-    subject: Subject, run: LoadedRun, batch: Batch, labels: Any, options: RunOptions, known: bool
+    subject: Subject, run: LoadedRun, batch: Batch, labels: Any, options: MapOptions, known: bool
 ) -> tuple[Bool[Tensor, " B"], Float[Tensor, "n in_chans H W"], Float[Tensor, "n C"], Selection] | None:
     """Which images of a batch have such a label; their pixels, logits (on the CPU) and selection. None where none has."""
     pixels = subject.pixels(batch.images)
@@ -668,6 +697,47 @@ def write_pairs(path: Path, tables: dict[str, dict[str, np.ndarray]]) -> None:
         for method, table in tables.items():
             for row in range(len(table["image"])):
                 writer.writerow([method, *(table[name][row] if name in table else "" for name in names)])
+
+
+# Prototypes
+
+
+def show_prototypes(argv: list[str]) -> Path:
+    """The patches that are nearest to each label: prototypes.png to look at, prototypes.csv to go on with."""
+    arguments = [as_list(argument) for argument in argv]
+    run, options = read_arguments(arguments, PrototypeOptions, "python tools/explain.py prototypes")
+    out = Path(options.out or run.folder / "prototypes")
+    if out.exists():
+        raise InputError(f"out: {out} is there already; give another folder")
+    labels = [class_index(name, len(run.classes), run.classes) for name in options.labels or run.classes]
+    manifest, _ = read_for(run, options.split)
+    batches = batches_of(manifest, run, rows_of(options.num_images, manifest), options)
+    with run.precision.autocast():
+        found = find_prototypes(
+            Subject(run.method), tqdm(batches, desc="looking", unit=" batches", disable=None), options.num
+        )
+    dataset = batches.dataset
+    with writing(out) as folder:
+        page = draw_prototypes(
+            found,
+            labels,
+            run.classes,
+            manifest.target,
+            lambda row: dataset[0, row].views[0].image.permute(1, 2, 0).numpy(),
+            title=f"{run.folder.name}, {manifest.split}",
+        )
+        Image.fromarray(page).save(folder / "prototypes.png")
+        with open(folder / "prototypes.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("class", "rank", "image", "row", "column", "rows", "columns", "nearness", "target"))
+            for label in labels:
+                columns = (found.indices[label].tolist(), found.cells[label].tolist(), found.nearness[label].tolist())
+                for rank, (index, cell, near) in enumerate(zip(*columns, strict=True)):
+                    target = manifest.target(index)[label]
+                    key = manifest.records[index].key
+                    writer.writerow((run.classes[label], rank, key, *cell, *found.grid, f"{near:.5f}", target))
+    print(f"{len(labels)} labels, {found.indices.shape[1]} patches each, of {len(manifest)} images: {out}")
+    return out
 
 
 if __name__ == "__main__":

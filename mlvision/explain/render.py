@@ -23,7 +23,7 @@ PERCENTILE = 99  # of |M|: a single hot cell does not hide all others
 _AGAINST, _FOR = (21, 92, 214), (226, 44, 18)
 _STEPS = 255  # colours from 0 to the limit
 _INK, _MUTED, _PAPER = "#1d2126", "#5c6570", "#ffffff"
-_SIZE, _GAP, _BORDER = 12, 10, 4  # pixels: text, space between tiles, border of a tile
+_SIZE, GAP, _BORDER = 12, 10, 4  # pixels: text, space between tiles, border of a tile
 MINUS = "\u2212"
 
 
@@ -212,7 +212,7 @@ def draw_grid(
     if not images:
         raise InputError(f"grid: no image has maps of {method.name}")
     columns = min(columns, max(len(image.places) for image in images))
-    width = (columns + 1) * (tile_px + _GAP) + _GAP
+    width = (columns + 1) * (tile_px + GAP) + GAP
     notes = (
         ["blue: evidence against a label, red: for it"] if method.signed else ["violet to yellow: evidence for a label"]
     )
@@ -222,15 +222,13 @@ def draw_grid(
         notes.append("a contrast: red for its first label, blue for its second")
     if not method.label_specific:
         notes.append("not label-specific: one map for all labels of an image")
-    blocks = [_text(f"{title}  {method.name}".strip(), width, bold=True, size=16), _text("; ".join(notes), width)]
+    blocks = [
+        draw_text(f"{title}  {method.name}".strip(), width, bold=True, size=16),
+        draw_text("; ".join(notes), width),
+    ]
     for image in images:
         blocks += _row(image, classes, method, thresholds, (tile_px, columns, width), opacity)
-    page = Image.new("RGB", (width, sum(block.height for block in blocks) + _GAP), _PAPER)
-    y = 0
-    for block in blocks:
-        page.paste(block, (0, y))
-        y += block.height
-    return np.asarray(page)
+    return stack(blocks)
 
 
 def _row(
@@ -246,7 +244,7 @@ def _row(
     truth = [classes[c] for c in np.flatnonzero(image.targets == 1).tolist()]
     known = ", ".join(truth) or ("none" if (image.targets == 0).all() else "none known")
     loss = "" if np.isnan(image.loss) else f"   loss {image.loss:.3f}"
-    words = _text(f"{image.key}{loss}   ground truth: {known}", width, bold=True)
+    words = draw_text(f"{image.key}{loss}   ground truth: {known}", width, bold=True)
 
     native = image.maps[method.name][image.places]
     maps = dict(zip(image.places, shown_part(native, image, method), strict=True))
@@ -259,7 +257,7 @@ def _row(
     said = image.outcomes(thresholds)
     has_rivals = any(image.rival(place) >= 0 for place in image.places)
 
-    tiles = [_tile(photo, _MUTED, [], tile_px, 2 + has_rivals, _bar(limit, method.signed, tile_px))]
+    tiles = [draw_tile(photo, _MUTED, [], tile_px, 2 + has_rivals, _bar(limit, method.signed, tile_px))]
     for place in image.in_order(thresholds):
         c, rival = int(image.labels[place]), image.rival(place)
         lines = [classes[c], f"p={image.scores[c]:.2f} GT={_truth(float(image.targets[c]))} {said[c]}"]
@@ -268,18 +266,34 @@ def _row(
             lines += [f"second: p={image.scores[rival]:.2f} GT={_truth(float(image.targets[rival]))}"]
         signed = image.signed(place, method)
         picture = photo if silence[place] else overlay(photo, maps[place], limit, signed, opacity)
-        tiles.append(_tile(picture, OUTCOME_COLOURS[said[c]], lines, tile_px, 2 + has_rivals, silence[place]))
-    lines_of_tiles = []
-    for first in range(1, len(tiles), columns):
-        line = Image.new("RGB", (width, tiles[0].height + _GAP), _PAPER)
-        for number, tile in enumerate(tiles[first : first + columns]):
-            line.paste(tile, (_GAP + (number + 1) * (tile_px + _GAP), 0))
-        lines_of_tiles.append(line)
-    lines_of_tiles[0].paste(tiles[0], (_GAP, 0))
+        tiles.append(draw_tile(picture, OUTCOME_COLOURS[said[c]], lines, tile_px, 2 + has_rivals, silence[place]))
+    blank = draw_tile(np.full_like(photo, 255), _PAPER, [], tile_px, 2 + has_rivals)
+    lines_of_tiles = [
+        side_by_side([blank if first > 1 else tiles[0], *tiles[first : first + columns]], width)
+        for first in range(1, len(tiles), columns)
+    ]
     return [words, *lines_of_tiles]
 
 
-def _tile(
+def side_by_side(tiles: Sequence[Image.Image], width: int) -> Image.Image:
+    """Tiles of one size in a line."""
+    line = Image.new("RGB", (width, tiles[0].height + GAP), _PAPER)
+    for number, tile in enumerate(tiles):
+        line.paste(tile, (GAP + number * (tile.width + GAP), 0))
+    return line
+
+
+def stack(blocks: Sequence[Image.Image]) -> UInt8[np.ndarray, "H W 3"]:
+    """A page of blocks of one width, from the top down."""
+    page = Image.new("RGB", (blocks[0].width, sum(block.height for block in blocks) + GAP), _PAPER)
+    y = 0
+    for block in blocks:
+        page.paste(block, (0, y))
+        y += block.height
+    return np.asarray(page)
+
+
+def draw_tile(
     picture: UInt8[np.ndarray, "H W 3"],
     border: str,
     lines: list[str],
@@ -360,17 +374,17 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text + "…"
 
 
-def _text(text: str, width: int, bold: bool = False, size: int = _SIZE) -> Image.Image:
+def draw_text(text: str, width: int, bold: bool = False, size: int = _SIZE) -> Image.Image:
     """A paragraph over the whole width."""
     font, lines = _font(size, bold), [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".lstrip() if word else lines[-1] + " "
-        if font.getlength(longer) <= width - 2 * _GAP:
+        if font.getlength(longer) <= width - 2 * GAP:
             lines[-1] = longer
         else:
-            lines.append(_fit(word, font, width - 2 * _GAP))
-    block = Image.new("RGB", (width, len(lines) * (size + 5) + _GAP), _PAPER)
+            lines.append(_fit(word, font, width - 2 * GAP))
+    block = Image.new("RGB", (width, len(lines) * (size + 5) + GAP), _PAPER)
     draw = ImageDraw.Draw(block)
     for row, line in enumerate(lines):
-        draw.text((_GAP, _GAP - 2 + row * (size + 5)), line, fill=_INK if bold else _MUTED, font=font)
+        draw.text((GAP, GAP - 2 + row * (size + 5)), line, fill=_INK if bold else _MUTED, font=font)
     return block

@@ -137,7 +137,11 @@ class TextHead(nn.Module):
 
     def plan(self, joint: Joint) -> Float[Tensor, "B N C"]:
         """The way back from each label to the patches; columns sum to 1."""
-        return (F.normalize(joint.patches, dim=-1) @ joint.labels.T / self.tau).softmax(1)
+        return (self.cosines(joint) / self.tau).softmax(1)
+
+    def cosines(self, joint: Joint) -> Float[Tensor, "B N C"]:
+        """Of each patch and each label."""
+        return F.normalize(joint.patches, dim=-1) @ joint.labels.T
 
     def logits(self, joint: Joint, plan: Float[Tensor, "B N C"] | None = None) -> Float[Tensor, "B C"]:
         """Logits of what is joined; the plan, where it is not given, is made only if they depend on it."""

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import train
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS
+from mlvision.run import load_run, read_for
 from tools import explain as tool
 
 
@@ -143,3 +145,23 @@ def test_help_lists_methods_and_options(capsys):
     shown = capsys.readouterr().out
     for word in ("occlusion", "random", "measures.lattice", "sensitivity_images", "pick"):
         assert word in shown
+
+
+def test_prototypes_are_patches_of_the_split_and_say_what_is_annotated(run_folder, tmp_path):
+    out = tmp_path / "prototypes"
+    run = load_run(run_folder, device="cpu")
+    chosen = [run.classes[4], run.classes[1]]
+    tool.main(["prototypes", str(run_folder), "split=test", f"labels={chosen}", "num=3", f"out={out}", *QUICK])
+    rows = list(csv.DictReader(open(out / "prototypes.csv")))
+    assert [(row["class"], row["rank"]) for row in rows] == [(name, str(rank)) for name in chosen for rank in range(3)]
+    manifest, _ = read_for(run, "test")
+    targets = {record.key: manifest.target(index) for index, record in enumerate(manifest.records)}
+    for row in rows:
+        assert float(row["target"]) == targets[row["image"]][run.classes.index(row["class"])]
+        assert 0 <= int(row["row"]) < int(row["rows"])
+    assert float(rows[0]["nearness"]) > float(rows[1]["nearness"])
+    assert Image.open(out / "prototypes.png").size[0] > 300
+    with pytest.raises(InputError, match="is there already"):
+        tool.main(["prototypes", str(run_folder), f"out={out}", *QUICK])
+    with pytest.raises(InputError, match="num: expected 1 or more"):
+        tool.main(["prototypes", str(run_folder), "num=0", f"out={out}2", *QUICK])
