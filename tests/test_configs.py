@@ -99,7 +99,12 @@ def test_config_takes_a_step(path, precision, scenes_root, tmp_path, monkeypatch
         "loader.batch_size=4",
     ]
     if isinstance(config.head, TextHeadConfig) and config.head.text.encoder == "open_clip":  # weights of a hub
-        arguments += ["head.text.encoder=learned", "head.text.model=", "head.text.weights=", "head.text.templates=['{}']"]
+        arguments += [
+            "head.text.encoder=learned",
+            "head.text.model=",
+            "head.text.weights=",
+            "head.text.templates=['{}']",
+        ]
     torch.manual_seed(0)
     if config.label_maps:
         make_label_maps([str(path), *arguments], tmp_path / "maps")

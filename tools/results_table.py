@@ -235,7 +235,7 @@ def table(experiments: dict[str, list[dict[str, Any]]], bounds: list[str]) -> st
             experiment,
             config["model"]["name"],
             f"{records[0]['parameters'] / 1e6:.1f} M",
-            str(config["view"]["size"]),
+            pixels(config["view"]),
             str(config["optim"]["epochs"]),
             str(len(records)),
             *(spread([chosen_metrics(r)[name] for r in records]) for name in COLUMNS),
@@ -256,6 +256,12 @@ def by_seed(records: list[dict[str, Any]]) -> dict[int, float]:
 def chosen_metrics(record: dict[str, Any]) -> dict[str, Any]:
     """The metrics of the weights that validation chose (EMA where the run has them)."""
     return record["metrics"][record["metrics"]["weights"]]
+
+
+def pixels(view: dict[str, Any]) -> str:
+    """Side of the images in training, and in evaluation where it is another."""
+    evaluated = view.get("eval_size", 0)
+    return f"{view['size']}, evaluated at {evaluated}" if evaluated not in (0, view["size"]) else str(view["size"])
 
 
 def spread(values: list[float]) -> str:
