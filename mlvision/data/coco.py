@@ -1,7 +1,5 @@
 """COCO instances JSON: https://cocodataset.org/#format-data."""
 
-import glob
-import json
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -12,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.text_files import list_splits, read_json
 from mlvision.errors import InputError
 
 PROTOCOLS = ("annotated", "all")
@@ -132,20 +131,9 @@ class _Images:
 def _load(source: str, template: str) -> dict[str, Any]:
     """The parsed file; where it is missing, the error lists the splits that the template finds."""
     if not os.path.isfile(source):
-        found = ""
-        if "{split}" in template:
-            before, after = template.split("{split}", 1)
-            matches = sorted(glob.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
-            names = [match[len(before) : len(match) - len(after)] for match in matches]
-            found = f"; splits found there: {', '.join(names) or 'none'}"
+        found = f"; splits found there: {list_splits(template)}" if "{split}" in template else ""
         raise InputError(f"{source}: no such annotation file{found}")
-    try:
-        with open(source, encoding="utf-8") as file:
-            document = json.load(file)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{source}, line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    document = read_json(source)
     if not isinstance(document, dict):
         raise InputError(f"{source}: expected an object with images, annotations and categories")
     return document

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Annotated
 
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.text_files import read_text
 from mlvision.errors import InputError
 
 # What a cell of a class's column may hold.
@@ -121,16 +122,7 @@ class _Table:
 
 
 def _read_table(source: str) -> _Table:
-    try:
-        with open(source, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror or error}") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{source}, line {line}: not UTF-8 text ({error.reason})") from error
+    text = read_text(source)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows, lines = [], []
     try:

@@ -216,7 +216,7 @@ def test_malformed_json_is_placed(root):
     with pytest.raises(InputError, match=f"{path}, line 2, column 18: "):
         read(root)
     path.write_bytes(b'{"images": "\xff"}')
-    with pytest.raises(InputError, match=f"{path}: not UTF-8 text"):
+    with pytest.raises(InputError, match=f"{path}, line 1: not UTF-8 text"):
         read(root)
     write(root, "[1, 2]")
     with pytest.raises(InputError, match="expected an object with images, annotations and categories"):

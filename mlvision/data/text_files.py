@@ -1,0 +1,72 @@
+"""Text and JSON files of labels: what is wrong with one is an error that names the file and the line."""
+
+import glob
+import json
+from typing import Any
+
+from mlvision.errors import InputError
+
+
+def read_text(path: str) -> str:
+    """The file's text, without a byte-order mark.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
+
+
+def read_lines(path: str) -> list[str]:
+    """The file's lines without surrounding blanks; entry i is line i + 1.
+
+    Raises:
+        InputError: as `read_text`, no line, or an empty line before others: in a list whose rows count, one row too many.
+    """
+    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not lines:
+        raise InputError(f"{path}: the file is empty")
+    if "" in lines:
+        raise InputError(f"{path}, line {lines.index('') + 1}: is empty")
+    return lines
+
+
+def read_names(path: str, what: str) -> list[str]:
+    """As `read_lines`, for a list whose lines must differ; `what` says in an error what a line is.
+
+    Raises:
+        InputError: as `read_lines`, or a line that another repeats.
+    """
+    lines = read_lines(path)
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if first.setdefault(line, number) != number:
+            raise InputError(f"{path}, line {number}: repeats the {what} {line!r} of line {first[line]}")
+    return lines
+
+
+def read_json(path: str) -> Any:
+    """The parsed file.
+
+    Raises:
+        InputError: as `read_text`, or not JSON; names line and column.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def list_splits(template: str) -> str:
+    """The split names for which `template`, with `{split}` in it, finds a file; in words, for an error."""
+    before, after = template.split("{split}", 1)
+    matches = sorted(glob.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
+    return ", ".join(match[len(before) : len(match) - len(after)] for match in matches) or "none"
