@@ -27,11 +27,11 @@ def check(argv: list[str]) -> int:
     options = parse_options(CheckOptions, argv, prog="prepare_data.py check", description=str(check.__doc__))
     if options.samples < 1:
         raise InputError(f"samples={options.samples}: expected at least 1")
-    result = check_data(options.data, options.num_workers)
+    result = check_data(options.data, options.num_workers, options.labels_only)
     folder = Path(options.out or f"runs/check-{options.data.name}")
     write_check(result, folder, options.samples, options.seed)
     print(format_check(result))
-    print(f"written: {folder}/check.json, check.csv, contact_sheet.png")
+    print(f"written: {folder}/check.json, check.csv" + ("" if options.labels_only else ", contact_sheet.png"))
     return 1 if result.problems() else 0
 
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -34,6 +34,9 @@ class CheckOptions:
     samples: Annotated[int, "images of each split on the contact sheet"] = 12
     seed: Annotated[int, "seed that chooses these images"] = 0
     num_workers: Annotated[int, "threads that decode"] = 2
+    labels_only: Annotated[bool, "count labels alone: no image is looked for or opened, there is no contact sheet"] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SplitCheck:
 
     Attributes:
         manifest: the split as read.
-        digests: sha256 of each image file's content, None where it cannot be read or decoded.
+        digests: sha256 of each image file's content, None where it cannot be read or decoded, or was not opened.
         unreadable: (key, reason) of each such file.
     """
 
@@ -102,10 +105,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """The whole result; `splits` by name, in the order train, val, test."""
+    """The whole result; `splits` by name, in the order train, val, test. With `labels_only` no image was opened."""
 
     splits: dict[str, SplitCheck]
     overlaps: list[Overlap]
+    labels_only: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,6 +131,7 @@ class DataCheck:
         """Everything as plain data, for JSON."""
         return {
             "classes": list(self.classes),
+            "labels_only": self.labels_only,
             "splits": {name: split.summary() for name, split in self.splits.items()},
             "overlaps": [
                 {"splits": list(o.splits), "keys": o.keys, "contents": [list(pair) for pair in o.contents]}
@@ -136,27 +141,33 @@ class DataCheck:
         }
 
 
-def check_data(config: DataConfig, num_workers: int = 2) -> DataCheck:
+def check_data(config: DataConfig, num_workers: int = 2, labels_only: bool = False) -> DataCheck:
     """Reads the splits that `train`, `val` and `test` name (an empty name is passed over) and decodes every image.
+
+    With `labels_only` no image is looked for or opened: label files are checked where the images are not.
 
     Raises:
         InputError: a split cannot be read, the class lists differ, or training is to be judged on its own images.
     """
     if config.train and config.train in (config.val, config.test):
         raise InputError(f"data.train={config.train} is also named as val or test: expected another split")
+    if labels_only:
+        config = replace(config, check_files=False)
     manifests = [read_split(config, name) for name in dict.fromkeys((config.train, config.val, config.test)) if name]
     if not manifests:
         raise InputError("data.train, data.val and data.test are all empty: nothing to check")
     for manifest in manifests[1:]:
         check_same_classes(manifests[0], manifest)
-    splits = {manifest.split: _check_split(manifest, num_workers) for manifest in manifests}
+    splits = {
+        m.split: SplitCheck(m, (None,) * len(m), ()) if labels_only else _check_split(m, num_workers) for m in manifests
+    }
     overlaps = [_find_overlap(a, b) for a, b in combinations(splits.values(), 2)]
-    return DataCheck(splits, [overlap for overlap in overlaps if overlap.keys or overlap.contents])
+    return DataCheck(splits, [overlap for overlap in overlaps if overlap.keys or overlap.contents], labels_only)
 
 
 def write_check(check: DataCheck, folder: Path, samples: int, seed: int) -> None:
-    """Writes check.json, check.csv (a row per class) and contact_sheet.png into `folder`."""
-    sheet = contact_sheet(check, samples, seed)
+    """Writes check.json, check.csv (a row per class) and, where images were opened, contact_sheet.png into `folder`."""
+    sheet = None if check.labels_only else contact_sheet(check, samples, seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "check.json").write_text(json.dumps(check.as_plain(), indent=1) + "\n", encoding="utf-8")
     columns = {
@@ -168,7 +179,8 @@ def write_check(check: DataCheck, folder: Path, samples: int, seed: int) -> None
         writer = csv.writer(file)
         writer.writerow(["class", *columns])
         writer.writerows(zip(check.classes, *columns.values(), strict=True))
-    sheet.save(folder / "contact_sheet.png")
+    if sheet is not None:
+        sheet.save(folder / "contact_sheet.png")
 
 
 def format_check(check: DataCheck, most: int = 10) -> str:
@@ -195,6 +207,8 @@ def format_check(check: DataCheck, most: int = 10) -> str:
         absent = [class_name for class_name, n in zip(check.classes, of_kind["present"], strict=True) if n == 0]
         if absent:
             lines.append(f"note: {name} shows {len(absent)} of the classes in no image: {', '.join(absent)}")
+    if check.labels_only:
+        lines.append("note: no image was looked for or opened")
     lines.append(f"problems found: {len(problems):,}")
     lines += [f"  {problem}" for problem in problems[:most]]
     if len(problems) > most:

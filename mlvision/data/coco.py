@@ -78,7 +78,7 @@ def read_coco(config: CocoConfig, split: str) -> Manifest:
         )
     if not records:
         raise InputError(f"{source}: split {split!r} is empty: none of its {len(images.ids)} images has an annotation")
-    check_files(records, source)
+    check_files(config, records, source)
     chosen = "images with an annotation" if config.protocol == "annotated" else "all images"
     protocol = (
         f"{os.path.basename(source)}, {chosen} ({len(records):,} of {len(images.ids):,}), crowd counts as present"

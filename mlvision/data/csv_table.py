@@ -81,7 +81,7 @@ def read_csv(config: CsvConfig, split: str) -> Manifest:
         for i, key in enumerate(keys)
         if split_of[i] == split
     )
-    check_files(records, source)
+    check_files(config, records, source)
     left_out = split_of.count(None)
     protocol = f"{config.file}{note}, {len(records):,} of {len(keys):,} rows"
     if left_out:

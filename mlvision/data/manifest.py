@@ -29,6 +29,7 @@ class DataConfig:
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and list it"] = (
         "error"
     )
+    check_files: Annotated[bool, "look whether every image file is there; false: labels alone are read"] = True
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,13 @@ def check_root(config: DataConfig, hint: str = "") -> str:
     return config.root
 
 
-def check_files(records: Sequence[Record], source: str) -> None:
-    """Refuses records whose image file is missing; `source` is the file that names them.
+def check_files(config: DataConfig, records: Sequence[Record], source: str) -> None:
+    """Refuses records whose image file is missing, unless `config` leaves that out; `source` is the file that names them.
 
     Each folder is listed once: asking the file system for one file at a time takes minutes on network storage.
     """
+    if not config.check_files:
+        return
     listings: dict[str, set[str]] = {}
     missing = []
     for record in records:

@@ -108,6 +108,24 @@ def test_boxes_and_shared_keys_are_counted_in_coco_files(tmp_path):
     assert check.problems() == ["train and test: both hold images/1.png"]
 
 
+def test_labels_alone_are_counted_where_the_images_are_not(root, tmp_path, capsys):
+    expected = check_data(config(root)).splits["train"].summary()
+    for path in root.glob("*.png"):
+        path.unlink()
+    with pytest.raises(InputError, match="4 of its 4 image files are missing"):
+        main(arguments(root, tmp_path / "report"))
+
+    assert main([*arguments(root, tmp_path / "report"), "labels_only=true"]) == 0
+
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["check.csv", "check.json"]
+    saved = json.loads((tmp_path / "report" / "check.json").read_text())
+    assert saved["labels_only"] is True
+    assert saved["splits"]["train"]["classes"] == expected["classes"]
+    assert saved["splits"]["train"]["hash"] == expected["hash"]
+    assert saved["splits"]["train"]["unreadable"] == []
+    assert "note: no image was looked for or opened" in capsys.readouterr().out
+
+
 def test_training_may_not_be_judged_on_itself(root):
     with pytest.raises(InputError, match="data.train=all is also named as val or test"):
         check_data(CsvConfig(root=str(root), ignore_columns=["part"], train="all", test="all"))

@@ -135,9 +135,10 @@ def test_missing_files_are_counted_and_the_first_is_named(tmp_path):
     for name in ("a.jpg", "sub/b.jpg"):
         (tmp_path / name).touch()
     records = [Record(name, str(tmp_path / name), ()) for name in ("a.jpg", "sub/b.jpg")]
-    check_files(records, "labels.csv")
+    check_files(DataConfig("csv"), records, "labels.csv")
     absent = [Record(name, str(tmp_path / name), ()) for name in ("sub/a.jpg", "b.jpg", "none/a.jpg")]
     with pytest.raises(
         InputError, match=f"labels.csv: 3 of its 5 image files are missing, the first is {tmp_path}/sub/a"
     ):
-        check_files([*records, *absent], "labels.csv")
+        check_files(DataConfig("csv"), [*records, *absent], "labels.csv")
+    check_files(DataConfig("csv", check_files=False), [*records, *absent], "labels.csv")
