@@ -4,7 +4,10 @@ from typing import Annotated
 import pytest
 
 from mlvision.config import Config, load_options, parse_options, save_options, to_plain
+from mlvision.data import DATASETS
 from mlvision.errors import InputError
+
+READERS = ", ".join(DATASETS)
 
 
 def parse(*argv):
@@ -41,11 +44,11 @@ def test_a_saved_config_reads_back_equal(tmp_path):
         ("optim.epochs=1.5", "optim.epochs: expected whole number, got 1.5 (in the command line)"),
         ("seed=true", "seed: expected whole number, got True (in the command line)"),
         ("optim=3", "optim: expected a group of options such as optim.<option>, got 3 (in the command line)"),
-        ("data.name=coc", "data.name: expected one of coco, csv, got 'coc'; did you mean coco? (in the command line)"),
+        ("data.name=coc", f"data.name: expected one of {READERS}, got 'coc'; did you mean coco? (in the command line)"),
         ("data.separator=,", "data.separator: no such option of 'coco': it belongs to 'csv'"),
         ("data.root=${oc.env:HOME}", "data.root: a value may not hold '${'"),
         ("data.root=???", "data.root: a value may not hold '${' or be '???'"),
-        ("data.name=[coco]", "data.name: expected one of coco, csv, got '['coco']'"),
+        ("data.name=[coco]", f"data.name: expected one of {READERS}, got '['coco']'"),
         ("optim.lr_scales.head=abc", "optim.lr_scales: expected dict of text to number, got {'head': 'abc'}"),
         ("optim.lr_scales={head: abc}", "optim.lr_scales: expected dict of text to number, got {'head': 'abc'}"),
         ("view.scale=[0.5]", "view.scale: expected tuple of number to number, got [0.5]"),

@@ -3,12 +3,16 @@
 import csv
 import dataclasses
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from layouts import VocObject, write_voc
 
 from mlvision.config import Config, parse_options, to_plain
+from mlvision.data import DATASETS, CocoConfig, CsvConfig, VocConfig
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.models import TextHeadConfig
@@ -30,28 +34,64 @@ def make_data(config: Config, scenes_root: Path, root: Path) -> None:
     """A data set of a few images in the layout that the config expects, with its splits and label columns."""
     data = config.data
     splits = [s for s in (data.train, data.val, data.test) if s]
-    source = scenes_root / "images" / "train"
-    if data.name == "coco":
-        for number, split in enumerate(splits):
-            name = "instances_test.json" if number else "instances_train.json"
-            annotations = root / data.annotations.format(split=split)
-            annotations.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(scenes_root / "annotations" / name, annotations)
-            shutil.copytree(scenes_root / "images", root / data.images.format(split=split), dirs_exist_ok=True)
-    else:
-        assert data.name == "csv"
-        images = root / data.images
-        images.mkdir(parents=True, exist_ok=True)
-        names = [f"place{number:02d}.jpg" for number in range(80)]
-        for name, path in zip(names, sorted(source.iterdir()), strict=False):
-            shutil.copy(path, images / name)
-        with open(root / data.file, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([data.image_column, *data.ignore_columns, "sea", "sand", "trees"])
-            writer.writerows(
-                [n, *["-" for _ in data.ignore_columns], i % 2, int(i % 3 == 0), int(i % 5 > 1)]
-                for i, n in enumerate(names)
-            )
+    photos = sorted((scenes_root / "images" / "train").iterdir())
+    LAYOUTS[data.name](data, splits, photos, root)
+
+
+def make_coco(data: CocoConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    scenes_root = photos[0].parents[2]
+    for number, split in enumerate(splits):
+        name = "instances_test.json" if number else "instances_train.json"
+        annotations = root / data.annotations.format(split=split)
+        annotations.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes_root / "annotations" / name, annotations)
+        shutil.copytree(scenes_root / "images", root / data.images.format(split=split), dirs_exist_ok=True)
+
+
+def make_csv(data: CsvConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    images = root / data.images
+    images.mkdir(parents=True, exist_ok=True)
+    names = [f"place{number:02d}.jpg" for number in range(80)]
+    for name, path in zip(names, photos, strict=False):
+        shutil.copy(path, images / name)
+    with open(root / data.file, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([data.image_column, *data.ignore_columns, "sea", "sand", "trees"])
+        writer.writerows(
+            [n, *["-" for _ in data.ignore_columns], i % 2, int(i % 3 == 0), int(i % 5 > 1)]
+            for i, n in enumerate(names)
+        )
+
+
+def make_voc(data: VocConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for number, (split, chosen) in enumerate(shares(splits, photos)):
+        objects = [
+            VocObject("cat", (1, 1, 9, 20)),
+            VocObject("dog", (5, 6, 30, 17)),
+            VocObject("sofa", (2, 2, 9, 9), 1),
+        ]
+        images = {f"{number}{i:05d}": ((48, 48), objects[i % 3 :]) for i in range(len(chosen))}
+        write_voc(root, {split: images})
+        for image, path in zip(images, chosen, strict=True):
+            shutil.copy(path, root / "JPEGImages" / f"{image}.jpg")
+
+
+LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] = {
+    "coco": make_coco,
+    "csv": make_csv,
+    "voc": make_voc,
+}
+
+
+def shares(splits: Sequence[str], photos: Sequence[Path]) -> list[tuple[str, Sequence[Path]]]:
+    """Equally many photos for each split."""
+    num = len(photos) // len(splits)
+    return [(split, photos[i * num : (i + 1) * num]) for i, split in enumerate(splits)]
+
+
+def test_every_reader_has_a_config():
+    read = {parse_options(Config, [str(path)], prog="train.py", description="").data.name for path in CONFIGS}
+    assert read == set(DATASETS) == set(LAYOUTS)
 
 
 def make_label_maps(arguments: list[str], folder: Path) -> None:

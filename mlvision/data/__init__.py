@@ -8,11 +8,13 @@ from typing import Any
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
+from mlvision.data.voc import VocConfig, read_voc
 from mlvision.errors import InputError
 
 DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "coco": (CocoConfig, read_coco),
     "csv": (CsvConfig, read_csv),
+    "voc": (VocConfig, read_voc),
 }
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "DataConfig",
     "Manifest",
     "Record",
+    "VocConfig",
     "build_manifest",
     "read_split",
 ]

@@ -1,0 +1,79 @@
+"""The readers on published label files, whose statistics are known; skipped where MLVISION_REAL_DATA does not say where."""
+
+import csv
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layouts import VocObject, write_voc
+
+from mlvision.data import build_manifest
+from mlvision.data.voc import VOC_CLASSES
+
+
+def lines(path: Path) -> list[str]:
+    with gzip.open(path, "rt") as file:
+        return file.read().splitlines()
+
+
+# VOC2007: images that show each class by an object that is not difficult, as the devkit's documentation (trainval) and
+# the challenge's paper (IJCV 2010, table of the test set) have them.
+VOC_COUNTS = {
+    "trainval": [238, 243, 330, 181, 244, 186, 713, 337, 445, 141, 200, 421, 287, 245, 2008, 245, 96, 229, 261, 256],
+    "test": [204, 239, 282, 172, 212, 174, 721, 322, 417, 127, 190, 418, 274, 222, 2007, 224, 97, 223, 259, 229],
+}
+VOC_IMAGES = {"trainval": 5011, "test": 4952}
+
+
+def voc_folder(root: Path, labels: Path, split: str) -> np.ndarray:
+    """A split's annotations written as XML from the published boxes; `[N, 20]` with 1, -1, and 0 for difficult alone.
+
+    The flag of each object is published for the test split; in the other, those of the image-set lists stand in: an object
+    is difficult where its class is shown by difficult objects alone.
+    """
+    rows = list(csv.reader(lines(labels / f"multilabel_{split}.csv.gz")))
+    assert rows[0][1:] == list(VOC_CLASSES)
+    table = {row[0]: [int(cell) for cell in row[1:]] for row in rows[1:]}
+    objects = {}
+    for line in lines(labels / f"boxes_{split}.txt.gz"):
+        name, *numbers = line.split()
+        objects[name.removesuffix(".jpg")] = np.array(numbers, dtype=int).reshape(-1, 5)
+    flags = {image: [int(table[image][c] == 0) for c in of_image[:, 4]] for image, of_image in objects.items()}
+    if split == "test":
+        listed = [line.split() for line in lines(labels / "boxes_test_difficult.txt.gz")]
+        flags = {row[0].removesuffix(".jpg"): [int(flag) for flag in row[1:]] for row in listed}
+    images = {
+        # Sizes are not published with these boxes: every image of VOC is at most 500 pixels wide and high.
+        image: (
+            (500, 500),
+            [
+                VocObject(VOC_CLASSES[number[4]], tuple(number[:4].tolist()), flag)
+                for number, flag in zip(objects[image], flags[image], strict=True)
+            ],
+        )
+        for image in table
+    }
+    write_voc(root, {split: images})
+    return np.array(list(table.values()))
+
+
+@pytest.mark.parametrize("split", ["trainval", "test"])
+def test_voc2007_counts_are_the_official_ones(real_data, tmp_path, split):
+    official = voc_folder(tmp_path, real_data / "label_files" / "voc2007", split)
+    options = {"root": str(tmp_path), "split": split, "test": "none"}
+
+    unknown = build_manifest("voc", difficult="unknown", **options)
+
+    assert len(unknown) == VOC_IMAGES[split]
+    assert (unknown.targets == 1).sum(axis=0).tolist() == VOC_COUNTS[split]
+    np.testing.assert_array_equal(np.isnan(unknown.targets), official == 0)
+    np.testing.assert_array_equal(unknown.targets == 1, official == 1)
+    for row, record in enumerate(unknown.records):
+        assert record.difficult == tuple(np.flatnonzero(official[row] == 0).tolist())
+    if split == "test":
+        for convention, positives in (("negative", official == 1), ("positive", official >= 0)):
+            np.testing.assert_array_equal(build_manifest("voc", difficult=convention, **options).targets, positives)
+        # 24,640 objects that are not difficult, says the devkit: 12,608 in trainval, 12,032 in test.
+        assert sum(int((~record.boxes.difficult).sum()) for record in unknown.records) == 12032
+        assert sum(len(record.boxes) for record in unknown.records) == 14976
