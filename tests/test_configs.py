@@ -12,7 +12,7 @@ import torch
 from layouts import VocObject, write_voc
 
 from mlvision.config import Config, parse_options, to_plain
-from mlvision.data import DATASETS, CocoConfig, CsvConfig, VocConfig
+from mlvision.data import DATASETS, CocoConfig, CsvConfig, MatrixConfig, VocConfig
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.models import TextHeadConfig
@@ -76,9 +76,21 @@ def make_voc(data: VocConfig, splits: Sequence[str], photos: Sequence[Path], roo
             shutil.copy(path, root / "JPEGImages" / f"{image}.jpg")
 
 
+def make_matrix(data: MatrixConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for split, chosen in shares(splits, photos):
+        folder = root / f"{split}2014"
+        folder.mkdir()
+        rows = []
+        for i, path in enumerate(chosen):
+            shutil.copy(path, folder)
+            rows.append(f"{split}2014/{path.name} {i % 2} {int(i % 3 == 0)} {int(i % 5 > 1)}\n")
+        (root / data.labels.format(split=split)).write_text("".join(rows))
+
+
 LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] = {
     "coco": make_coco,
     "csv": make_csv,
+    "matrix": make_matrix,
     "voc": make_voc,
 }
 

@@ -8,12 +8,14 @@ from typing import Any
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
+from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.voc import VocConfig, read_voc
 from mlvision.errors import InputError
 
 DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "coco": (CocoConfig, read_coco),
     "csv": (CsvConfig, read_csv),
+    "matrix": (MatrixConfig, read_matrix),
     "voc": (VocConfig, read_voc),
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "CsvConfig",
     "DataConfig",
     "Manifest",
+    "MatrixConfig",
     "Record",
     "VocConfig",
     "build_manifest",

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from layouts import VocObject, write_voc
 
 from mlvision.data import build_manifest
 from mlvision.data.voc import VOC_CLASSES
+from tools.prepare_data import main
 
 
 def lines(path: Path) -> list[str]:
@@ -77,3 +79,43 @@ def test_voc2007_counts_are_the_official_ones(real_data, tmp_path, split):
         # 24,640 objects that are not difficult, says the devkit: 12,608 in trainval, 12,032 in test.
         assert sum(int((~record.boxes.difficult).sum()) for record in unknown.records) == 12032
         assert sum(len(record.boxes) for record in unknown.records) == 14976
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "labels", "counts"),
+    [
+        # Rows, classes and all labels of both lists; then images of a few classes, counted by cutting columns from the text.
+        ("nuswide_81_m", 81, (24357, 12156), {0: (42, 18), 1: (1701, 813), 8: (911, 446)}),
+        ("coco", 80, (29412, 14755), {0: (246, 121), 2: (505, 256)}),
+    ],
+)
+def test_statistics_of_published_matrices_are_printed(real_data, tmp_path, capsys, name, num_classes, labels, counts):
+    for split in ("train", "test"):
+        rows = lines(real_data / "label_files" / "other" / f"{name}_{split}.txt.gz")
+        (tmp_path / f"{split}.txt").write_text("\n".join(rows) + "\n")
+    arguments = ["data.name=matrix", f"data.root={tmp_path}", f"out={tmp_path}/check"]
+    if (
+        name == "coco"
+    ):  # the lists' columns are in alphabetical order: column 49 is the person, by far the most frequent
+        names = sorted((real_data / "label_files" / "coco" / "coco80_names.txt").read_text().splitlines())
+        (tmp_path / "names").write_text("\n".join(names))
+        arguments.append("data.classes=names")
+
+    assert main(["check", *arguments, "labels_only=true"]) == 0
+
+    saved = json.loads((tmp_path / "check" / "check.json").read_text())
+    assert len(saved["classes"]) == num_classes
+    printed = capsys.readouterr().out
+    for number, (split, num_images) in enumerate((("train", 10_000), ("test", 5_000))):
+        summary = saved["splits"][split]
+        assert (summary["images"], summary["labels"], summary["unknown"]) == (num_images, labels[number], 0)
+        assert f"{num_images:,} images x {num_classes} classes, {labels[number]:,} labels" in printed
+        present = summary["classes"]["present"]
+        assert {c: present[c] for c in counts} == {c: n[number] for c, n in counts.items()}
+        if name == "coco":
+            assert saved["classes"][49] == "person"
+            assert max(present) == present[49]
+    if name == "coco":
+        shown = [saved["splits"][split]["classes"]["present"][49] for split in ("train", "test")]
+        assert ["person", *(f"{number:,}" for number in shown)] in [line.split() for line in printed.splitlines()]
+    assert saved["overlaps"] == []

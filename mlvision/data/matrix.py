@@ -1,0 +1,190 @@
+"""A published matrix of labels, N images x C classes: .npy, .npz, or text with a row for each image."""
+
+import hashlib
+import os
+import posixpath
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Float64, Shaped
+
+from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.text_files import list_splits, read_lines, read_names
+from mlvision.errors import InputError
+
+# What the numbers of a matrix mean, by name.
+VALUES = {
+    "binary": "1 present, 0 absent",
+    "partial": "1 present, 0 absent, -1 or NaN unknown",
+    "ternary": "1 present, -1 absent, 0 unknown",
+    "positive": "above 0 present, all else absent",
+}
+
+
+@dataclass(frozen=True)
+class MatrixConfig(DataConfig):
+    """A label matrix, the names of its rows, and a folder of images."""
+
+    name: Annotated[str, "which reader: a key of DATASETS"] = "matrix"
+    labels: Annotated[str, "matrix file under root: .npy, .npz or .txt; {split} is the split's name"] = "{split}.txt"
+    labels_array: Annotated[str, "array of a .npz that holds the matrix; empty: its only array"] = ""
+    names: Annotated[str, "file of image names in the rows' order; empty: first column of a .txt"] = ""
+    names_array: Annotated[str, "array of a .npz that holds the names; empty: its only array"] = ""
+    images: Annotated[str, "folder under root to which the names are relative"] = "."
+    classes: Annotated[str, "file of class names under root, a line for each column; empty: class 0, class 1, ..."] = ""
+    values: Annotated[str, f"what numbers mean: {'; '.join(f'{k} ({v})' for k, v in VALUES.items())}"] = "binary"
+
+
+def read_matrix(config: MatrixConfig, split: str) -> Manifest:
+    """Reads one split.
+
+    A matrix does not say what its columns are: name the classes with a file. The order of the field's lists differs: those
+    of the hashing papers have COCO's classes in alphabetical order, not by category id. Pickled arrays are not loaded.
+
+    Raises:
+        InputError: a file is missing or of another shape, the numbers of rows and names differ, or a number is not among
+            those that `values` names; the message names file and row.
+
+    Source: such files are published by, among others, Cole et al., "Multi-Label Learning from Single Positive Labels",
+    CVPR 2021 (.npy: labels and image names), Liu et al., "Query2Label", 2021 (.npy, above 0 is present), and Cao et al.,
+    "HashNet", ICCV 2017 (text lists).
+    """
+    if config.values not in VALUES:
+        raise InputError(f"data.values={config.values}: expected one of {', '.join(VALUES)}")
+    root = check_root(config)
+    source = _find(root, config.labels, split)
+    if source.endswith((".npy", ".npz")):
+        if not config.names:
+            raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
+        matrix, listed = _load_array(source, config.labels_array, "labels_array"), None
+        if matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+            raise InputError(f"{source}: expected numbers [images, classes], got {matrix.dtype} {matrix.shape}")
+    else:
+        matrix, listed = _read_text_matrix(source, with_names=not config.names)
+    names_source = _find(root, config.names, split) if config.names else source
+    names = _read_image_names(names_source, config.names_array) if listed is None else listed
+    if len(names) != len(matrix):
+        raise InputError(f"{source}: has {len(matrix):,} rows, {names_source} names {len(names):,} images")
+    classes = _class_names(os.path.join(root, config.classes) if config.classes else "", matrix.shape[1], source)
+
+    present, unknown = _meaning(matrix, config.values, source)
+    keys = [posixpath.normpath(posixpath.join(config.images, name.replace("\\", "/"))) for name in names]
+    _check_distinct(keys, names_source)
+    records = tuple(
+        Record(key, os.path.join(root, key), tuple(np.flatnonzero(p).tolist()), tuple(np.flatnonzero(u).tolist()))
+        for key, p, u in zip(keys, present, unknown, strict=True)
+    )
+    check_files(config, records, names_source)
+    protocol = (
+        f"{os.path.basename(source)}, {len(records):,} images x {len(classes)} classes, "
+        f"{int(present.sum()):,} labels ({VALUES[config.values]}), sha256 {_digest(source)}"
+    )
+    return Manifest(classes, records, split, protocol)
+
+
+def _find(root: str, template: str, split: str) -> str:
+    path = os.path.join(root, template.replace("{split}", split))
+    if not os.path.isfile(path):
+        found = f"; splits found there: {list_splits(os.path.join(root, template))}" if "{split}" in template else ""
+        raise InputError(f"{path}: no such file{found}")
+    return path
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _load_array(path: str, key: str, option: str) -> Shaped[np.ndarray, "..."]:
+    """The array of a .npy, or one of a .npz."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            if key and key not in loaded.files:
+                raise InputError(f"data.{option}={key}: {path} holds {', '.join(loaded.files) or 'no array'}")
+            if not key and len(loaded.files) != 1:
+                raise InputError(f"data.{option} is not set: {path} holds {', '.join(loaded.files) or 'no array'}")
+            return loaded[key or loaded.files[0]]
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as an array: {str(error).splitlines()[0]}") from error
+
+
+def _read_text_matrix(path: str, with_names: bool) -> tuple[Float64[np.ndarray, "N C"], list[str] | None]:
+    """Numbers apart by blanks or commas, behind an image name where `with_names`; and the names."""
+    rows = [line.replace(",", " ").split() for line in read_lines(path)]
+    first = int(with_names)
+    num_columns = len(rows[0]) - first
+    for number, row in enumerate(rows, start=1):
+        if len(row) - first != num_columns or num_columns < 1:
+            raise InputError(
+                f"{path}, line {number}: {len(row)} fields, expected {'an image name and ' if with_names else ''}"
+                f"{max(num_columns, 1)} numbers"
+            )
+    try:
+        matrix = np.array([row[first:] for row in rows], dtype=np.float64)
+    except ValueError:
+        number, field = next((n, f) for n, row in enumerate(rows, start=1) for f in row[first:] if not _is_number(f))
+        raise InputError(f"{path}, line {number}: {field!r} is not a number") from None
+    return matrix, [row[0] for row in rows] if with_names else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_image_names(path: str, key: str) -> list[str]:
+    if not path.endswith((".npy", ".npz")):
+        return read_lines(path)
+    names = _load_array(path, key, "names_array")
+    if names.ndim != 1 or names.dtype.kind not in "US":
+        raise InputError(f"{path}: expected a list of texts, got {names.dtype} {names.shape}")
+    return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
+
+
+def _class_names(path: str, num_classes: int, source: str) -> tuple[str, ...]:
+    if not path:
+        return tuple(f"class {c}" for c in range(num_classes))
+    classes = read_names(path, "class")
+    if len(classes) != num_classes:
+        raise InputError(f"{source}: has {num_classes} columns, {path} names {len(classes)} classes")
+    return tuple(classes)
+
+
+def _meaning(
+    matrix: Shaped[np.ndarray, "N C"], values: str, source: str
+) -> tuple[Shaped[np.ndarray, "N C"], Shaped[np.ndarray, "N C"]]:
+    """Which entries are present, which unknown."""
+    nothing = np.zeros(matrix.shape, dtype=bool)
+    if values == "positive":
+        present, absent, unknown = matrix > 0, matrix <= 0, nothing
+    elif values == "ternary":
+        present, absent, unknown = matrix == 1, matrix == -1, matrix == 0
+    else:
+        present, absent = matrix == 1, matrix == 0
+        unknown = (matrix == -1) | (matrix != matrix) if values == "partial" else nothing
+    understood = present | absent | unknown
+    if not understood.all():
+        row, column = np.argwhere(~understood)[0].tolist()
+        raise InputError(
+            f"{source}, row {row + 1}, column {column + 1} of the numbers: {matrix[row, column]:g}, "
+            f"expected {VALUES[values]} (data.values={values})"
+        )
+    return present, unknown
+
+
+def _check_distinct(keys: Sequence[str], source: str) -> None:
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys, start=1):
+        if first.setdefault(key, row) != row:
+            raise InputError(f"{source}, row {row}: repeats the image {key!r} of row {first[key]}")
