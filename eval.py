@@ -9,10 +9,11 @@ import csv
 from pathlib import Path
 
 from mlvision.config import Config, describe_options, run_command
+from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
 from mlvision.engine.evaluate import predict
 from mlvision.errors import InputError
-from mlvision.metrics import multilabel_summary, per_class_table
+from mlvision.metrics import multilabel_summary, per_class_table, real_accuracy
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.run import is_trained, load_run, read_for, write_metrics, write_record
 
@@ -41,6 +42,9 @@ def main(argv: list[str]) -> dict:
         method = load_run(path, overrides=overrides, weights=weights).method if weights != chosen else run.method
         found = predict(method, loader, run.precision)
         results[weights] = multilabel_summary(found.logits, found.targets, activation=method.activation)
+        if has_real_labels(run.config.data, manifest.split):
+            labels = [record.labels for record in manifest.records]
+            results[weights]["real_accuracy"] = real_accuracy(found.logits, labels)
         if weights == chosen:
             predictions = found
     activation = run.method.activation
@@ -74,6 +78,7 @@ def main(argv: list[str]) -> dict:
     print(metrics["protocol"])
     for weights, summary in results.items():
         shown = f"mAP (plain) {summary['mAP']:.4f}  CF1 {summary['CF1']:.4f}  OF1 {summary['OF1']:.4f}"
+        shown += f"  ReaL accuracy {summary['real_accuracy']:.4f}" if "real_accuracy" in summary else ""
         mark = "*" if weights == chosen else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
     print(f"written to {run.folder}: {', '.join(written)}")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from layouts import VocObject, write_voc
 
 from mlvision.config import Config, parse_options, to_plain
-from mlvision.data import DATASETS, CocoConfig, CsvConfig, MatrixConfig, VocConfig
+from mlvision.data import DATASETS, CocoConfig, CsvConfig, ImagenetConfig, MatrixConfig, VocConfig
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.models import TextHeadConfig
@@ -76,6 +77,16 @@ def make_voc(data: VocConfig, splits: Sequence[str], photos: Sequence[Path], roo
             shutil.copy(path, root / "JPEGImages" / f"{image}.jpg")
 
 
+def make_imagenet(data: ImagenetConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for split, chosen in shares(splits, photos):
+        for i, path in enumerate(chosen):
+            folder = root / data.images.format(split=split) / ("n01440764", "n01443537", "n02979186")[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / f"ILSVRC2012_{split}_{i + 1:08d}.JPEG")
+    if data.real:
+        (root / data.real).write_text(json.dumps([[0, i % 3][: i % 4] for i in range(len(photos))]))
+
+
 def make_matrix(data: MatrixConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
     for split, chosen in shares(splits, photos):
         folder = root / f"{split}2014"
@@ -90,6 +101,7 @@ def make_matrix(data: MatrixConfig, splits: Sequence[str], photos: Sequence[Path
 LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] = {
     "coco": make_coco,
     "csv": make_csv,
+    "imagenet": make_imagenet,
     "matrix": make_matrix,
     "voc": make_voc,
 }

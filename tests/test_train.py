@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -96,6 +97,37 @@ def test_evaluation_may_see_larger_images_than_training(smoke_arguments, tmp_pat
     built = build_run(run.config)
     assert built.train_loader.dataset[0, 0].views[0].image.shape[1:] == (48, 48)
     assert built.val_loader.dataset[0, 0].views[0].image.shape[1:] == (64, 64)
+
+
+def test_evaluation_on_real_lists_reports_their_accuracy(scenes_root, smoke_arguments, tmp_path):
+    photos = sorted((scenes_root / "images" / "train").iterdir())
+    for i, photo in enumerate(photos[:40]):
+        folder = tmp_path / "set" / ("train" if i < 32 else "val") / f"n{i % 3:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / f"ILSVRC2012_val_{i - 31:08d}.JPEG")
+    lists = [[], [0, 2], [1], [0, 1, 2], [], [2], [0], [1, 2]]
+    (tmp_path / "set" / "real.json").write_text(json.dumps(lists))
+    run = tmp_path / "run"
+    data = ["data.name=imagenet", f"data.root={tmp_path / 'set'}", "data.real=real.json", "optim.epochs=1"]
+    config = tmp_path / "smoke.yaml"
+    config.write_text(
+        Path(smoke_arguments[0]).read_text().replace("name: coco, root: datasets/scenes, images: images", "")
+    )
+    train_script.main([str(config), *smoke_arguments[2:], *data, "loader.batch_size=8", f"out={run}"])
+
+    metrics = eval_script.main([str(run)])
+
+    loaded = load_run(run)
+    right = []
+    for key in (tmp_path / "set" / "val").rglob("*.JPEG"):
+        of_image = lists[int(key.stem[-8:]) - 1]
+        if of_image:
+            logits = loaded.method.predict(loaded.preprocess([Image.open(key)]))[0]
+            right.append(int(logits.argmax()) in of_image)
+    assert len(right) == 6
+    assert metrics[loaded.weights]["real_accuracy"] == pytest.approx(np.mean(right))
+    assert "2 images with an empty list left out" in metrics["protocol"]
+    assert "real_accuracy" not in eval_script.main([str(run), "data.split=val"])[loaded.weights]
 
 
 def test_best_checkpoint_is_the_best_validation_epoch(trained):

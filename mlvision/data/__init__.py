@@ -7,6 +7,7 @@ from typing import Any
 
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
+from mlvision.data.imagenet import ImagenetConfig, read_imagenet
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
 from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.voc import VocConfig, read_voc
@@ -15,6 +16,7 @@ from mlvision.errors import InputError
 DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "coco": (CocoConfig, read_coco),
     "csv": (CsvConfig, read_csv),
+    "imagenet": (ImagenetConfig, read_imagenet),
     "matrix": (MatrixConfig, read_matrix),
     "voc": (VocConfig, read_voc),
 }
@@ -60,6 +62,7 @@ __all__ = [
     "CocoConfig",
     "CsvConfig",
     "DataConfig",
+    "ImagenetConfig",
     "Manifest",
     "MatrixConfig",
     "Record",

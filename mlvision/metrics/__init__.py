@@ -24,6 +24,7 @@ from mlvision.metrics.localisation import (
 )
 from mlvision.metrics.map_shape import entropy, gini, map_discrimination, max_sensitivity, png_bytes, spearman
 from mlvision.metrics.ranking import ndcg_at_k, precision_at_k
+from mlvision.metrics.real import real_accuracy
 from mlvision.metrics.summary import multilabel_summary, per_class_table
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "pointing_in_mask",
     "precision_at_k",
     "rank_accuracy",
+    "real_accuracy",
     "reliability_table",
     "spearman",
     "specificity",

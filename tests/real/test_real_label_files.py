@@ -11,6 +11,7 @@ from layouts import VocObject, write_voc
 
 from mlvision.data import build_manifest
 from mlvision.data.voc import VOC_CLASSES
+from mlvision.metrics import real_accuracy
 from tools.prepare_data import main
 
 
@@ -119,3 +120,40 @@ def test_statistics_of_published_matrices_are_printed(real_data, tmp_path, capsy
         shown = [saved["splits"][split]["classes"]["present"][49] for split in ("train", "test")]
         assert ["person", *(f"{number:,}" for number in shown)] in [line.split() for line in printed.splitlines()]
     assert saved["overlaps"] == []
+
+
+def test_real_labels_have_3163_empty_lists(real_data, tmp_path):
+    files = real_data / "label_files" / "imagenet"
+    (tmp_path / "real.json").write_text(lines(files / "real.json.gz")[0])
+    (tmp_path / "names.json").write_text((files / "imagenet_simple_labels.json").read_text())
+
+    manifest = build_manifest(
+        "imagenet", root=str(tmp_path), split="val", real="real.json", classes="names.json", check_files=False
+    )
+
+    # 50,000 validation images; the counts are those of the file's publishers and of counting its brackets.
+    assert len(manifest) == 50_000 - 3_163
+    assert "3,163 images with an empty list left out" in manifest.protocol
+    assert sum(len(record.labels) > 1 for record in manifest.records) == 7_443
+    assert sum(len(record.labels) for record in manifest.records) == 57_553
+    assert len(manifest.classes) == 1000
+    # The first list is empty, the second is [970, 795], the third [230, 231].
+    assert [(r.key, r.labels) for r in manifest.records[:2]] == [
+        ("val/ILSVRC2012_val_00000002.JPEG", (795, 970)),
+        ("val/ILSVRC2012_val_00000003.JPEG", (230, 231)),
+    ]
+    assert [manifest.classes[c] for c in manifest.records[0].labels] == ["ski", "alp"]
+
+
+def test_real_accuracy_leaves_the_empty_lists_out(real_data):
+    lists = json.loads(lines(real_data / "label_files" / "imagenet" / "real.json.gz")[0])
+    # Of every ten images, nine get a class that fits (where one does), the tenth a class that does not.
+    chosen = [
+        (labels[-1] if row % 10 else next(c for c in range(1000) if c not in labels)) if labels else 0
+        for row, labels in enumerate(lists)
+    ]
+    scores = np.zeros((50_000, 1000), dtype=np.float32)
+    scores[np.arange(50_000), chosen] = 1
+
+    wrong = sum(bool(labels) for labels in lists[::10])
+    assert real_accuracy(scores, lists) == pytest.approx(1 - wrong / (50_000 - 3_163), abs=1e-12)

@@ -1,0 +1,157 @@
+"""ImageNet's class folders, and the reassessed labels (ReaL) of its validation images."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from mlvision.data.images import SUFFIXES
+from mlvision.data.manifest import DataConfig, Manifest, Record, check_root
+from mlvision.data.text_files import read_json, read_names
+from mlvision.errors import InputError
+
+_VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
+_VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+@dataclass(frozen=True)
+class ImagenetConfig(DataConfig):
+    """A folder for each split, in it a folder for each class; the split with ReaL labels may also be one flat folder."""
+
+    name: Annotated[str, "which reader: a key of DATASETS"] = "imagenet"
+    test: Annotated[str, "name of the split that only eval.py reads"] = "val"
+    images: Annotated[str, "folder of a split under root; {split} is the split's name"] = "{split}"
+    classes: Annotated[
+        str, "class names under root in the order of the sorted class folders: JSON or text; empty: folders"
+    ] = ""
+    real: Annotated[str, "ReaL labels under root, such as real.json; empty: each image has the label of its folder"] = (
+        ""
+    )
+    real_split: Annotated[str, "the split that has ReaL labels"] = "val"
+
+
+def has_real_labels(config: DataConfig, split: str) -> bool:
+    """Whether a split's labels are ReaL lists, of which an image may have several."""
+    return isinstance(config, ImagenetConfig) and bool(config.real) and split == config.real_split
+
+
+def read_imagenet(config: ImagenetConfig, split: str) -> Manifest:
+    """Reads one split; images are sorted by path.
+
+    Classes are the sorted folders of the training split, in every split (with WordNet ids as folders, that is the standard
+    order 0 to 999). With ReaL labels an image has all labels that its list names, whatever its folder is; images with an
+    empty list, to which no label fits, are left out, as their authors ask. They are found by their number, in
+    `ILSVRC2012_val_00000001.JPEG`, which is the row of the file.
+
+    Raises:
+        InputError: a folder is missing or empty, a folder is of no class, an image has no ReaL list, or a list is not of the
+            classes; the message names the folder, image or entry.
+
+    Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015; Beyer et al., "Are we done
+    with ImageNet?", 2020 (ReaL; github.com/google-research/reassessed-imagenet).
+    """
+    root = check_root(config)
+    has_real = has_real_labels(config, split)
+    folders, classes = _read_classes(config, root, needs_folders=not has_real or config.check_files)
+    folder = config.images.replace("{split}", split)
+    if has_real:
+        source = os.path.join(root, config.real)
+        lists = _read_real(source, len(classes))
+        if config.check_files:
+            keys = [key for key, _ in _list_images(root, folder, folders, flat=True)]
+        else:
+            keys = [f"{folder}/{_VALIDATION_NAME.format(number)}" for number in range(1, len(lists) + 1)]
+        labels = [_look_up(key, lists, source) for key in keys]
+        records = tuple(_record(root, k, of_image) for k, of_image in zip(keys, labels, strict=True) if of_image)
+        note = f"ReaL labels ({config.real}), {len(keys) - len(records):,} images with an empty list left out"
+    else:
+        records = tuple(_record(root, key, (c,)) for key, c in _list_images(root, folder, folders, flat=False))
+        note = "one label an image, that of its folder"
+    protocol = f"{folder}, {len(records):,} images of {len(classes):,} classes, {note}"
+    return Manifest(classes, records, split, protocol)
+
+
+def _record(root: str, key: str, labels: tuple[int, ...]) -> Record:
+    return Record(key, os.path.join(root, key), labels)
+
+
+def _read_classes(config: ImagenetConfig, root: str, needs_folders: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The class folders and the class names, in one order; without folders where only names are needed."""
+    path = os.path.join(root, config.images.replace("{split}", config.train))
+    folders = tuple(sorted(e.name for e in os.scandir(path) if e.is_dir())) if os.path.isdir(path) else ()
+    if not folders and (needs_folders or not config.classes):
+        raise InputError(
+            f"{path}: no class folders there; the classes are the folders of the training split (data.train={config.train})"
+        )
+    if not config.classes:
+        return folders, folders
+    source = os.path.join(root, config.classes)
+    names = _read_json_names(source) if source.endswith(".json") else read_names(source, "class")
+    if folders and len(names) != len(folders):
+        raise InputError(f"{source}: names {len(names):,} classes, {path} has {len(folders):,} class folders")
+    return folders, tuple(names)
+
+
+def _read_json_names(source: str) -> list[str]:
+    names = read_json(source)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{source}: expected a list of class names")
+    return names
+
+
+def _list_images(root: str, folder: str, folders: tuple[str, ...], flat: bool) -> list[tuple[str, int]]:
+    """Key and class of each image below a split's folder, sorted by key; -1 for those in the folder itself, where `flat`."""
+    path = os.path.join(root, folder)
+    if not os.path.isdir(path):
+        raise InputError(f"{path}: no such folder")
+    class_of = {name: c for c, name in enumerate(folders)}
+    found = []
+    for entry in os.scandir(path):
+        if entry.is_dir():
+            if entry.name not in class_of:
+                raise InputError(f"{entry.path}: a folder of no class of the training split ({len(folders):,} classes)")
+            found += [(f"{folder}/{entry.name}/{name}", class_of[entry.name]) for name in _image_names(entry.path)]
+        elif _is_image(entry.name):
+            if not flat:
+                raise InputError(
+                    f"{entry.path}: an image outside the class folders; only a split with ReaL labels may be flat"
+                )
+            found.append((f"{folder}/{entry.name}", -1))
+    if not found:
+        raise InputError(f"{path}: no image there (looked for {', '.join(sorted(SUFFIXES))})")
+    return sorted(found)
+
+
+def _image_names(path: str) -> list[str]:
+    return [name for name in os.listdir(path) if _is_image(name)]
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _read_real(source: str, num_classes: int) -> list[tuple[int, ...]]:
+    """The list of each validation image, in the order of their numbers."""
+    document: Any = read_json(source)
+    if not isinstance(document, list) or not document:
+        raise InputError(f"{source}: expected a list with a list of class numbers for each validation image")
+    lists = []
+    for row, labels in enumerate(document):
+        if not isinstance(labels, list) or not all(type(c) is int and 0 <= c < num_classes for c in labels):
+            raise InputError(
+                f"{source}: entry {row}, counted from 0, is {labels!r}, expected classes 0 to {num_classes - 1}"
+            )
+        lists.append(tuple(sorted(set(labels))))
+    return lists
+
+
+def _look_up(key: str, lists: list[tuple[int, ...]], source: str) -> tuple[int, ...]:
+    match = _VALIDATION_FILE.fullmatch(key.rpartition("/")[2])
+    if match is None:
+        raise InputError(
+            f"{key}: expected a name such as ILSVRC2012_val_00000001.JPEG, whose number is the row of {source}"
+        )
+    number = int(match[1])
+    if not 1 <= number <= len(lists):
+        raise InputError(f"{key}: {source} has {len(lists):,} lists, none for number {number:,}")
+    return lists[number - 1]
