@@ -44,3 +44,32 @@ def write_voc(root: Path, splits: Mapping[str, Mapping[str, tuple[tuple[int, int
             path = root / "JPEGImages" / f"{image}.jpg"
             if not path.exists():
                 path.touch()
+
+
+def write_nuswide(
+    root: Path,
+    concepts: Sequence[str],
+    images: Mapping[str, tuple[str, Sequence[int]]],
+    order: Mapping[str, Sequence[int]],
+) -> None:
+    """NUS-WIDE's archives unpacked: lists with backslashes, and a file of 0 and 1 for each concept and list.
+
+    `images`: name to (split, a value for each concept), in the order of Imagelist.txt; `order`: the rows of each split's own
+    list. Source of the layout: the names of the files in ImageList.zip, Groundtruth.zip and ConceptsList.zip.
+    """
+    names = list(images)
+    columns = {name: values for name, (_, values) in images.items()}
+    lists = {"": names, **{split: [names[row] for row in rows] for split, rows in order.items()}}
+    for folder in ("ImageList", "ConceptsList", "Groundtruth/AllLabels", "Groundtruth/TrainTestLabels"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "ConceptsList" / "Concepts81.txt").write_text("".join(f"{concept}\n" for concept in concepts))
+    for split, listed in lists.items():
+        (root / "ImageList" / f"{split}Imagelist.txt").write_text("".join(f"{name}\r\n" for name in listed))
+        for c, concept in enumerate(concepts):
+            path = f"TrainTestLabels/Labels_{concept}_{split}.txt" if split else f"AllLabels/Labels_{concept}.txt"
+            (root / "Groundtruth" / path).write_text("".join(f"{columns[name][c]}\n" for name in listed))
+    for name in names:
+        path = root / "Flickr" / name.replace("\\", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch()

@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import VocObject, write_voc
+from layouts import VocObject, write_nuswide, write_voc
 
 from mlvision.config import Config, parse_options, to_plain
-from mlvision.data import DATASETS, CocoConfig, CsvConfig, ImagenetConfig, MatrixConfig, VocConfig
+from mlvision.data import (
+    DATASETS,
+    CocoConfig,
+    CsvConfig,
+    ImagenetConfig,
+    MatrixConfig,
+    NuswideConfig,
+    VocConfig,
+)
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.models import TextHeadConfig
@@ -64,6 +72,16 @@ def make_csv(data: CsvConfig, splits: Sequence[str], photos: Sequence[Path], roo
         )
 
 
+def make_nuswide(data: NuswideConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    images, order = {}, {}
+    for split, chosen in shares(splits, photos):
+        order[split] = list(range(len(images), len(images) + len(chosen)))
+        images |= {f"sea\\{p.name}": (split, (i % 2, int(i % 3 == 0), 1)) for i, p in enumerate(chosen)}
+    write_nuswide(root, ("airport", "animal", "beach"), images, order)
+    for path in photos:
+        shutil.copy(path, root / data.images / "sea")
+
+
 def make_voc(data: VocConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
     for number, (split, chosen) in enumerate(shares(splits, photos)):
         objects = [
@@ -103,6 +121,7 @@ LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] =
     "csv": make_csv,
     "imagenet": make_imagenet,
     "matrix": make_matrix,
+    "nuswide": make_nuswide,
     "voc": make_voc,
 }
 

@@ -10,6 +10,7 @@ from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.imagenet import ImagenetConfig, read_imagenet
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
 from mlvision.data.matrix import MatrixConfig, read_matrix
+from mlvision.data.nuswide import NuswideConfig, read_nuswide
 from mlvision.data.voc import VocConfig, read_voc
 from mlvision.errors import InputError
 
@@ -18,6 +19,7 @@ DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "csv": (CsvConfig, read_csv),
     "imagenet": (ImagenetConfig, read_imagenet),
     "matrix": (MatrixConfig, read_matrix),
+    "nuswide": (NuswideConfig, read_nuswide),
     "voc": (VocConfig, read_voc),
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "ImagenetConfig",
     "Manifest",
     "MatrixConfig",
+    "NuswideConfig",
     "Record",
     "VocConfig",
     "build_manifest",

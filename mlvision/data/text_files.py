@@ -69,4 +69,5 @@ def list_splits(template: str) -> str:
     """The split names for which `template`, with `{split}` in it, finds a file; in words, for an error."""
     before, after = template.split("{split}", 1)
     matches = sorted(glob.glob(f"{glob.escape(before)}*{glob.escape(after)}"))
-    return ", ".join(match[len(before) : len(match) - len(after)] for match in matches) or "none"
+    names = [match[len(before) : len(match) - len(after)] for match in matches]
+    return ", ".join(name for name in names if name) or "none"

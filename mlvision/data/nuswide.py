@@ -1,0 +1,129 @@
+"""NUS-WIDE: parallel text files, one list of images and one column of 0 and 1 for each of 81 concepts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Bool
+
+from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.text_files import list_splits, read_names, read_text
+from mlvision.errors import InputError
+
+PROTOCOLS = ("all", "annotated")
+LABEL_FILES = ("all", "split")
+MISSING = ("error", "skip")
+
+# Numbers of images by which papers tell their variant, (split, images): what it is.
+VARIANTS = {
+    ("Train", 161_789): "the official training images",
+    ("Test", 107_859): "the official test images",
+    ("Train", 125_449): "the official training images with at least one label",
+    ("Test", 83_898): "the official test images with at least one label",
+}
+
+
+@dataclass(frozen=True)
+class NuswideConfig(DataConfig):
+    """The folder with ImageList, Groundtruth and ConceptsList as the official archives unpack, and the images."""
+
+    name: Annotated[str, "which reader: a key of DATASETS"] = "nuswide"
+    train: Annotated[str, "name of the split to train on"] = "Train"
+    test: Annotated[str, "name of the split that only eval.py reads"] = "Test"
+    images: Annotated[str, "folder under root to which the list's names are relative"] = "Flickr"
+    labels: Annotated[str, "all: Groundtruth/AllLabels, in Imagelist's rows; split: Groundtruth/TrainTestLabels"] = (
+        "all"
+    )
+    concepts: Annotated[str, "file of concept names under root: the class list in order"] = (
+        "ConceptsList/Concepts81.txt"
+    )
+    protocol: Annotated[str, "all: every image; annotated: only images with at least one label"] = "all"
+    missing: Annotated[str, "image files that are not there: error, or skip (Flickr has lost some)"] = "error"
+
+
+def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
+    """Reads one split: the images of ImageList/{split}Imagelist.txt.
+
+    Row i of a label file belongs to row i of an image list. `labels=all` takes AllLabels, whose rows are those of
+    Imagelist.txt, and finds each image of the split there by its name. `labels=split` takes TrainTestLabels, whose rows are
+    those of the split's own list; the published Labels_lake_Train.txt holds -1130179 in line 78,372, which is refused.
+    The protocol names the variant: numbers of images, what papers call it where that is known, and a hash of the records.
+
+    Raises:
+        InputError: a file is missing, numbers of rows differ, a value is not 0 or 1; the message names file and line.
+
+    Source: Chua et al., "NUS-WIDE: A Real-World Web Image Database from National University of Singapore", CIVR 2009.
+    """
+    for option, known in (("protocol", PROTOCOLS), ("labels", LABEL_FILES), ("missing", MISSING)):
+        if getattr(config, option) not in known:
+            raise InputError(f"data.{option}={getattr(config, option)}: expected one of {', '.join(known)}")
+    root = check_root(config, hint=": the folder with ImageList, Groundtruth and ConceptsList")
+    source = os.path.join(root, "ImageList", f"{split}Imagelist.txt")
+    if not os.path.isfile(source):
+        template = os.path.join(root, "ImageList", "{split}Imagelist.txt")
+        raise InputError(f"{source}: no such list; splits there: {list_splits(template)}")
+    names = read_names(source, "image")
+    classes = tuple(read_names(os.path.join(root, config.concepts), "concept"))
+    folder = os.path.join(root, "Groundtruth")
+    if config.labels == "all":
+        whole = os.path.join(root, "ImageList", "Imagelist.txt")
+        row_of = {name: row for row, name in enumerate(read_names(whole, "image"))}
+        files = [os.path.join(folder, "AllLabels", f"Labels_{concept}.txt") for concept in classes]
+        table = _read_columns(files, len(row_of), whole)[[_row(name, row_of, source, whole) for name in names]]
+    else:
+        files = [os.path.join(folder, "TrainTestLabels", f"Labels_{concept}_{split}.txt") for concept in classes]
+        table = _read_columns(files, len(names), source)
+
+    keys = [f"{config.images}/{name}".replace("\\", "/") for name in names]
+    records: Sequence[Record] = [
+        Record(key, os.path.join(root, key), tuple(np.flatnonzero(row).tolist()))
+        for key, row in zip(keys, table, strict=True)
+        if row.any() or config.protocol == "all"
+    ]
+    note = "every image" if config.protocol == "all" else "images with at least one label"
+    if config.missing == "skip" and config.check_files:
+        num_listed = len(records)
+        records = _on_disk(records)
+        note += f", {num_listed - len(records):,} files missing and left out"
+    check_files(config, records, source)
+    if not records:
+        raise InputError(f"{source}: split {split!r} is empty: none of its {len(names):,} images is left ({note})")
+    manifest = Manifest(classes, tuple(records), split)
+    protocol = (
+        f"NUS-WIDE, {split}Imagelist.txt, {note} ({len(records):,} of {len(names):,}: "
+        f"{VARIANTS.get((split, len(records)), 'not a variant known by its number of images')}), "
+        f"{len(classes)} concepts, records sha256 {manifest.hash[:16]}"
+    )
+    return replace(manifest, protocol=protocol)
+
+
+def _row(name: str, row_of: dict[str, int], source: str, whole: str) -> int:
+    if name not in row_of:
+        raise InputError(f"{source}: image {name!r} is not in {whole}, whose rows the files of AllLabels have")
+    return row_of[name]
+
+
+def _read_columns(files: Sequence[str], num_rows: int, list_file: str) -> Bool[np.ndarray, "N C"]:
+    """A column for each file, which holds 0 or 1 in each of its `num_rows` lines."""
+    table = np.zeros((num_rows, len(files)), dtype=bool)
+    for c, path in enumerate(files):
+        values = read_text(path).split()
+        if len(values) != num_rows:
+            raise InputError(f"{path}: has {len(values):,} rows, {list_file} names {num_rows:,} images")
+        joined = "".join(values)
+        if len(joined) != num_rows or joined.strip("01"):
+            line, value = next((n, v) for n, v in enumerate(values, start=1) if v not in ("0", "1"))
+            raise InputError(f"{path}, line {line}: {value!r}, expected 0 or 1")
+        table[:, c] = np.frombuffer(joined.encode(), dtype=np.uint8) == ord("1")
+    return table
+
+
+def _on_disk(records: Sequence[Record]) -> list[Record]:
+    listings = {folder: set(_list(folder)) for folder in {os.path.dirname(record.path) for record in records}}
+    return [r for r in records if os.path.basename(r.path) in listings[os.path.dirname(r.path)]]
+
+
+def _list(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
