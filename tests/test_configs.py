@@ -20,6 +20,7 @@ from mlvision.data import (
     ImagenetConfig,
     MatrixConfig,
     NuswideConfig,
+    Vg500Config,
     VocConfig,
 )
 from mlvision.engine.optim import build_optimizer
@@ -82,6 +83,16 @@ def make_nuswide(data: NuswideConfig, splits: Sequence[str], photos: Sequence[Pa
         shutil.copy(path, root / data.images / "sea")
 
 
+def make_vg500(data: Vg500Config, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    labels = {path.name: [i % 3, 499] for i, path in enumerate(photos)}
+    (root / data.labels).write_text(json.dumps(labels))
+    (root / data.images[1]).mkdir()
+    for split, chosen in shares(splits, photos):
+        (root / data.lists.format(split=split)).write_text("".join(f"{path.name}\n" for path in chosen))
+        for path in chosen:
+            shutil.copy(path, root / data.images[1])
+
+
 def make_voc(data: VocConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
     for number, (split, chosen) in enumerate(shares(splits, photos)):
         objects = [
@@ -122,6 +133,7 @@ LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] =
     "imagenet": make_imagenet,
     "matrix": make_matrix,
     "nuswide": make_nuswide,
+    "vg500": make_vg500,
     "voc": make_voc,
 }
 

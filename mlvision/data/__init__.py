@@ -11,6 +11,7 @@ from mlvision.data.imagenet import ImagenetConfig, read_imagenet
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
 from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.nuswide import NuswideConfig, read_nuswide
+from mlvision.data.vg500 import Vg500Config, read_vg500
 from mlvision.data.voc import VocConfig, read_voc
 from mlvision.errors import InputError
 
@@ -20,6 +21,7 @@ DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "imagenet": (ImagenetConfig, read_imagenet),
     "matrix": (MatrixConfig, read_matrix),
     "nuswide": (NuswideConfig, read_nuswide),
+    "vg500": (Vg500Config, read_vg500),
     "voc": (VocConfig, read_voc),
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "MatrixConfig",
     "NuswideConfig",
     "Record",
+    "Vg500Config",
     "VocConfig",
     "build_manifest",
     "read_split",

@@ -10,6 +10,7 @@ import pytest
 from layouts import VocObject, write_voc
 
 from mlvision.data import build_manifest
+from mlvision.data.manifest import check_disjoint
 from mlvision.data.voc import VOC_CLASSES
 from mlvision.metrics import real_accuracy
 from tools.prepare_data import main
@@ -157,3 +158,20 @@ def test_real_accuracy_leaves_the_empty_lists_out(real_data):
 
     wrong = sum(bool(labels) for labels in lists[::10])
     assert real_accuracy(scores, lists) == pytest.approx(1 - wrong / (50_000 - 3_163), abs=1e-12)
+
+
+def test_vg500_lists_have_the_published_numbers(real_data, tmp_path):
+    names = {}
+    for split, published in (("train", 82_904), ("test", 10_000)):
+        names[split] = lines(real_data / "label_files" / "other" / f"vg500_{split}_images.txt.gz")
+        (tmp_path / f"{split}_list_500.txt").write_text("\n".join(names[split]) + "\n")
+        assert len(names[split]) == published
+    # The label file is not published with the lists: the last digits of a name stand in for its class.
+    labels = {name: [int(name.removesuffix(".jpg")) % 500] for split in names for name in names[split]}
+    (tmp_path / "vg_category_500_labels_index.json").write_text(json.dumps(labels))
+
+    train, test = (build_manifest("vg500", root=str(tmp_path), split=s, check_files=False) for s in ("train", "test"))
+
+    assert (len(train), len(test), len(train.classes)) == (82_904, 10_000, 500)
+    assert [r.labels for r in test.records] == [(int(name[:-4]) % 500,) for name in names["test"]]
+    check_disjoint(train, test)
