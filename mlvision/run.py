@@ -26,7 +26,7 @@ from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
 from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
-from mlvision.data.transforms import EvalView, TrainView, ViewConfig
+from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
@@ -93,7 +93,13 @@ class LoadedRun:
     weights: str
 
     def preprocess(self, images: Sequence[Image.Image]) -> UInt8[Tensor, "B 3 H W"]:
-        """PIL images as the uint8 batch that `method.predict` takes, resized as at evaluation."""
+        """PIL images as the uint8 batch that `method.predict` takes, resized as at evaluation.
+
+        Raises:
+            InputError: the run was trained on other bands than red, green and blue.
+        """
+        if self.config.model.in_chans != 3:
+            raise InputError(f"{self.folder}: takes images of {self.config.model.in_chans} channels, pictures have 3")
         batch = torch.stack([self.view(rgb_array(image)).image for image in images])
         return batch.to(self.precision.device)
 
@@ -107,6 +113,8 @@ def build_run(config: Config) -> Run:
     config = resolve(config)
     precision = resolve_precision(config.precision, resolve_device(config.device))
     train, val, bad = read_training_manifests(config)
+    _check_images(config, train)
+    check_channels(config.view, train.num_channels)
     seed_everything(config.seed)
     method, preprocessing = build_method(config, train.classes)
     method.prepare(train)
@@ -140,11 +148,24 @@ def build_callbacks(run: Run) -> list[CamGrids]:
     """What watches a run beside its progress bar: CAM grids of validation images spread over the split, where asked for."""
     if not run.config.log.cam_images or not run.config.log.tensorboard:
         return []
+    if run.config.model.in_chans != 3:
+        raise InputError(
+            f"log.cam_images: expected 0 for images of {run.config.model.in_chans} channels: none is a picture"
+        )
     rows = evenly(run.config.log.cam_images, len(run.val)).tolist()
     samples = [run.val_loader.dataset[0, row] for row in rows]
     images = torch.stack([sample.views[0].image for sample in samples])
     targets = torch.stack([torch.as_tensor(sample.target) for sample in samples])
     return [CamGrids(images, targets, [run.val.records[row].key for row in rows], run.val.classes)]
+
+
+def _check_images(config: Config, manifest: Manifest) -> None:
+    """Refuse a model for images of other bands than the data set gives."""
+    if config.model.in_chans != manifest.num_channels:
+        raise InputError(
+            f"model.in_chans: images of split {manifest.split} have {manifest.num_channels} channels, got "
+            f"{config.model.in_chans}"
+        )
 
 
 def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMapStore | None:
@@ -204,8 +225,6 @@ def build_method(
     Raises:
         InputError: an option of model, head or method that cannot be used.
     """
-    if config.model.in_chans != 3:
-        raise InputError(f"model.in_chans: every reader gives images of 3 channels, got {config.model.in_chans}")
     if label_embeddings is None and isinstance(config.head, TextHeadConfig):
         label_embeddings = embed_labels(classes, config.head.text)
     classifier = build_classifier(
@@ -508,6 +527,7 @@ def read_for(run: LoadedRun, role: str) -> tuple[Manifest, list[tuple[str, str, 
         InputError: as `read_role`, other classes, or images that the run was trained on.
     """
     manifest, bad = read_role(run.config, role)
+    _check_images(run.config, manifest)
     check_classes(run.folder, list(run.classes), manifest.classes)
     check_never_trained_on(run, manifest, role)
     return manifest, bad

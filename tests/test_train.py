@@ -238,7 +238,7 @@ def truncate_image(root):
         (None, ["seed=-1"], "seed: expected 0 or more"),
         (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),
         (None, ["data.val=test"], "data.val: 'test' is the test split"),
-        (None, ["model.in_chans=1"], "model.in_chans: every reader gives images of 3 channels"),
+        (None, ["model.in_chans=1"], "model.in_chans: images of split train have 3 channels, got 1"),
         (
             None,
             ["method.loss=mse"],

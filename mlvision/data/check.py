@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mlvision.data import read_split
 from mlvision.data.coco import CocoConfig
-from mlvision.data.images import check_size, decode_image, read_bytes, read_record
+from mlvision.data.images import decode_record, read_bytes, read_record, record_files
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_same_classes
 from mlvision.errors import InputError
 
@@ -234,11 +234,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 def _check_split(manifest: Manifest, num_workers: int) -> SplitCheck:
     def check_file(record: Record) -> tuple[str | None, str | None]:
         try:
-            data = read_bytes(record.path)
-            check_size(record, decode_image(data, record.path))
+            contents = [read_bytes(path) for path in record_files(record)]
+            decode_record(record, contents)
         except InputError as error:
             return None, str(error)
-        return hashlib.sha256(data).hexdigest(), None
+        return hashlib.sha256(b"".join(contents)).hexdigest(), None
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checked = pool.map(check_file, manifest.records)
@@ -337,7 +337,10 @@ def _flow(labels: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int, str, st
 
 def _picture(record: Record, classes: Sequence[str]) -> Image.Image:
     """The image, scaled to fit a tile, with its boxes; small ones come last, so that large ones do not hide them."""
-    image = Image.fromarray(read_record(record))
+    pixels = read_record(record)
+    if record.bands is not None:
+        pixels = pixels[:, :, record.bands.rgb]
+    image = Image.fromarray(pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8))
     scale = _TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)

@@ -6,14 +6,14 @@ file both give the same bytes, so which one ran is never visible in a result.
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from tqdm import tqdm
@@ -108,7 +108,7 @@ def rgb_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     return _upright(stored, image)
 
 
-def check_size(record: Record, image: UInt8[np.ndarray, "H W 3"]) -> None:
+def check_size(record: Record, image: Shaped[np.ndarray, "H W C"]) -> None:
     """Refuses a decoded image that has another shape than its annotation states, so boxes would miss their objects.
 
     A resized copy is fine: aspect ratios may differ by 1 %, or by what rounding each side to whole pixels explains.
@@ -126,11 +126,29 @@ def check_size(record: Record, image: UInt8[np.ndarray, "H W 3"]) -> None:
         )
 
 
-def read_record(record: Record) -> UInt8[np.ndarray, "H W 3"]:
-    """Reads a record's image and checks its shape."""
-    image = read_image(record.path)
+def record_files(record: Record) -> list[str]:
+    """The files that hold a record's image."""
+    return [record.path] if record.bands is None else record.bands.files(record.path)
+
+
+def decode_record(record: Record, contents: Sequence[bytes]) -> Shaped[np.ndarray, "H W C"]:
+    """A record's image out of the contents of its files, its shape checked.
+
+    Raises:
+        InputError: as `read_image` or `BandStack.decode`, or another shape than the annotation states.
+    """
+    if record.bands is None:
+        (content,) = contents
+        image = decode_image(content, record.path)
+    else:
+        image = record.bands.decode(record.path, contents)
     check_size(record, image)
     return image
+
+
+def read_record(record: Record) -> Shaped[np.ndarray, "H W C"]:
+    """Reads a record's image and checks its shape: uint8 of 3 channels, or float32 in [0, 1] of other bands."""
+    return decode_record(record, [read_bytes(path) for path in record_files(record)])
 
 
 def folder_manifest(folder: Path, classes: tuple[str, ...]) -> Manifest:

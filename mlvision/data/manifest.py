@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from mlvision.data.bands import BandStack
 from mlvision.errors import InputError
 
 
@@ -67,6 +68,7 @@ class Record:
         difficult: class indices that only difficult objects show, ascending.
         boxes: annotated objects, where the data set has them.
         size: (width, height) that the annotation states, or None.
+        bands: how the image is put together, where it is not one picture file at `path`.
     """
 
     key: str
@@ -76,6 +78,7 @@ class Record:
     difficult: tuple[int, ...] = ()
     boxes: Boxes | None = None
     size: tuple[int, int] | None = None
+    bands: BandStack | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,12 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of every image: 3, unless a reader puts its images together from other bands."""
+        bands = self.records[0].bands if self.records else None
+        return 3 if bands is None else len(bands)
 
     @cached_property
     def targets(self) -> Float32[np.ndarray, "N C"]:

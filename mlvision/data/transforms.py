@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
@@ -23,10 +23,13 @@ from mlvision.errors import InputError, check_fields
 
 Box = tuple[float, float, float, float]
 # An image and a seed to a view's pixels, its box x1, y1, x2, y2 in pixels of the image, and whether it was flipped.
-Pipeline = Callable[[UInt8[np.ndarray, "H0 W0 3"], int], tuple[UInt8[Tensor, "3 H W"], tuple[int, int, int, int], bool]]
+Pipeline = Callable[
+    [Shaped[np.ndarray, "H0 W0 C"], int], tuple[Shaped[Tensor, "C H W"], tuple[int, int, int, int], bool]
+]
 
 INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 EVAL_RESIZES = ("squash", "crop")
+_COLOUR_OPTIONS = ("color_jitter", "hue", "randaugment_ops", "cutout")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,22 @@ class ViewConfig:
         return self.eval_size or self.size
 
 
+def check_channels(config: ViewConfig, num_channels: int) -> None:
+    """Refuses changes of colour for images that are no colour pictures.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if num_channels == 3:
+        return
+    for option in _COLOUR_OPTIONS:
+        if getattr(config, option):
+            raise InputError(
+                f"view.{option}: expected 0 for images of {num_channels} channels (changes of colour are for red, green and "
+                f"blue), got {getattr(config, option)}"
+            )
+
+
 def _is_range(limits: tuple[float, float], largest: float) -> bool:
     return 0 < limits[0] <= limits[1] <= largest
 
@@ -89,13 +108,13 @@ class View:
     """One view of one image.
 
     Attributes:
-        image: `[3, H, W]` uint8, channels last in memory.
+        image: `[C, H, W]` uint8, or float32 in [0, 1] of bands; channels last in memory.
         box: x1, y1, x2, y2 in [0, 1] of the full image: the part that `image` shows.
         flipped: whether it was mirrored left to right after the crop.
         quarter_turns: how often it was turned by 90 degrees counter-clockwise, after everything else.
     """
 
-    image: UInt8[Tensor, "3 H W"]
+    image: Shaped[Tensor, "C H W"]
     box: Box
     flipped: bool
     quarter_turns: int = 0
@@ -116,7 +135,8 @@ class TrainView:
             raise InputError(f"view.quarter_turns: expected square views, got {self.size[0]}x{self.size[1]} (H x W)")
         self._pipeline = BACKENDS[config.backend](config, self.size)
 
-    def __call__(self, image: UInt8[np.ndarray, "H0 W0 3"], seed: int) -> View:
+    def __call__(self, image: Shaped[np.ndarray, "H0 W0 C"], seed: int) -> View:
+        check_channels(self.config, image.shape[2])
         pixels, (x1, y1, x2, y2), flipped = self._pipeline(image, seed)
         height, width = image.shape[:2]
         turns = 0
@@ -154,7 +174,7 @@ class EvalView:
         self.eval_resize = eval_resize
         self.crop_pct = crop_pct
 
-    def __call__(self, image: UInt8[np.ndarray, "H0 W0 3"], seed: int = 0) -> View:
+    def __call__(self, image: Shaped[np.ndarray, "H0 W0 C"], seed: int = 0) -> View:
         if self.eval_resize == "squash":
             return View(_resize(image, self.size, self.interpolation), (0.0, 0.0, 1.0, 1.0), False)
         height, width = self._covering_size(*image.shape[:2])
@@ -172,7 +192,7 @@ class EvalView:
         return height * least_width // width, least_width
 
 
-def _resize(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolation: str) -> UInt8[Tensor, "3 H W"]:
+def _resize(image: Shaped[np.ndarray, "h w C"], size: tuple[int, int], interpolation: str) -> Shaped[Tensor, "C H W"]:
     """The one resizer, antialiased where it shrinks.
 
     Mean difference to Pillow's antialiased resize, in grey levels, for random crops of 500x375 photographs to 128 px
@@ -181,7 +201,9 @@ def _resize(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolat
     """
     # Contiguous first: torch is faster on it and then gives channels-last back. Writable: torch warns otherwise.
     pixels = torch.from_numpy(np.require(image, requirements=("C", "W")))
-    return F.resize(pixels.permute(2, 0, 1), list(size), INTERPOLATIONS[interpolation], antialias=True)
+    resized = F.resize(pixels.permute(2, 0, 1), list(size), INTERPOLATIONS[interpolation], antialias=True)
+    # Bicubic overshoots; of uint8, torch clips that itself.
+    return resized.clamp(0, 1) if resized.is_floating_point() else resized
 
 
 def _albumentations_pipeline(config: ViewConfig, size: tuple[int, int]) -> Pipeline:
