@@ -37,7 +37,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-$(VENV)/.installed: requirements.txt requirements-text.txt requirements-dev.txt pyproject.toml
+$(VENV)/.installed: requirements.txt requirements-text.txt requirements-parquet.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; say which with make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,16 @@
 """Tiny data sets written in the layouts that their publishers use; each function cites what it copies."""
 
+import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.sax.saxutils import escape
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import tifffile
 
 
 class VocObject(NamedTuple):
@@ -73,3 +80,73 @@ def write_nuswide(
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch()
+
+
+BIGEARTHNET_SIDES = {"B02": 120, "B03": 120, "B04": 120, "B08": 120, "B01": 20, "B09": 20}  # pixels; the others have 60
+
+
+def write_bands(folder: Path, bands: Sequence[str], value: int) -> None:
+    """A patch folder of BigEarthNet: `<patch>_<band>.tif`, uint16, of 10, 20 and 60 m; band i holds i * 100 + value.
+
+    The first pixel of each band is 0, so that rows, columns and bands cannot be confused unseen.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, band in enumerate(bands):
+        side = BIGEARTHNET_SIDES.get(band, 60)
+        plane = np.full((side, side), i * 100 + value, dtype=np.uint16)
+        plane[0, 0] = 0
+        tifffile.imwrite(folder / f"{folder.name}_{band}.tif", plane, photometric="minisblack")
+
+
+def write_bigearthnet_v1(root: Path, split: str, patches: Mapping[str, Sequence[str]], bands: Sequence[str]) -> None:
+    """BigEarthNet-v1.0/<patch>/ with bands and `<patch>_labels_metadata.json`, and a list of patches without a header.
+
+    Keys of the JSON as the archive's manual states them: labels, coordinates, projection, tile_source, acquisition_date. The
+    list has the Sentinel-1 patch in a second column, as those of BigEarthNet-MM do.
+    """
+    for i, (patch, labels) in enumerate(patches.items()):
+        folder = root / "BigEarthNet-v1.0" / patch
+        write_bands(folder, bands, 500 + i)
+        document = {
+            "labels": list(labels),
+            "coordinates": {"ulx": 304800, "uly": 6000000, "lrx": 306000, "lry": 5998800},
+            "projection": "WGS 84 / UTM zone 29N",
+            "tile_source": "S2A_MSIL1C_20170617T113321_N0205_R080_T29UPU_20170617T113319.SAFE",
+            "acquisition_date": "2017-06-17 11:33:21",
+        }
+        (folder / f"{patch}_labels_metadata.json").write_text(json.dumps(document))
+    (root / f"{split}.csv").write_text("".join(f"{patch},S1A_IW_GRDH_{i}\n" for i, patch in enumerate(patches)))
+
+
+def write_bigearthnet_v2(root: Path, rows: Sequence[tuple[str, Sequence[str], str]], bands: Sequence[str]) -> None:
+    """metadata.parquet with (patch_id, labels, split) and further columns, and BigEarthNet-S2/<tile>/<patch>/ with bands."""
+    for i, (patch, _, _) in enumerate(rows):
+        write_bands(root / "BigEarthNet-S2" / "_".join(patch.split("_")[:-2]) / patch, bands, 500 + i)
+    table = {
+        "patch_id": [patch for patch, _, _ in rows],
+        "labels": [list(labels) for _, labels, _ in rows],
+        "split": [split for _, _, split in rows],
+        "country": ["Austria"] * len(rows),
+        "contains_seasonal_snow": [False] * len(rows),
+        "contains_cloud_or_shadow": [False] * len(rows),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), root / "metadata.parquet")
+
+
+def write_sen12ms(root: Path, split: str, patches: Mapping[str, Sequence[float]], side: int = 8) -> None:
+    """ROIs.../s2_.../<file> with 13 channels of uint16, `<split>_list.txt`, and the shares of all splits in one pickle.
+
+    Channel i of patch n (counted from 1) holds 100 * i + n, and 0 in its first pixel.
+    """
+    for n, name in enumerate(patches, start=1):
+        season, scene = name.split("_s2_")
+        folder = root / season / f"s2_{scene.split('_')[0]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        channels = np.broadcast_to(100 * np.arange(13, dtype=np.uint16) + n, (side, side, 13)).astype(np.uint16)
+        channels[0, 0] = 0
+        tifffile.imwrite(folder / name, channels, photometric="minisblack", planarconfig="contig")
+    (root / f"{split}_list.txt").write_text("".join(f"{name}\n" for name in patches))
+    path = root / "IGBP_probability_labels.pkl"
+    shares = pickle.loads(path.read_bytes()) if path.exists() else {}
+    shares |= {name: np.array(values) for name, values in patches.items()}
+    path.write_bytes(pickle.dumps(shares))

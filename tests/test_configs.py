@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import VocObject, write_nuswide, write_voc
+from layouts import VocObject, write_bigearthnet_v2, write_nuswide, write_voc
 
 from mlvision.config import Config, parse_options, to_plain
 from mlvision.data import (
     DATASETS,
+    BigEarthNetConfig,
     CocoConfig,
     CsvConfig,
     ImagenetConfig,
@@ -46,6 +47,15 @@ def make_data(config: Config, scenes_root: Path, root: Path) -> None:
     splits = [s for s in (data.train, data.val, data.test) if s]
     photos = sorted((scenes_root / "images" / "train").iterdir())
     LAYOUTS[data.name](data, splits, photos, root)
+
+
+def make_bigearthnet(data: BigEarthNetConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    several = (["Pastures", "Mixed forest"], ["Mixed forest"], ["Marine waters"])
+    patches = [
+        (f"S2A_MSIL2A_20170613T101031_T33UUP_{i}_57", several[i % 3], splits[i % len(splits)]) for i in range(24)
+    ]
+    assert data.version == "v2"
+    write_bigearthnet_v2(root, patches, data.bands)
 
 
 def make_coco(data: CocoConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
@@ -128,6 +138,7 @@ def make_matrix(data: MatrixConfig, splits: Sequence[str], photos: Sequence[Path
 
 
 LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] = {
+    "bigearthnet": make_bigearthnet,
     "coco": make_coco,
     "csv": make_csv,
     "imagenet": make_imagenet,

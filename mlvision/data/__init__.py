@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from mlvision.data.bigearthnet import BigEarthNetConfig, read_bigearthnet
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.imagenet import ImagenetConfig, read_imagenet
@@ -16,6 +17,7 @@ from mlvision.data.voc import VocConfig, read_voc
 from mlvision.errors import InputError
 
 DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
+    "bigearthnet": (BigEarthNetConfig, read_bigearthnet),
     "coco": (CocoConfig, read_coco),
     "csv": (CsvConfig, read_csv),
     "imagenet": (ImagenetConfig, read_imagenet),
@@ -62,6 +64,7 @@ def _look_up(name: str) -> tuple[type[DataConfig], Callable[[Any, str], Manifest
 
 __all__ = [
     "DATASETS",
+    "BigEarthNetConfig",
     "Boxes",
     "CocoConfig",
     "CsvConfig",
