@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import VocObject, write_bigearthnet_v2, write_nuswide, write_voc
+from layouts import VocObject, write_bigearthnet_v2, write_nuswide, write_sen12ms, write_voc
 
 from mlvision.config import Config, parse_options, to_plain
 from mlvision.data import (
@@ -21,6 +21,7 @@ from mlvision.data import (
     ImagenetConfig,
     MatrixConfig,
     NuswideConfig,
+    Sen12msConfig,
     Vg500Config,
     VocConfig,
 )
@@ -56,6 +57,12 @@ def make_bigearthnet(data: BigEarthNetConfig, splits: Sequence[str], photos: Seq
     ]
     assert data.version == "v2"
     write_bigearthnet_v2(root, patches, data.bands)
+
+
+def make_sen12ms(data: Sen12msConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for number, split in enumerate(splits):
+        shares = [[float(c == 5 * (i % 3)) for c in range(17)] for i in range(24)]
+        write_sen12ms(root, split, {f"ROIs1158_spring_s2_{number}_p{i}.tif": shares[i] for i in range(24)})
 
 
 def make_coco(data: CocoConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
@@ -144,6 +151,7 @@ LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] =
     "imagenet": make_imagenet,
     "matrix": make_matrix,
     "nuswide": make_nuswide,
+    "sen12ms": make_sen12ms,
     "vg500": make_vg500,
     "voc": make_voc,
 }

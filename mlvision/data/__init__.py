@@ -12,6 +12,7 @@ from mlvision.data.imagenet import ImagenetConfig, read_imagenet
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
 from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.nuswide import NuswideConfig, read_nuswide
+from mlvision.data.sen12ms import Sen12msConfig, read_sen12ms
 from mlvision.data.vg500 import Vg500Config, read_vg500
 from mlvision.data.voc import VocConfig, read_voc
 from mlvision.errors import InputError
@@ -23,6 +24,7 @@ DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "imagenet": (ImagenetConfig, read_imagenet),
     "matrix": (MatrixConfig, read_matrix),
     "nuswide": (NuswideConfig, read_nuswide),
+    "sen12ms": (Sen12msConfig, read_sen12ms),
     "vg500": (Vg500Config, read_vg500),
     "voc": (VocConfig, read_voc),
 }
@@ -74,6 +76,7 @@ __all__ = [
     "MatrixConfig",
     "NuswideConfig",
     "Record",
+    "Sen12msConfig",
     "Vg500Config",
     "VocConfig",
     "build_manifest",
