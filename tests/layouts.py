@@ -85,15 +85,17 @@ def write_nuswide(
 BIGEARTHNET_SIDES = {"B02": 120, "B03": 120, "B04": 120, "B08": 120, "B01": 20, "B09": 20}  # pixels; the others have 60
 
 
-def write_bands(folder: Path, bands: Sequence[str], value: int) -> None:
+def write_bands(folder: Path, bands: Sequence[str], value: int, texture: int = 1) -> None:
     """A patch folder of BigEarthNet: `<patch>_<band>.tif`, uint16, of 10, 20 and 60 m; band i holds i * 100 + value.
 
-    The first pixel of each band is 0, so that rows, columns and bands cannot be confused unseen.
+    The first pixel of each band is 0, so that rows, columns and bands cannot be confused unseen. Random numbers below
+    `texture` are added, for networks that are to learn from it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(value)
     for i, band in enumerate(bands):
         side = BIGEARTHNET_SIDES.get(band, 60)
-        plane = np.full((side, side), i * 100 + value, dtype=np.uint16)
+        plane = (i * 100 + value + rng.integers(0, texture, (side, side))).astype(np.uint16)
         plane[0, 0] = 0
         tifffile.imwrite(folder / f"{folder.name}_{band}.tif", plane, photometric="minisblack")
 
@@ -118,10 +120,12 @@ def write_bigearthnet_v1(root: Path, split: str, patches: Mapping[str, Sequence[
     (root / f"{split}.csv").write_text("".join(f"{patch},S1A_IW_GRDH_{i}\n" for i, patch in enumerate(patches)))
 
 
-def write_bigearthnet_v2(root: Path, rows: Sequence[tuple[str, Sequence[str], str]], bands: Sequence[str]) -> None:
+def write_bigearthnet_v2(
+    root: Path, rows: Sequence[tuple[str, Sequence[str], str]], bands: Sequence[str], texture: int = 1
+) -> None:
     """metadata.parquet with (patch_id, labels, split) and further columns, and BigEarthNet-S2/<tile>/<patch>/ with bands."""
     for i, (patch, _, _) in enumerate(rows):
-        write_bands(root / "BigEarthNet-S2" / "_".join(patch.split("_")[:-2]) / patch, bands, 500 + i)
+        write_bands(root / "BigEarthNet-S2" / "_".join(patch.split("_")[:-2]) / patch, bands, 500 + i, texture)
     table = {
         "patch_id": [patch for patch, _, _ in rows],
         "labels": [list(labels) for _, labels, _ in rows],
@@ -133,16 +137,17 @@ def write_bigearthnet_v2(root: Path, rows: Sequence[tuple[str, Sequence[str], st
     pyarrow.parquet.write_table(pyarrow.table(table), root / "metadata.parquet")
 
 
-def write_sen12ms(root: Path, split: str, patches: Mapping[str, Sequence[float]], side: int = 8) -> None:
+def write_sen12ms(root: Path, split: str, patches: Mapping[str, Sequence[float]], texture: int = 1) -> None:
     """ROIs.../s2_.../<file> with 13 channels of uint16, `<split>_list.txt`, and the shares of all splits in one pickle.
 
-    Channel i of patch n (counted from 1) holds 100 * i + n, and 0 in its first pixel.
+    Channel i of patch n (counted from 1) holds 100 * i + n, and 0 in its first pixel; `texture` as in `write_bands`.
     """
     for n, name in enumerate(patches, start=1):
         season, scene = name.split("_s2_")
         folder = root / season / f"s2_{scene.split('_')[0]}"
         folder.mkdir(parents=True, exist_ok=True)
-        channels = np.broadcast_to(100 * np.arange(13, dtype=np.uint16) + n, (side, side, 13)).astype(np.uint16)
+        noise = np.random.default_rng(n).integers(0, texture, (8, 8, 13))
+        channels = (100 * np.arange(13) + n + noise).astype(np.uint16)
         channels[0, 0] = 0
         tifffile.imwrite(folder / name, channels, photometric="minisblack", planarconfig="contig")
     (root / f"{split}_list.txt").write_text("".join(f"{name}\n" for name in patches))

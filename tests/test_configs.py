@@ -56,13 +56,15 @@ def make_bigearthnet(data: BigEarthNetConfig, splits: Sequence[str], photos: Seq
         (f"S2A_MSIL2A_20170613T101031_T33UUP_{i}_57", several[i % 3], splits[i % len(splits)]) for i in range(24)
     ]
     assert data.version == "v2"
-    write_bigearthnet_v2(root, patches, data.bands)
+    write_bigearthnet_v2(root, patches, data.bands, texture=2000)
 
 
 def make_sen12ms(data: Sen12msConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
     for number, split in enumerate(splits):
         shares = [[float(c == 5 * (i % 3)) for c in range(17)] for i in range(24)]
-        write_sen12ms(root, split, {f"ROIs1158_spring_s2_{number}_p{i}.tif": shares[i] for i in range(24)})
+        write_sen12ms(
+            root, split, {f"ROIs1158_spring_s2_{number}_p{i}.tif": shares[i] for i in range(24)}, texture=9000
+        )
 
 
 def make_coco(data: CocoConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
