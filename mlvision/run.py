@@ -48,7 +48,7 @@ ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
 _WRITTEN_FIRST = ("images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml.partial")
 # What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
-_FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "loader.num_workers")
+_FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "data.check_files", "loader.num_workers")
 
 
 @dataclass
@@ -113,7 +113,7 @@ def build_run(config: Config) -> Run:
     config = resolve(config)
     precision = resolve_precision(config.precision, resolve_device(config.device))
     train, val, bad = read_training_manifests(config)
-    _check_images(config, train)
+    check_images(config.model.in_chans, train)
     check_channels(config.view, train.num_channels)
     seed_everything(config.seed)
     method, preprocessing = build_method(config, train.classes)
@@ -159,12 +159,15 @@ def build_callbacks(run: Run) -> list[CamGrids]:
     return [CamGrids(images, targets, [run.val.records[row].key for row in rows], run.val.classes)]
 
 
-def _check_images(config: Config, manifest: Manifest) -> None:
-    """Refuse a model for images of other bands than the data set gives."""
-    if config.model.in_chans != manifest.num_channels:
+def check_images(in_chans: int, manifest: Manifest) -> None:
+    """Refuse a model for images of other channels than a data set gives.
+
+    Raises:
+        InputError: naming both numbers.
+    """
+    if in_chans != manifest.num_channels:
         raise InputError(
-            f"model.in_chans: images of split {manifest.split} have {manifest.num_channels} channels, got "
-            f"{config.model.in_chans}"
+            f"model.in_chans: images of split {manifest.split} have {manifest.num_channels} channels, got {in_chans}"
         )
 
 
@@ -527,7 +530,7 @@ def read_for(run: LoadedRun, role: str) -> tuple[Manifest, list[tuple[str, str, 
         InputError: as `read_role`, other classes, or images that the run was trained on.
     """
     manifest, bad = read_role(run.config, role)
-    _check_images(run.config, manifest)
+    check_images(run.config.model.in_chans, manifest)
     check_classes(run.folder, list(run.classes), manifest.classes)
     check_never_trained_on(run, manifest, role)
     return manifest, bad

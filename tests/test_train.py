@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import write_sen12ms
 from PIL import Image
 
 import eval as eval_script
+import tools.explain as explain_tool
+import tools.predict as predict_tool
 import train as train_script
 from mlvision import load_run
 from mlvision.config import Config, load_options
@@ -128,6 +131,40 @@ def test_evaluation_on_real_lists_reports_their_accuracy(scenes_root, smoke_argu
     assert metrics[loaded.weights]["real_accuracy"] == pytest.approx(np.mean(right))
     assert "2 images with an empty list left out" in metrics["protocol"]
     assert "real_accuracy" not in eval_script.main([str(run), "data.split=val"])[loaded.weights]
+
+
+def test_a_run_on_other_bands_than_red_green_and_blue(smoke_arguments, tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    for number, split in enumerate(("train", "test")):
+        shares = {
+            f"ROIs1158_spring_s2_{number}_p{i}.tif": [float(c == 5 * (i % 3)) for c in range(17)] for i in range(12)
+        }
+        write_sen12ms(root, split, shares, texture=9000)
+    config = tmp_path / "bands.yaml"
+    smoke = Path(smoke_arguments[0]).read_text()
+    config.write_text(smoke.replace("name: coco, root: datasets/scenes, images: images", "bands: [B8, B4, B3, B2]"))
+    few = ["data.name=sen12ms", f"data.root={root}", "loader.batch_size=4", "optim.epochs=1", "data.val_fraction=0.3"]
+    arguments = [str(config), *smoke_arguments[2:], *few]
+    for wrong, message in (
+        ([], "model.in_chans: images of split train have 4 channels, got 3"),
+        (["model.in_chans=4", "view.hue=0.1"], "view.hue: expected 0 for images of 4 channels"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train_script.main([*arguments, *wrong, f"out={tmp_path / 'wrong'}"])
+
+    train_script.main([*arguments, "model.in_chans=4", f"out={tmp_path / 'run'}"])
+
+    assert "bands B8 B4 B3 B2" in eval_script.main([str(tmp_path / "run")])["protocol"]
+    with pytest.raises(InputError, match="have 3 channels, got 4"):
+        eval_script.main([str(tmp_path / "run"), "data.bands=[B4,B3,B2]"])
+    with pytest.raises(InputError, match="takes images of 4 channels, pictures have 3"):
+        load_run(tmp_path / "run").preprocess([Image.new("RGB", (9, 9))])
+    Image.new("RGB", (9, 9)).save(root / "picture.png")
+    with pytest.raises(InputError, match="have 3 channels, got 4"):
+        predict_tool.main([str(tmp_path / "run"), f"images={root}", f"out={tmp_path / 'predictions.csv'}"])
+    with pytest.raises(InputError, match="takes images of 4 channels; explanations are drawn on pictures"):
+        explain_tool.main([str(tmp_path / "run")])
 
 
 def test_best_checkpoint_is_the_best_validation_epoch(trained):

@@ -498,7 +498,12 @@ def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[L
     options = parse_options(options_type, own, prog=command, description=__doc__ or "")
     if options.threads:
         torch.set_num_threads(options.threads)
-    return load_run(path, device=options.device, weights=options.weights, overrides=of_data), options
+    run = load_run(path, device=options.device, weights=options.weights, overrides=of_data)
+    if run.config.model.in_chans != 3:
+        raise InputError(
+            f"{path}: takes images of {run.config.model.in_chans} channels; explanations are drawn on pictures"
+        )
+    return run, options
 
 
 def rows_of(num: int, manifest: Manifest) -> Int64[np.ndarray, " n"]:

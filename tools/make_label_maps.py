@@ -40,7 +40,7 @@ from mlvision.metrics.quality_page import draw_quality, summarise
 from mlvision.models import BackboneConfig
 from mlvision.models.dense import AveragedTeacher, Teacher, build_teacher, check_identity
 from mlvision.models.weights import state_hash
-from mlvision.run import load_run, read_role, write_json
+from mlvision.run import check_images, load_run, read_role, write_json
 from mlvision.types import ACTIVATIONS, LabelMap
 
 ORACLE, TIMM = "oracle", "timm"
@@ -330,10 +330,12 @@ def build_teachers(options: LabelMapOptions, manifest: Manifest, device: torch.d
     teachers, activations = [], set()
     for name in options.teacher:
         if name == TIMM:
+            check_images(options.model.in_chans, manifest)
             teachers.append(build_teacher(options.model))
             activations.add("softmax")
         else:
             run = load_run(name, device=str(device))
+            check_images(run.config.model.in_chans, manifest)
             check_classes(Path(name), list(run.classes), manifest.classes)
             teachers.append(build_teacher(run.method))
             activations.add(run.method.activation)

@@ -14,7 +14,7 @@ from mlvision.config import describe_options, parse_options, run_command
 from mlvision.data.images import drop_unreadable, folder_manifest
 from mlvision.data.loader import LoaderConfig, eval_loader
 from mlvision.errors import InputError
-from mlvision.run import add_classes, load_run
+from mlvision.run import add_classes, check_images, load_run
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     if not options.images:
         raise InputError("images: expected a folder, got nothing")
     manifest = folder_manifest(Path(options.images), run.classes)
+    check_images(run.config.model.in_chans, manifest)
     if options.on_bad_image == "skip":
         manifest, bad = drop_unreadable(manifest, options.num_workers)
         for key, reason in bad:
