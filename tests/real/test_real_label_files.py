@@ -21,8 +21,8 @@ def lines(path: Path) -> list[str]:
         return file.read().splitlines()
 
 
-# VOC2007: images that show each class by an object that is not difficult, as the devkit's documentation (trainval) and
-# the challenge's paper (IJCV 2010, table of the test set) have them.
+# VOC2007: images that show each class by an object that is not difficult, as table 1 of the devkit's documentation has them
+# for trainval, and as analyses of the set that others published have them for test.
 VOC_COUNTS = {
     "trainval": [238, 243, 330, 181, 244, 186, 713, 337, 445, 141, 200, 421, 287, 245, 2008, 245, 96, 229, 261, 256],
     "test": [204, 239, 282, 172, 212, 174, 721, 322, 417, 127, 190, 418, 274, 222, 2007, 224, 97, 223, 259, 229],
