@@ -25,6 +25,7 @@ from mlvision.data import (
     Vg500Config,
     VocConfig,
 )
+from mlvision.data.check import check_data, format_check, write_check
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.models import TextHeadConfig
@@ -168,6 +169,24 @@ def shares(splits: Sequence[str], photos: Sequence[Path]) -> list[tuple[str, Seq
 def test_every_reader_has_a_config():
     read = {parse_options(Config, [str(path)], prog="train.py", description="").data.name for path in CONFIGS}
     assert read == set(DATASETS) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_reader_can_be_checked_with_and_without_images(name, scenes_root, tmp_path):
+    configs = (parse_options(Config, [str(path)], prog="train.py", description="") for path in CONFIGS)
+    config = next(config for config in configs if config.data.name == name)
+    make_data(config, scenes_root, tmp_path)
+    data = dataclasses.replace(config.data, root=str(tmp_path))
+
+    check, labels = check_data(data), check_data(data, labels_only=True)
+
+    for split, checked in check.splits.items():
+        assert checked.unreadable == ()
+        assert all(checked.digests)
+        assert labels.splits[split].class_counts()["present"].sum() > 0
+        assert f"{split}: {checked.manifest.protocol}" in format_check(labels)
+    write_check(check, tmp_path / "out", samples=2, seed=0)
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
 
 def make_label_maps(arguments: list[str], folder: Path) -> None:

@@ -57,7 +57,7 @@ def read_imagenet(config: ImagenetConfig, split: str) -> Manifest:
     if has_real:
         source = os.path.join(root, config.real)
         lists = _read_real(source, len(classes))
-        if config.check_files:
+        if config.check_files or os.path.isdir(os.path.join(root, folder)):
             keys = [key for key, _ in _list_images(root, folder, folders, flat=True)]
         else:
             keys = [f"{folder}/{_VALIDATION_NAME.format(number)}" for number in range(1, len(lists) + 1)]
