@@ -178,7 +178,7 @@ def test_config_and_build_manifest_read_the_same(root):
     assert read_split(CocoConfig(root=str(root)), "val2017").hash == read(root).hash
     with pytest.raises(InputError, match="protocl: no such option of 'coco'; did you mean protocol?"):
         read(root, protocl="all")
-    with pytest.raises(InputError, match="data.name=cocoa: expected one of coco, csv, "):
+    with pytest.raises(InputError, match="data.name=cocoa: expected one of bigearthnet, coco, csv, "):
         build_manifest("cocoa", root=str(root), split="test")
 
 
