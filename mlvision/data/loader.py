@@ -269,8 +269,14 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Every image once, or `rows` alone, in that order; each rank has a contiguous part, without padding."""
-    rows = rank_slice(np.arange(len(manifest)) if rows is None else rows, rank, world_size)
+    """Every image once, or `rows` alone, in that order and without padding.
+
+    Batches go round the ranks whole. So they hold the same images for any number of ranks, and what a network says of an
+    image, whose last bits may depend on its batch, is the same too. A rank may have none.
+    """
+    rows = np.arange(len(manifest)) if rows is None else rows
+    size = config.eval_batch_size
+    rows = np.concatenate([rows[:0], *(rows[i : i + size] for i in range(rank * size, len(rows), world_size * size))])
     batches = EpochBatches(lambda epoch: rows, config.eval_batch_size, drop_last=False)
     return Loader(ImageDataset(manifest, view), batches, config)
 
