@@ -27,14 +27,13 @@ class Precision:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one (of several, under torchrun, this process's own), else the CPU.
+    """`auto` is the GPU where there is one, else the CPU. Under torchrun `cuda` is this process's own GPU, by its number.
 
     Raises:
-        InputError: an unknown name, or a GPU asked for where there is none.
+        InputError: an unknown name, a GPU asked for where there is none, or one GPU for several processes.
     """
     if name == "auto":
-        own = os.environ.get("LOCAL_RANK")
-        return torch.device("cpu" if not torch.cuda.is_available() else "cuda" if own is None else f"cuda:{own}")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -44,8 +43,15 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"device: '{name}' was asked for, but torch sees no GPU on this machine; use device=cpu")
+        processes, own = (int(os.environ.get(n, d)) for n, d in (("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", -1)))
+        if device.index is None and own >= 0:
+            device = torch.device("cuda", own)
+        elif device.index is not None and processes > 1:
+            raise InputError(f"device: {processes} processes cannot share '{name}'; device=cuda gives each its own")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"device: '{name}' was asked for, but there are {torch.cuda.device_count()} GPUs (from 0)")
+            raise InputError(
+                f"device: '{device}' was asked for, but there are {torch.cuda.device_count()} GPUs (from 0)"
+            )
     return device
 
 

@@ -48,6 +48,16 @@ def test_unknown_precision():
 
 def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in ("auto", "cuda"):
+        assert resolve_device(name) == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert resolve_device("auto") == torch.device("cuda:3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    for name in ("auto", "cuda"):
+        assert resolve_device(name) == torch.device("cuda:3")
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="device: 5 processes cannot share 'cuda:1'; device=cuda gives each its own"):
+        resolve_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(InputError, match="'cuda:4' was asked for, but there are 4 GPUs"):
+        resolve_device("auto")
