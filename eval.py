@@ -3,19 +3,23 @@
 python eval.py runs/<name>
 python eval.py runs/<name> data.split=val device=cpu
 python eval.py runs/<name>/checkpoints/last.pt
+torchrun --nproc-per-node 8 eval.py runs/<name>
 """
 
 import csv
+from functools import partial
 from pathlib import Path
 
 from mlvision.config import Config, describe_options, run_command
 from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
-from mlvision.engine.evaluate import predict
+from mlvision.data.manifest import Manifest
+from mlvision.engine.distributed import on_every_rank, on_main, rank, world_size
+from mlvision.engine.evaluate import Predictions, predict
 from mlvision.errors import InputError
 from mlvision.metrics import multilabel_summary, per_class_table, real_accuracy
 from mlvision.metrics.figures import draw_precision_recall
-from mlvision.run import is_trained, load_run, read_for, write_metrics, write_record
+from mlvision.run import LoadedRun, is_trained, load_run, read_for, write_metrics, write_record
 
 USAGE = f"""usage: python eval.py RUN [key=value ...]
 
@@ -30,25 +34,45 @@ def main(argv: list[str]) -> dict:
         print(USAGE)
         return {}
     path, *overrides = argv
+    run, manifest, bad = on_every_rank(lambda: prepare(path, overrides))
+    loader = eval_loader(manifest, run.view, run.config.loader, rank=rank(), world_size=world_size())
+    predictions = {}
+    for weights in ("raw", "ema") if run.weights == "ema" else ("raw",):
+        method = run.method
+        if weights != run.weights:
+            method = on_every_rank(partial(load_run, path, overrides=overrides, weights=weights)).method
+        predictions[weights] = predict(method, loader, run.precision)
+    return on_main(lambda: report(path, run, manifest, bad, predictions))
+
+
+def prepare(path: str, overrides: list[str]) -> tuple[LoadedRun, Manifest, list[tuple[str, str, str]]]:
+    """The run, the images that judge it, and (split, key, reason) of each that was left out."""
     if "=" in path and not Path(path).exists():
         raise InputError(f"'{path}': expected a run folder or a checkpoint first, then key=value")
     run = load_run(path, overrides=overrides)
-    role = run.config.data.split
-    manifest, bad = read_for(run, role)
-    loader = eval_loader(manifest, run.view, run.config.loader)
+    manifest, bad = read_for(run, run.config.data.split)
+    return run, manifest, bad
 
-    results, chosen = {}, run.weights
-    for weights in ("raw", "ema") if chosen == "ema" else ("raw",):
-        method = load_run(path, overrides=overrides, weights=weights).method if weights != chosen else run.method
-        found = predict(method, loader, run.precision)
-        results[weights] = multilabel_summary(found.logits, found.targets, activation=method.activation)
-        if has_real_labels(run.config.data, manifest.split):
-            labels = [record.labels for record in manifest.records]
+
+def report(
+    path: str,
+    run: LoadedRun,
+    manifest: Manifest,
+    bad: list[tuple[str, str, str]],
+    predictions: dict[str, Predictions],
+) -> dict:
+    """Write and print what the predictions of each weights are worth; the metrics."""
+    role, activation = run.config.data.split, run.method.activation
+    results = {
+        weights: multilabel_summary(found.logits, found.targets, activation=activation)
+        for weights, found in predictions.items()
+    }
+    if has_real_labels(run.config.data, manifest.split):
+        labels = [record.labels for record in manifest.records]
+        for weights, found in predictions.items():
             results[weights]["real_accuracy"] = real_accuracy(found.logits, labels)
-        if weights == chosen:
-            predictions = found
-    activation = run.method.activation
-    table = per_class_table(predictions.logits, predictions.targets, manifest.classes, activation=activation)
+    logits, targets = predictions[run.weights].logits, predictions[run.weights].targets
+    table = per_class_table(logits, targets, manifest.classes, activation=activation)
 
     # What is said of another checkpoint than the chosen one stands beside the run's own, under its name.
     of_checkpoint = Path(path).is_file()
@@ -58,12 +82,12 @@ def main(argv: list[str]) -> dict:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    draw_precision_recall(figure_file, predictions.logits, predictions.targets, manifest.classes)
+    draw_precision_recall(figure_file, logits, targets, manifest.classes)
     metrics = {
         "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
         f"{run.config.view.eval_side} px, split {manifest.split}; plain AP, F-measures at 0.5",
         "checkpoint": str(Path(path)),
-        "weights": chosen,
+        "weights": run.weights,
         "skipped_images": [{"key": key, "reason": reason} for _, key, reason in bad],
         **results,
     }
@@ -79,7 +103,7 @@ def main(argv: list[str]) -> dict:
     for weights, summary in results.items():
         shown = f"mAP (plain) {summary['mAP']:.4f}  CF1 {summary['CF1']:.4f}  OF1 {summary['OF1']:.4f}"
         shown += f"  ReaL accuracy {summary['real_accuracy']:.4f}" if "real_accuracy" in summary else ""
-        mark = "*" if weights == chosen else " "
+        mark = "*" if weights == run.weights else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
     print(f"written to {run.folder}: {', '.join(written)}")
     return metrics

@@ -2,30 +2,22 @@
 
 python train.py configs/scenes_efficientnet_lite0_baseline.yaml optim.lr=3e-4 seed=1
 python train.py configs/scenes_efficientnet_lite0_baseline.yaml resume=auto
+torchrun --nproc-per-node 8 train.py configs/scenes_efficientnet_lite0_baseline.yaml
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from mlvision.config import Config, parse_options, run_command
-from mlvision.engine.callbacks import ProgressBar
+from mlvision.engine.callbacks import Callback, ProgressBar
+from mlvision.engine.distributed import on_every_rank, on_main, world_size
 from mlvision.engine.fit import fit
-from mlvision.run import build_callbacks, build_run, choose_folder, note_resumption, start_folder
+from mlvision.run import Run, build_callbacks, build_run, choose_folder, note_resumption, start_folder
 
 
 def main(argv: list[str]) -> None:
-    config = parse_options(Config, argv, prog="python train.py", description="Train a multi-label classifier.")
-    run = build_run(config)
-    folder, resume = choose_folder(run.config)
-    watching = build_callbacks(run)  # reads images: before anything is written
-    if resume:
-        note_resumption(run, folder)
-    else:
-        start_folder(run, folder)
-    for split, key, reason in run.bad_images:
-        print(f"left out of {split}: {key} ({reason})")
-    print(
-        f"{'resuming' if resume else 'training'} {folder}: {len(run.train)} train and {len(run.val)} val images, "
-        f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, threads={run.config.threads}\n"
-        f"validation: {run.val.protocol}; {run.config.view.eval_side} px"
-    )
+    run, watching = on_every_rank(lambda: prepare(argv))
+    folder, resume = on_main(lambda: open_folder(run))
     state = fit(
         run.method,
         run.train_loader,
@@ -44,6 +36,31 @@ def main(argv: list[str]) -> None:
     )
     if state.epoch == run.config.optim.epochs:
         print(f"done; python eval.py {folder} reads the test split")
+
+
+def prepare(argv: list[str]) -> tuple[Run, Sequence[Callback]]:
+    """The run and what watches it; whatever is wrong with them is found before anything is written."""
+    config = parse_options(Config, argv, prog="python train.py", description="Train a multi-label classifier.")
+    run = build_run(config)
+    return run, build_callbacks(run)
+
+
+def open_folder(run: Run) -> tuple[Path, bool]:
+    """The run's folder, made or found, and whether a run in it goes on."""
+    folder, resume = choose_folder(run.config)
+    if resume:
+        note_resumption(run, folder)
+    else:
+        start_folder(run, folder)
+    for split, key, reason in run.bad_images:
+        print(f"left out of {split}: {key} ({reason})")
+    print(
+        f"{'resuming' if resume else 'training'} {folder}: {len(run.train)} train and {len(run.val)} val images, "
+        f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, threads={run.config.threads}"
+        f"{f', {world_size()} processes' if world_size() > 1 else ''}\n"
+        f"validation: {run.val.protocol}; {run.config.view.eval_side} px"
+    )
+    return folder, resume
 
 
 if __name__ == "__main__":

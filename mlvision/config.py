@@ -24,10 +24,12 @@ from mlvision.data import DATASETS
 from mlvision.data.loader import LoaderConfig
 from mlvision.data.manifest import DataConfig
 from mlvision.data.transforms import ViewConfig
+from mlvision.engine import distributed
 from mlvision.engine.checkpoint import CheckpointConfig
+from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
-from mlvision.errors import InputError
+from mlvision.errors import InputError, describe_os_error
 from mlvision.methods import METHODS, MethodConfig
 from mlvision.models import HEADS, BackboneConfig, HeadConfig
 
@@ -43,7 +45,9 @@ class Config:
     out: Annotated[str, "run folder; empty: runs/<name>-<date>, or with resume=auto the newest equal run"] = ""
     resume: Annotated[str, "auto: go on from the last checkpoint where there is one; empty: a new run"] = ""
     seed: Annotated[int, "seed of weights, order and views"] = 0
-    device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    device: Annotated[
+        str, "auto (GPU where there is one), cpu, cuda or cuda:<number>; under torchrun each process has its own GPU"
+    ] = "auto"
     precision: Annotated[str, "auto (fp32 on a CPU, bf16 or fp16 on a GPU), fp32, bf16 or fp16"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
     label_maps: Annotated[str, "store of the training images' label maps, made by tools/make_label_maps.py"] = ""
@@ -55,6 +59,7 @@ class Config:
     method: MethodConfig = field(default_factory=lambda: _default(MethodConfig))
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    ddp: DdpConfig = field(default_factory=DdpConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -212,23 +217,34 @@ def run_command(main: Callable[[list[str]], Any]) -> NoReturn:
     """Run a script's `main(argv)`: a user's mistake becomes one line on stderr and exit code 2, never a traceback.
 
     An integer that `main` returns is the exit code. What the package logs (which weights were loaded, say) goes to stderr.
+    Of several processes, started by torchrun, rank 0 speaks for all; another does where it alone has failed.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("mlvision").setLevel(logging.INFO)
+    with distributed.session():
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("mlvision").setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
+        code = _run(main)
+    raise SystemExit(code)
+
+
+def _run(main: Callable[[list[str]], Any]) -> int:
     try:
         result = main(sys.argv[1:])
         code = result if isinstance(result, int) else 0
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if distributed.is_main() or not error.on_every_rank:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if not error.on_every_rank:
+            raise SystemExit(2) from error  # the others may wait for this rank: torchrun ends them
+        distributed.wait_for_all()  # once one process ends, torchrun ends the others: not before rank 0 has spoken
         code = 2
     except OSError as error:  # a full disk, a folder that may not be written
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        code = 2
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    raise SystemExit(code)
+        if distributed.is_main():
+            print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    return code
 
 
 def describe_options(cls: type) -> str:

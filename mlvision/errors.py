@@ -8,7 +8,17 @@ class InputError(ValueError):
 
     Its message is one line that names the file, key or label and what was expected; the scripts print it without a
     traceback and exit with 2.
+
+    Attributes:
+        on_every_rank: of several processes all have raised it, so that one message is enough.
     """
+
+    on_every_rank = False
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, and what the system said of it."""
+    return f"{error.filename}: {error.strerror or error}" if error.filename else f"{error.strerror or error}"
 
 
 def check_fields(options: object, prefix: str, rules: Iterable[tuple[str, bool, str]]) -> None:

@@ -27,6 +27,7 @@ from mlvision.data.images import drop_unreadable, rgb_array
 from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
+from mlvision.engine import distributed
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
@@ -119,10 +120,15 @@ def build_run(config: Config) -> Run:
     method, preprocessing = build_method(config, train.classes)
     method.prepare(train)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if config.ddp.sync_bn:
+        distributed.sync_batch_norm(method, precision.device)
     check_options(method, config.optim, config.checkpoint)
     order = method.make_sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     label_maps = _open_label_maps(config, method, train)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if rank:
+        seed_everything(config.seed, rank)  # the weights are the same everywhere; dropout and mixing are not to be
     return Run(
         config=config,
         method=method,
@@ -136,8 +142,10 @@ def build_run(config: Config) -> Run:
             order=order,
             num_views=method.num_views,
             label_maps=label_maps,
+            rank=rank,
+            world_size=world_size,
         ),
-        val_loader=eval_loader(val, _eval_view(view), config.loader),
+        val_loader=eval_loader(val, _eval_view(view), config.loader, rank=rank, world_size=world_size),
         precision=precision,
         bad_images=bad,
         label_maps=label_maps,
@@ -293,7 +301,7 @@ def _readable(config: Config, manifest: Manifest) -> tuple[Manifest, list[tuple[
         return manifest, []
     if config.data.on_bad_image != "skip":
         raise InputError(f"data.on_bad_image: expected error or skip, got '{config.data.on_bad_image}'")
-    kept, bad = drop_unreadable(manifest, config.loader.num_workers)
+    kept, bad = distributed.on_main(lambda: drop_unreadable(manifest, config.loader.num_workers))
     return kept, [(manifest.split, key, reason) for key, reason in bad]
 
 
@@ -437,6 +445,8 @@ def _is_same(path: Path, config: Config) -> bool:
 def config_difference(saved: Config, asked: Config) -> str:
     """The first option in which two configs compute something else, or nothing."""
     before, now = (_flat(to_plain(config)) for config in (saved, asked))
+    for values in (before, now):
+        values["device"] = values["device"].partition(":")[0]
     for key in before | now:
         if key not in _FREE_TO_CHANGE and before.get(key) != now.get(key):
             return f"{key} is {before.get(key)!r} there, {now.get(key)!r} was asked for"
@@ -485,13 +495,16 @@ def _script() -> str:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside its config: command, code, packages and machine."""
+    ranks = distributed.world_size()
+    launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', ranks)}" if ranks > 1 else "python"
     return {
-        "command": "python " + shlex.join([_script(), *sys.argv[1:]]),
+        "command": f"{launcher} {shlex.join([_script(), *sys.argv[1:]])}",
         "commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "machine": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
+        "ranks": ranks,
         "started": datetime.now().isoformat(timespec="seconds"),
     }
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
+from mlvision.engine.distributed import is_main
+
 if TYPE_CHECKING:
     from mlvision.engine.fit import FitState
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 class Callback(Protocol):
     """Does nothing at each of the three moments; a callback overrides those that it wants, or has all three of its own.
 
-    `state` is the loop's own FitState: read it, write to `state.log.tensorboard`, leave the rest alone.
+    `state` is the loop's own FitState: read it, write to `state.log.tensorboard` (None on ranks above 0, where callbacks are
+    called as well), leave the rest alone.
     """
 
     def on_epoch_start(self, state: FitState) -> None:
@@ -41,7 +44,7 @@ class ProgressBar(Callback):
             desc=f"epoch {state.epoch + 1}/{state.epochs}",
             unit="step",
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not (is_main() and sys.stderr.isatty()),
         )
 
     def on_step_end(self, state: FitState) -> None:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mlvision.engine.distributed import gather
 from mlvision.engine.precision import Precision
 from mlvision.methods.base import Method
 from mlvision.types import Batch
@@ -29,24 +30,30 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(method: Method, loader: Iterable[Batch], precision: Precision) -> Predictions:
-    """Logits of every image that `loader` yields; a row that comes twice is kept once.
+    """Logits of every image that the loaders of all ranks yield, on every rank; a row that comes twice is kept once.
 
     The method is put into eval mode and back into the mode it had.
+
+    Raises:
+        InputError: on every rank, where one meets an image that cannot be read.
     """
-    was_training = method.training
-    method.eval()
-    logits, targets, index = [], [], []
-    try:
+
+    def of_this_rank() -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = []
         for batch in loader:
             on_device = batch.images.to(precision.device, non_blocking=True)
             with precision.autocast():
                 output = method.predict(on_device)
-            logits.append(output.float().cpu())
-            targets.append(batch.targets)
-            index.append(batch.index)
+            found.append((output.float().cpu(), batch.targets, batch.index))
+        return found
+
+    was_training = method.training
+    method.eval()
+    try:
+        batches = [batch for part in gather(of_this_rank) for batch in part]
     finally:
         method.train(was_training)
-    rows = torch.cat(index)
+    logits, targets, rows = map(torch.cat, zip(*batches, strict=True))
     unique, inverse = torch.unique(rows, return_inverse=True)
     first = torch.full_like(unique, len(rows)).scatter_reduce(0, inverse, torch.arange(len(rows)), reduce="amin")
-    return Predictions(torch.cat(logits)[first], torch.cat(targets)[first], unique)
+    return Predictions(logits[first], targets[first], unique)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,32 @@ from torch import Tensor, nn
 from mlvision.data.loader import Loader
 from mlvision.engine.callbacks import Callback
 from mlvision.engine.checkpoint import CheckpointConfig, check_classes, load_checkpoint, save_checkpoint
+from mlvision.engine.distributed import (
+    InStep,
+    gather,
+    is_main,
+    on_every_rank,
+    on_main,
+    parallel,
+    rank,
+    share_buffers,
+)
 from mlvision.engine.evaluate import predict
 from mlvision.engine.guard import FiniteGuard
-from mlvision.engine.log import LogConfig, RunLog
+from mlvision.engine.log import LogConfig, RunLog, SilentLog
 from mlvision.engine.optim import EmaConfig, OptimConfig, build_optimizer, learning_rate_factor
 from mlvision.engine.precision import Precision
 from mlvision.engine.seed import rng_state, set_rng_state
 from mlvision.errors import InputError
 from mlvision.methods.base import Method
 from mlvision.metrics import multilabel_summary
-from mlvision.types import Batch
+from mlvision.types import Batch, StepOutput
 
 LAST, BEST = "checkpoints/last.pt", "checkpoints/best.pt"
 
 
 class LossWindow:
-    """Means of the logged scalars since the last log step, summed on the device; part of the checkpoint."""
+    """Means of the logged scalars since the last log step, summed on the device; a part of the checkpoint for each rank."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
@@ -45,9 +56,13 @@ class LossWindow:
         self.count += 1
 
     def pop(self) -> dict[str, float]:
-        means = {f"train/{name}": total.item() / self.count for name, total in self.sums.items()}
+        """The means over steps and ranks; starts anew."""
+        of_ranks = gather(lambda: {f"train/{name}": total.item() / self.count for name, total in self.sums.items()})
         self.sums, self.count = {}, 0
-        return means
+        return {name: sum(means[name] for means in of_ranks) / len(of_ranks) for name in of_ranks[0]}
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "count": self.count}
 
 
 @dataclass
@@ -87,13 +102,15 @@ class FitState:
         }
 
     def checkpoint(self) -> dict[str, Any]:
-        """The weights, and everything else that a bit-exact resume needs."""
+        """The weights, and everything else that a bit-exact resume needs, of all ranks: each has to call it."""
+        main, *others = gather(
+            lambda: {"rng": rng_state(), "window": self.window.state(), "log_position": self.log.position()}
+        )
         return self.weights() | {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": rng_state(),
-            "window": {"sums": self.window.sums, "count": self.window.count},
-            "log_position": self.log.position(),
+            "other_ranks": others,
+            **main,
         }
 
     def restore(self, path: Path, saved: dict[str, Any]) -> None:
@@ -111,11 +128,13 @@ class FitState:
             raise InputError(f"{path}: does not fit this model ({str(error).strip().splitlines()[0]})") from error
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-        device = self.method.mean.device
-        self.window.sums = {name: total.to(device) for name, total in saved["window"]["sums"].items()}
-        self.window.count = saved["window"]["count"]
         self.log.cut(saved["log_position"], self.step)
-        set_rng_state(saved["rng"])
+        of_ranks = [saved, *saved.get("other_ranks", [])]
+        if rank() < len(of_ranks):  # a rank that was not there before keeps the generators that it was started with
+            own, device = of_ranks[rank()], self.method.mean.device
+            self.window.sums = {name: total.to(device) for name, total in own["window"]["sums"].items()}
+            self.window.count = own["window"]["count"]
+            set_rng_state(own["rng"])
 
 
 def fit(
@@ -138,7 +157,8 @@ def fit(
     """Train `method` (already on `precision.device`) and leave its checkpoints and curves in `run_dir`.
 
     A validation pass closes each epoch; `checkpoints/best.pt` is the epoch whose selected weights (EMA where there is one,
-    else raw) had the highest `checkpoint.select`. SIGTERM saves and returns early.
+    else raw) had the highest `checkpoint.select`. SIGTERM saves and returns early. Of several processes each has the loaders
+    of its own part, all raise the same errors, and rank 0 writes.
 
     Args:
         classes: class names, kept in the checkpoints.
@@ -152,35 +172,34 @@ def fit(
     """
     total_steps = optim.epochs * len(train_loader)
     rate = learning_rate_factor(optim, total_steps)
-    optimizer = build_optimizer(method.parameter_groups(), optim)
-    saved = load_checkpoint(run_dir / LAST) if resume else None
-    state = FitState(
-        method=method,
-        ema=ModelEmaV3(method, decay=ema.decay, use_warmup=True) if ema.decay else None,
-        optimizer=optimizer,
-        scaler=precision.scaler(),
-        log=RunLog(run_dir, log.tensorboard, resume),
-        steps_per_epoch=len(train_loader),
-        epochs=optim.epochs,
-    )
     identity = {"classes": list(classes), "data_hashes": data_hashes}
     guard = FiniteGuard(precision.device, train_loader.images_per_step)
-    if saved is not None:
-        check_classes(run_dir / LAST, saved["classes"], tuple(classes))
-        for name in sorted(data_hashes.keys() | saved["data_hashes"].keys()):
-            then, now = (hashes.get(name, "none") for hashes in (saved["data_hashes"], data_hashes))
-            if then != now:
-                raise InputError(
-                    f"{run_dir / LAST}: the {name} have changed since it was saved (then {then[:12]}, now {now[:12]})"
-                )
-        state.restore(run_dir / LAST, saved)
-        if state.epoch == optim.epochs:
-            state.log.line(f"all {optim.epochs} epochs are trained already")
+    forward = parallel(method)  # first of all: it makes every rank's weights those of rank 0
+
+    def begin() -> FitState:
+        saved = load_checkpoint(run_dir / LAST) if resume else None
+        state = FitState(
+            method=method,
+            ema=ModelEmaV3(method, decay=ema.decay, use_warmup=True) if ema.decay else None,
+            optimizer=build_optimizer(method.parameter_groups(), optim),
+            scaler=precision.scaler(),
+            log=RunLog(run_dir, log.tensorboard, resume) if is_main() else SilentLog(),
+            steps_per_epoch=len(train_loader),
+            epochs=optim.epochs,
+        )
+        if saved is not None:
+            check_identity(run_dir / LAST, saved, identity)
+            state.restore(run_dir / LAST, saved)
+        return state
 
     def save() -> None:
         guard.check(keys)
-        save_checkpoint(run_dir / LAST, state.checkpoint() | identity)
+        content = state.checkpoint() | identity
+        on_main(lambda: save_checkpoint(run_dir / LAST, content))
 
+    state = on_every_rank(begin)
+    if state.epoch == optim.epochs:
+        state.log.line(f"all {optim.epochs} epochs are trained already")
     try:
         with stop_on_sigterm() as stopped:
             while state.epoch < optim.epochs:
@@ -190,36 +209,58 @@ def fit(
                 for callback in callbacks:
                     callback.on_epoch_start(state)
                 method.train()
-                for batch in train_loader:
-                    train_step(state, batch, guard, precision, rate(state.step), optim)
+                steps = InStep(train_loader, stopped)
+                for batch in steps:
+                    train_step(state, forward, batch, guard, precision, rate(state.step), optim)
                     at_log_step = state.step % log.every_steps == 0 or state.step == total_steps
                     state.logged = log_step(state, guard, keys) if at_log_step else {}
                     for callback in callbacks:
                         callback.on_step_end(state)
-                    if stopped():
-                        save()
-                        state.log.line(f"stopped by SIGTERM at step {state.step}; saved; resume=auto continues")
-                        return state
                     if checkpoint.every_steps and state.step % checkpoint.every_steps == 0:
                         save()
+                if steps.stopped:
+                    save()
+                    state.log.line(f"stopped by SIGTERM at step {state.step}; saved; resume=auto continues")
+                    return state
                 guard.check(keys)
-                train_seconds = time.perf_counter() - started
-                improved = validate(state, val_loader, precision, checkpoint.select)
-                for callback in callbacks:
-                    callback.on_epoch_end(state)
                 images = (state.step - first_step) * train_loader.images_per_step
-                log_epoch(state, images / max(train_seconds, 1e-9), improved)
+                speed = images / max(time.perf_counter() - started, 1e-9)
+                improved = validate(state, val_loader, precision, checkpoint.select)
+                on_every_rank(partial(close_epoch, state, callbacks, speed, improved))
                 state.epoch += 1
                 if improved:
-                    save_checkpoint(run_dir / BEST, state.weights() | identity)
+                    weights = state.weights() | identity
+                    on_main(partial(save_checkpoint, run_dir / BEST, weights))
                 save()
     finally:
         state.log.close()
     return state
 
 
+def check_identity(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse to go on with other classes or data than a checkpoint was trained on.
+
+    Raises:
+        InputError: names what differs.
+    """
+    check_classes(path, saved["classes"], tuple(identity["classes"]))
+    then, now = saved["data_hashes"], identity["data_hashes"]
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name, "none"), now.get(name, "none")
+        if before != after:
+            raise InputError(
+                f"{path}: the {name} have changed since it was saved (then {before[:12]}, now {after[:12]})"
+            )
+
+
 def train_step(
-    state: FitState, batch: Batch, guard: FiniteGuard, precision: Precision, rate: float, optim: OptimConfig
+    state: FitState,
+    forward: Callable[[Batch], StepOutput],
+    batch: Batch,
+    guard: FiniteGuard,
+    precision: Precision,
+    rate: float,
+    optim: OptimConfig,
 ) -> None:
     """Forward, backward, one update, EMA; nothing is read back to the host."""
     for group in state.optimizer.param_groups:
@@ -227,7 +268,7 @@ def train_step(
     batch = batch.to(precision.device)
     batch.images = batch.images.contiguous(memory_format=torch.channels_last)
     with precision.autocast():
-        output = state.method(batch)
+        output = forward(batch)
     logs = {"loss": output.loss, **output.logs}
     if state.scaler.is_enabled():
         guard.update(state.step + 1, output.loss, None, batch.index)
@@ -237,7 +278,7 @@ def train_step(
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        output.loss.backward()
+        guard.poison(output.loss).backward()
         logs["gradient_norm"] = clip_gradients(state.optimizer, optim.clip_norm)
         guard.update(state.step + 1, output.loss, logs["gradient_norm"], batch.index)
         guard.step(state.optimizer)
@@ -262,7 +303,7 @@ def log_step(state: FitState, guard: FiniteGuard, keys: list[str]) -> dict[str, 
     """Write the means since the last log step."""
     guard.check(keys)
     values = state.window.pop() | {"train/lr": state.optimizer.param_groups[0]["lr"]}
-    state.log.metrics(state.step, state.epoch, values)
+    on_every_rank(lambda: state.log.metrics(state.step, state.epoch, values))
     return values
 
 
@@ -271,10 +312,11 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
     state.validation = {}
     for weights, method in (("raw", state.method), ("ema", state.ema.module if state.ema else None)):
         if method is not None:
+            share_buffers(method)
             found = predict(method, loader, precision)
             summary = multilabel_summary(found.logits, found.targets, activation=method.activation)
             state.validation |= {f"val/{weights}/{name}": value for name, value in summary.items()}
-    state.log.metrics(state.step, state.epoch, state.validation)
+    on_every_rank(lambda: state.log.metrics(state.step, state.epoch, state.validation))
     value = state.validation[f"val/{'ema' if state.ema else 'raw'}/{select}"]
     improved = state.best is None or math.isnan(state.best) or value > state.best
     if improved:
@@ -294,8 +336,10 @@ def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConf
         raise InputError(f"checkpoint.select: no metric '{checkpoint.select}'; expected one of {', '.join(known)}")
 
 
-def log_epoch(state: FitState, images_per_second: float, improved: bool) -> None:
-    """One line for people, and the throughput for TensorBoard."""
+def close_epoch(state: FitState, callbacks: Sequence[Callback], images_per_second: float, improved: bool) -> None:
+    """Callbacks, one line for people, and the throughput for TensorBoard."""
+    for callback in callbacks:
+        callback.on_epoch_end(state)
     state.log.timings(state.step, {"time/images_per_second": images_per_second})
     found = {weights: state.validation.get(f"val/{weights}/mAP") for weights in ("raw", "ema")}
     measured = "  ".join(f"{weights} {value:.4f}" for weights, value in found.items() if value is not None)

@@ -103,3 +103,30 @@ class RunLog:
         self._csv.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class SilentLog(RunLog):
+    """What ranks above 0 write to: nothing."""
+
+    tensorboard = None  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self):
+        pass
+
+    def position(self) -> int:
+        return 0
+
+    def cut(self, position: int, step: int) -> None:
+        pass
+
+    def metrics(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        pass
+
+    def timings(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, numpy and torch (all devices)."""
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed the global generators of Python, numpy and torch (all devices); ranks above 0 have numbers of their own."""
+    if rank:
+        seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint32)[0])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

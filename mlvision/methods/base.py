@@ -29,7 +29,8 @@ class Method(nn.Module):
     """A classifier with the training rule of one paper.
 
     Images come as uint8, or as float in [0, 1], everywhere outside; the method owns mean and standard deviation and
-    normalises as its first step. State that must survive a resume is a buffer.
+    normalises as its first step. State that must survive a resume is a buffer. Of several processes each calls `forward`
+    with its part of the batch, and takes rank 0's buffers before; the same parameters must get a gradient in every step.
 
     Attributes:
         needs_label_map: the loader puts a label map into every batch.

@@ -17,7 +17,7 @@ def step(layer, optimizer, guard, number, scale, scaler=None):
         scaler.step(optimizer)
         scaler.update()
     else:
-        loss.backward()
+        guard.poison(loss).backward()
         norm = nn.utils.get_total_norm([p.grad for p in layer.parameters()])
         guard.update(number, loss, norm, index)
         guard.step(optimizer)

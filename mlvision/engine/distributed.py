@@ -1,0 +1,242 @@
+"""Several processes, as torchrun starts them, and how they agree. The only file that knows torch.distributed.
+
+Every process (rank) runs the same script on its part of each batch. What may fail on one of them alone, such as reading an
+image, is done within `gather`, `on_every_rank`, `on_main` or `InStep`: its InputError is then raised on all, so that nobody
+waits for a rank that has stopped, and rank 0 alone says it. In a single process all of them just call what they are given.
+
+Messages go through gloo on the CPU: they wait for no GPU. Gradients of models on GPUs go through NCCL.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any, Generic, TypeVar
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlvision.errors import InputError, describe_os_error
+from mlvision.methods.base import Method
+from mlvision.types import Batch, StepOutput
+
+T = TypeVar("T")
+
+# A dead rank is noticed at once. This is for a live one: rank 0 may decode all images while the others wait.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class DdpConfig:
+    sync_bn: Annotated[bool, "batch statistics of all ranks together (GPUs only); false: of each rank's images"] = False
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or what sets the same environment, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """While it lasts the processes that torchrun started know each other, and what ranks but 0 print is dropped.
+
+    Does nothing in a process that was started alone, or within another session.
+    """
+    if dist.is_initialized() or not is_launched():
+        yield
+        return
+    if torch.cuda.is_available():  # or what names no device, such as pinned memory, would take a part of GPU 0 each
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    store, own, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store outlives the processes that it restarts, with the addresses of the dead in it. On several machines
+        # the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun itself take a new store each time.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_PATIENCE)
+    with contextlib.ExitStack() as stack:
+        if not is_main():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+    dist.destroy_process_group()  # not after an exception: it may wait for ranks that are no more
+
+
+def wait_for_all() -> None:
+    """Return once every rank has come here."""
+    _exchange(None)
+
+
+def gather(function: Callable[[], T]) -> list[T]:
+    """What `function` gives on each rank, by rank.
+
+    Raises:
+        InputError: on every rank, where it fails on one: the error of the first that it fails on.
+    """
+    if world_size() == 1:
+        return [function()]
+    value, failure = _attempt(function)
+    return _exchange(value, failure)
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """What `function` gives on this rank; nothing is sent.
+
+    Raises:
+        InputError: as `gather`.
+    """
+    if world_size() == 1:
+        return function()
+    value, failure = _attempt(function)
+    _exchange(None, failure)
+    return value  # pyright: ignore[reportReturnType]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, which alone calls it; it is sent to all.
+
+    Raises:
+        InputError: on every rank, where it fails.
+    """
+    if world_size() == 1:
+        return function()
+    return _exchange(*(_attempt(function) if is_main() else (None, None)))[0]
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    try:
+        return function(), None
+    except InputError as error:
+        if error.on_every_rank:
+            raise
+        return None, error
+    except OSError as error:
+        return None, InputError(describe_os_error(error))
+
+
+def _exchange(value: Any, failure: InputError | None = None) -> list[Any]:
+    """Every rank's value, or the first rank's failure where any has one.
+
+    The one way in which ranks talk, so that one that failed early is heard by the others wherever they talk next.
+    """
+    outcomes: list[Any] = [(value, failure and str(failure))]
+    if world_size() > 1:
+        outcomes *= world_size()
+        dist.all_gather_object(outcomes, (value, failure and str(failure)))
+    failed = [number for number, (_, message) in enumerate(outcomes) if message is not None]
+    if failed:
+        error = failure if failure and failed[0] == rank() else InputError(outcomes[failed[0]][1])
+        error.on_every_rank = True
+        raise error
+    return [value for value, _ in outcomes]
+
+
+class InStep(Generic[T]):
+    """Batches, while all ranks are at the same one.
+
+    Costs one small message a batch, which waits for no GPU.
+
+    Args:
+        batches: of this rank; equally many on each.
+        told_to_stop: asked before each batch. Where one rank says yes, the iteration ends on all, and `stopped` is true.
+
+    Raises:
+        InputError: while iterating, on every rank, where a batch of one cannot be had.
+    """
+
+    def __init__(self, batches: Iterable[T], told_to_stop: Callable[[], bool]):
+        self.batches = batches
+        self.told_to_stop = told_to_stop
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[T]:
+        iterator = iter(self.batches)
+        while True:
+            batch, failure = _attempt(lambda: next(iterator, None))
+            self.stopped, failed = _any_rank(self.told_to_stop(), failure is not None)
+            if self.stopped:
+                return
+            if failed:
+                _exchange(None, failure)
+            if batch is None:
+                return
+            yield batch
+
+
+def _any_rank(*flags: bool) -> list[bool]:
+    """Each flag: whether it is true on any rank."""
+    if world_size() == 1:
+        return list(flags)
+    on_cpu = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(on_cpu, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in on_cpu]
+
+
+def sync_batch_norm(method: nn.Module, device: torch.device) -> None:
+    """Take batch statistics over all ranks from now on; parameters and state keep their names.
+
+    Raises:
+        InputError: several processes on CPUs, where torch has no such layer.
+    """
+    if device.type == "cpu":
+        if world_size() > 1:
+            raise InputError("ddp.sync_bn: torch computes batch statistics over several processes on GPUs only")
+        return  # nothing to share
+    convert_sync_batchnorm(method)
+
+
+def parallel(method: Method) -> Callable[[Batch], StepOutput]:
+    """The method's forward pass, whose backward pass gives every rank the gradients' mean over all.
+
+    From here on all ranks have rank 0's weights, and before each pass they take its buffers. Parameters that get no gradient
+    (a norm that timm has behind the map of a head that reads the map) are found in the first step, and left alone as they
+    are in a single process; a method must train the same parameters in every step.
+    """
+    if not dist.is_initialized():
+        return method
+    # Of a dimension of size 1, whose stride means nothing; and said by every rank.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    wrapped = DistributedDataParallel(_PlainOutput(method), static_graph=True)
+    return lambda batch: StepOutput(*wrapped(batch))
+
+
+class _PlainOutput(nn.Module):
+    """DistributedDataParallel looks for the loss in tuples and dicts, not in dataclasses."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = self.method(batch)
+        return output.loss, output.logs
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, such as the running statistics of batch norm."""
+    if world_size() == 1:
+        return
+    with torch.no_grad():
+        for buffer in module.buffers():
+            content = buffer.flatten().clone().view(torch.uint8)  # as bytes: not every backend sends every type
+            dist.broadcast(content, src=0)
+            buffer.copy_(content.view(buffer.dtype).view(buffer.shape))
