@@ -29,6 +29,7 @@ from mlvision.data.loader import ImageDataset, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Boxes, Manifest, check_same_classes
 from mlvision.data.transforms import EvalView
 from mlvision.engine.checkpoint import check_classes
+from mlvision.engine.distributed import is_main, on_every_rank
 from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
 from mlvision.engine.precision import resolve_device, resolve_precision
 from mlvision.errors import InputError, check_fields
@@ -176,12 +177,32 @@ def make(options: LabelMapOptions) -> LabelMapStore:
     Raises:
         InputError: a teacher, images or a store that do not fit together.
     """
+    source, writer = on_every_rank(lambda: prepare(options))
+    rows = [row for block in writer.outstanding() for row in block]
+    if rows:
+        annotate(source.maps_of, source.batches(rows), writer)
+    store = LabelMapStore.open(options.out)
+    if options.verify:
+        # Whole blocks, of this rank: a batch of another size may differ in its last bits.
+        own = range(writer.rank * options.batch_size, len(store), writer.world_size * options.batch_size)
+        blocks = np.random.default_rng(0).permutation(own)
+        chosen = sorted(blocks[: -(-options.verify // options.batch_size)])
+        rows = [row for start in chosen for row in range(start, min(start + options.batch_size, len(store)))]
+        worst = verify(
+            source.maps_of, source.batches(rows), store, tolerance=8e-3 if options.dtype == "uint8" else 1e-3
+        )
+        print(f"verified {len(rows)} maps: largest difference {worst:.2g} of their size")
+    return store
+
+
+def prepare(options: LabelMapOptions) -> tuple[Source, LabelMapWriter]:
+    """What makes the maps, and where this rank writes them."""
     if not options.out or not options.teacher:
         raise InputError(f"expected teacher= and out=, got {options.teacher} and '{options.out}'")
     if options.threads:
         torch.set_num_threads(options.threads)
     manifest, bad = read_images(options)
-    for _, key, reason in bad:
+    for _, key, reason in bad if is_main() else ():
         print(f"left out: {key} ({reason})", file=sys.stderr)
     source = oracle_source(options, manifest) if options.teacher == [ORACLE] else teacher_source(options, manifest)
     meta = StoreMeta(
@@ -192,23 +213,10 @@ def make(options: LabelMapOptions) -> LabelMapStore:
         dtype=options.dtype,
         **source.meta,
     )
+    # From the environment: processes that were started apart, and know nothing of each other, can share the work too.
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     writer = LabelMapWriter.create_or_resume(options.out, meta, rank=rank, world_size=world_size)
-    rows = [row for block in writer.outstanding() for row in block]
-    if rows:
-        annotate(source.maps_of, source.batches(rows), writer)
-    store = LabelMapStore.open(options.out)
-    if options.verify:
-        # Whole blocks, of this rank: a batch of another size may differ in its last bits.
-        own = range(rank * options.batch_size, len(manifest), world_size * options.batch_size)
-        blocks = np.random.default_rng(0).permutation(own)
-        chosen = sorted(blocks[: -(-options.verify // options.batch_size)])
-        rows = [row for start in chosen for row in range(start, min(start + options.batch_size, len(manifest)))]
-        worst = verify(
-            source.maps_of, source.batches(rows), store, tolerance=8e-3 if options.dtype == "uint8" else 1e-3
-        )
-        print(f"verified {len(rows)} maps: largest difference {worst:.2g} of their size")
-    return store
+    return source, writer
 
 
 def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
@@ -295,7 +303,7 @@ def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
     # Read here: loader processes for so few images would be waited for at the end.
     some = torch.stack([dataset[0, row].views[0].image for row in range(min(8, len(manifest)))]).to(device)
     gap = check_identity(teacher, some, options.strict)
-    if gap is not None:
+    if gap is not None and is_main():
         print(
             f"approximate: the mean of the maps differs from the teacher's logits by up to {gap:.3g}", file=sys.stderr
         )
