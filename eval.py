@@ -94,7 +94,7 @@ def report(
     write_metrics(run, name, metrics)
     written = ["metrics.json", table_file.name, figure_file.name]
     if role == "test" and not of_checkpoint:
-        if is_trained(run.folder, run.config.optim.epochs):
+        if is_trained(run.folder, run.config):
             write_record(run, metrics)
             written.append("record.json")
         else:

@@ -50,6 +50,10 @@ class Config:
     ] = "auto"
     precision: Annotated[str, "auto (fp32 on a CPU, bf16 or fp16 on a GPU), fp32, bf16 or fp16"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
+    deterministic: Annotated[
+        bool, "torch's deterministic algorithms alone: slower on a GPU, and an error where an operation has none"
+    ] = False
+    compile: Annotated[str, "backend of torch.compile for the backbone in training, such as inductor; empty: none"] = ""
     label_maps: Annotated[str, "store of the training images' label maps, made by tools/make_label_maps.py"] = ""
     data: DataConfig = field(default_factory=lambda: _default(DataConfig))
     view: ViewConfig = field(default_factory=ViewConfig)

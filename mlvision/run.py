@@ -24,14 +24,14 @@ from torch import Tensor
 from mlvision.config import Config, build_options, load_options, read_overrides, save_options, to_plain
 from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
-from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
+from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
-from mlvision.engine.seed import seed_everything
+from mlvision.engine.seed import seed_everything, set_deterministic
 from mlvision.errors import InputError
 from mlvision.explain.callback import CamGrids
 from mlvision.labels.store import LabelMapStore
@@ -117,13 +117,17 @@ def build_run(config: Config) -> Run:
     check_images(config.model.in_chans, train)
     check_channels(config.view, train.num_channels)
     seed_everything(config.seed)
+    set_deterministic(config.deterministic)
     method, preprocessing = build_method(config, train.classes)
     method.prepare(train)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.ddp.sync_bn:
         distributed.sync_batch_norm(method, precision.device)
-    check_options(method, config.optim, config.checkpoint)
-    order = method.make_sampler(train, config.seed)
+    check_options(method, config.optim, config.checkpoint, config.loader.batch_size // distributed.world_size())
+    if config.compile:
+        compile_backbone(method, config.compile)
+    balanced = config.loader.sampling == "class_balanced"
+    order = class_balanced(train, config.seed) if balanced else method.make_sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     label_maps = _open_label_maps(config, method, train)
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -150,6 +154,18 @@ def build_run(config: Config) -> Run:
         bad_images=bad,
         label_maps=label_maps,
     )
+
+
+def compile_backbone(method: Method, backend: str) -> None:
+    """Compile what `forward` of the backbone does; parameters and state keep their names, and copies are not compiled.
+
+    Raises:
+        InputError: no such backend.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise InputError(f"compile: torch has no backend '{backend}'; expected one of {', '.join(known)}")
+    method.classifier.backbone.compile(backend=backend)
 
 
 def build_callbacks(run: Run) -> list[CamGrids]:
@@ -574,9 +590,10 @@ def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:
     write_json(path, known | {role: metrics})
 
 
-def is_trained(folder: Path, epochs: int) -> bool:
+def is_trained(folder: Path, config: Config) -> bool:
     """Whether the run in `folder` has come to its end."""
-    return load_checkpoint(folder / LAST)["epoch"] >= epochs
+    saved = load_checkpoint(folder / LAST)
+    return config.checkpoint.ends(saved["epoch"], config.optim.epochs, saved.get("best_epoch", 0))
 
 
 def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:

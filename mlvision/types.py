@@ -206,6 +206,23 @@ class Batch:
         moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in columns}
         return Batch(**moved, label_map=self.label_map and self.label_map.to_device(device, non_blocking))
 
+    def split(self, num_parts: int) -> list["Batch"]:
+        """Equal parts, one after the other; `num_parts` divides the batch."""
+        size = len(self.images) // num_parts
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self.images), size)]
+
+    def _rows(self, rows: slice) -> "Batch":
+        def part(column: Tensor) -> Tensor:
+            return column[rows]
+
+        return Batch(
+            self.images[rows],
+            self.targets[rows],
+            self.index[rows],
+            self.view._each(part),
+            self.label_map and self.label_map._each(part),
+        )
+
     def pin_memory(self) -> "Batch":
         """What torch's DataLoader calls where a GPU is used."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}

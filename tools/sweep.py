@@ -161,7 +161,7 @@ def train_and_evaluate(run: Planned, folder: Path) -> bool:
 
     config = parse_options(Config, list(run.arguments), prog="train.py", description="")
     trained = succeeds("train.py", *run.arguments, f"out={folder}", "resume=auto")
-    return trained and is_trained(folder, config.optim.epochs) and succeeds("eval.py", str(folder))
+    return trained and is_trained(folder, config) and succeeds("eval.py", str(folder))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from mlvision.types import Batch, CropBox
 
 # An epoch to the rows of the manifest that it visits, in order and over all ranks; equally many in every epoch.
 EpochOrder = Callable[[int], Int64[np.ndarray, " n"]]
+SAMPLINGS = ("shuffled", "class_balanced")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,17 @@ class LoaderConfig:
     eval_batch_size: Annotated[int, "images per step of each rank in evaluation"] = 128
     num_workers: Annotated[int, "loader processes of each rank; 0: its main process loads"] = 2
     prefetch: Annotated[int, "batches that each loader process keeps ready"] = 2
+    sampling: Annotated[
+        str,
+        "shuffled: each image once an epoch; class_balanced: classes equally often, with one of their images each time",
+    ] = "shuffled"
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"loader.{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.sampling not in SAMPLINGS:
+            raise InputError(f"loader.sampling: expected one of {', '.join(SAMPLINGS)}, got '{self.sampling}'")
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,38 @@ def shuffled(num_images: int, seed: int) -> EpochOrder:
         # would be [seed, epoch, 0, 0], the first view of the first image.
         entropy = np.random.SeedSequence([seed, epoch], spawn_key=(0,))
         return np.random.default_rng(entropy).permutation(num_images)
+
+    return order
+
+
+def class_balanced(manifest: Manifest, seed: int) -> EpochOrder:
+    """As many rows as there are images: the classes in turn, each with the next of its images in an order of its own.
+
+    Classes of the training split that no image shows are passed over. Images of rare classes come several times an epoch,
+    images without a label never. With several labels an image, frequent classes still come more often, beside rare ones.
+
+    Source: Shen et al., "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks", ECCV 2016
+    (class-aware sampling).
+
+    Raises:
+        InputError: no image has a label.
+    """
+    of_class: list[list[int]] = [[] for _ in manifest.classes]
+    for row, record in enumerate(manifest.records):
+        for label in record.labels:
+            of_class[label].append(row)
+    images = [np.array(rows, dtype=np.int64) for rows in of_class if rows]
+    if not images:
+        raise InputError(f"loader.sampling: split {manifest.split!r} has no label to balance by")
+
+    def order(epoch: int) -> Int64[np.ndarray, " n"]:
+        rng = np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(1,)))
+        each = -(-len(manifest) // len(images))
+        drawn = [
+            np.concatenate([rng.permutation(rows) for _ in range(-(-each // len(rows)))])[:each] for rows in images
+        ]
+        turns = np.stack([rng.permutation(len(images)) for _ in range(each)])
+        return np.stack(drawn, axis=1)[np.arange(each)[:, None], turns].ravel()[: len(manifest)]
 
     return order
 

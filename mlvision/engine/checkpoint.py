@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 
 FORMAT = "mlvision checkpoint 1"
 
@@ -17,11 +17,23 @@ FORMAT = "mlvision checkpoint 1"
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: Annotated[int, "also save every so many steps within an epoch; 0: after each epoch only"] = 0
-    select: Annotated[str, "validation metric whose highest value chooses checkpoints/best.pt"] = "mAP"
+    select: Annotated[
+        str,
+        "validation metric whose highest value chooses checkpoints/best.pt; last: the last epoch, whatever it gives",
+    ] = "mAP"
+    patience: Annotated[int, "training ends after so many epochs without a better value; 0: never early"] = 0
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise InputError(f"checkpoint.every_steps: expected 0 or more, got {self.every_steps}")
+        patient = self.patience == 0 or (self.patience > 0 and self.select != "last")
+        rules = (
+            ("every_steps", self.every_steps >= 0, "0 or more"),
+            ("patience", patient, "0 or more, and 0 with checkpoint.select=last"),
+        )
+        check_fields(self, "checkpoint.", rules)
+
+    def ends(self, epoch: int, epochs: int, best_epoch: int) -> bool:
+        """Whether training is over after `epoch` of at most `epochs` epochs, the best of which was number `best_epoch`."""
+        return epoch >= epochs or bool(self.patience and epoch > best_epoch + self.patience)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -75,6 +75,7 @@ class FitState:
         logged: what the last step wrote to the log; empty where it was no log step.
         validation: the last validation's metrics, by name: `val/raw/mAP`, `val/ema/mAP`, ...
         best: the highest selection metric so far, or None.
+        best_epoch: the epoch that gave it, from 0.
     """
 
     method: Method
@@ -87,6 +88,7 @@ class FitState:
     epoch: int = 0
     step: int = 0
     best: float | None = None
+    best_epoch: int = 0
     logged: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     window: LossWindow = field(default_factory=LossWindow)
@@ -99,6 +101,7 @@ class FitState:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "best_epoch": self.best_epoch,
         }
 
     def checkpoint(self) -> dict[str, Any]:
@@ -128,6 +131,7 @@ class FitState:
             raise InputError(f"{path}: does not fit this model ({str(error).strip().splitlines()[0]})") from error
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        self.best_epoch = saved.get("best_epoch", 0)  # of a run that was begun without patience
         self.log.cut(saved["log_position"], self.step)
         of_ranks = [saved, *saved.get("other_ranks", [])]
         if rank() < len(of_ranks):  # a rank that was not there before keeps the generators that it was started with
@@ -181,7 +185,7 @@ def fit(
         state = FitState(
             method=method,
             ema=ModelEmaV3(method, decay=ema.decay, use_warmup=True) if ema.decay else None,
-            optimizer=build_optimizer(method.parameter_groups(), optim),
+            optimizer=optimizer_of(method, optim),
             scaler=precision.scaler(),
             log=RunLog(run_dir, log.tensorboard, resume) if is_main() else SilentLog(),
             steps_per_epoch=len(train_loader),
@@ -198,11 +202,11 @@ def fit(
         on_main(lambda: save_checkpoint(run_dir / LAST, content))
 
     state = on_every_rank(begin)
-    if state.epoch == optim.epochs:
-        state.log.line(f"all {optim.epochs} epochs are trained already")
+    if checkpoint.ends(state.epoch, optim.epochs, state.best_epoch):
+        state.log.line(f"all of its {state.epoch} epochs are trained already")
     try:
         with stop_on_sigterm() as stopped:
-            while state.epoch < optim.epochs:
+            while not checkpoint.ends(state.epoch, optim.epochs, state.best_epoch):
                 started, first_step = time.perf_counter(), state.step
                 method.on_epoch_start(state.epoch)
                 train_loader.set_position(state.epoch, state.step - state.epoch * len(train_loader))
@@ -232,9 +236,16 @@ def fit(
                     weights = state.weights() | identity
                     on_main(partial(save_checkpoint, run_dir / BEST, weights))
                 save()
+            if state.epoch < optim.epochs:
+                state.log.line(f"stopped after {checkpoint.patience} epochs without a better {checkpoint.select}")
     finally:
         state.log.close()
     return state
+
+
+def optimizer_of(method: Method, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Over the method's groups, and its layers where they learn at rates of their own."""
+    return build_optimizer(method.parameter_groups(), optim, method.layers() if optim.layer_decay < 1 else ())
 
 
 def check_identity(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -267,18 +278,25 @@ def train_step(
         group["lr"] = optim.lr * rate * group["lr_scale"]
     batch = batch.to(precision.device)
     batch.images = batch.images.contiguous(memory_format=torch.channels_last)
-    with precision.autocast():
-        output = forward(batch)
+    parts = batch.split(optim.accumulate)
+    outputs = []
+    for part in parts:
+        with precision.autocast():
+            output = forward(part)
+        loss = guard.poison(output.loss) / len(parts)
+        if state.scaler.is_enabled():
+            guard.update(state.step + 1, output.loss, None, part.index)
+            loss = state.scaler.scale(loss)
+        loss.backward()
+        outputs.append(StepOutput(output.loss.detach(), output.logs))
+    output = mean_output(outputs)
     logs = {"loss": output.loss, **output.logs}
     if state.scaler.is_enabled():
-        guard.update(state.step + 1, output.loss, None, batch.index)
-        state.scaler.scale(guard.poison(output.loss)).backward()
         state.scaler.unscale_(state.optimizer)
         clip_gradients(state.optimizer, optim.clip_norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        guard.poison(output.loss).backward()
         logs["gradient_norm"] = clip_gradients(state.optimizer, optim.clip_norm)
         guard.update(state.step + 1, output.loss, logs["gradient_norm"], batch.index)
         guard.step(state.optimizer)
@@ -288,6 +306,14 @@ def train_step(
     if state.ema:
         state.ema.update(state.method, step=state.step)
     state.window.add(logs)
+
+
+def mean_output(outputs: list[StepOutput]) -> StepOutput:
+    """Of the equal parts of one step; their graphs are gone."""
+    if len(outputs) == 1:
+        return outputs[0]
+    logs = {name: torch.stack([output.logs[name] for output in outputs]).mean(0) for name in outputs[0].logs}
+    return StepOutput(torch.stack([output.loss for output in outputs]).mean(0), logs)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
@@ -317,23 +343,32 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
             summary = multilabel_summary(found.logits, found.targets, activation=method.activation)
             state.validation |= {f"val/{weights}/{name}": value for name, value in summary.items()}
     on_every_rank(lambda: state.log.metrics(state.step, state.epoch, state.validation))
+    if select == "last":
+        return True
     value = state.validation[f"val/{'ema' if state.ema else 'raw'}/{select}"]
     improved = state.best is None or math.isnan(state.best) or value > state.best
     if improved:
-        state.best = value
+        state.best, state.best_epoch = value, state.epoch
     return improved
 
 
-def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConfig) -> None:
+def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConfig, images_per_rank: int) -> None:
     """Find, before anything is written, what `fit` would stumble over.
 
     Raises:
-        InputError: an optimizer that cannot be built, or a selection metric that validation does not give.
+        InputError: an optimizer that cannot be built, a batch that cannot be divided, or a selection metric that validation
+            does not give.
     """
-    build_optimizer(method.parameter_groups(), optim)
+    optimizer_of(method, optim)
+    if images_per_rank % optim.accumulate:
+        raise InputError(
+            f"optim.accumulate: the {images_per_rank} images of a step and process cannot be divided into {optim.accumulate}"
+        )
     known = multilabel_summary(torch.zeros(1, 1), torch.ones(1, 1))
-    if checkpoint.select not in known:
-        raise InputError(f"checkpoint.select: no metric '{checkpoint.select}'; expected one of {', '.join(known)}")
+    if checkpoint.select not in (*known, "last"):
+        raise InputError(
+            f"checkpoint.select: no metric '{checkpoint.select}'; expected last or one of {', '.join(known)}"
+        )
 
 
 def close_epoch(state: FitState, callbacks: Sequence[Callback], images_per_second: float, improved: bool) -> None:

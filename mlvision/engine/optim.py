@@ -1,7 +1,7 @@
 """The optimizer, its parameter groups, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -31,6 +31,13 @@ class OptimConfig:
     start_factor: Annotated[float, "learning rate of the first step, as a share of lr"] = 0.04
     final_factor: Annotated[float, "learning rate of the last step, as a share of lr"] = 1e-4
     clip_norm: Annotated[float, "gradients are scaled down to this global norm; 0: no clipping"] = 0.0
+    layer_decay: Annotated[
+        float, "factor on lr from each layer of the backbone to the one before it, as timm groups layers; 1: none"
+    ] = 1.0
+    accumulate: Annotated[
+        int,
+        "parts into which a batch is divided, one after the other, for less memory: the update is that of the whole",
+    ] = 1
 
     def __post_init__(self) -> None:
         for name, is_valid, expected in (
@@ -42,6 +49,8 @@ class OptimConfig:
             ("start_factor", 0 <= self.start_factor <= 1, "a share in [0, 1]"),
             ("final_factor", 0 <= self.final_factor <= 1, "a share in [0, 1]"),
             ("clip_norm", self.clip_norm >= 0, "0 or more"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
         ):
             if not is_valid:
                 raise InputError(f"optim.{name}: expected {expected}, got {getattr(self, name)!r}")
@@ -56,8 +65,16 @@ class EmaConfig:
             raise InputError(f"ema.decay: expected 0, or a number below 1, got {self.decay}")
 
 
-def parameter_groups(groups: dict[str, list[nn.Parameter]], config: OptimConfig) -> list[dict]:
-    """Split each named group by the rule "no weight decay on tensors with fewer than two dimensions".
+def parameter_groups(
+    groups: dict[str, list[nn.Parameter]], config: OptimConfig, layers: Sequence[Sequence[nn.Parameter]] = ()
+) -> list[dict]:
+    """Split each named group by the rule "no weight decay on tensors with fewer than two dimensions", and by layers.
+
+    Args:
+        layers: from the first on, those whose rates `optim.layer_decay` makes smaller: the last of n layers by the factor
+            itself, the first by its n-th power. Parameters in none of them keep their rate.
+
+    Source: for the layers Bao et al., "BEiT", ICLR 2022, and Clark et al., "ELECTRA", ICLR 2020.
 
     Raises:
         InputError: `optim.lr_scales` names a group that the method does not have.
@@ -65,21 +82,29 @@ def parameter_groups(groups: dict[str, list[nn.Parameter]], config: OptimConfig)
     unknown = sorted(set(config.lr_scales) - set(groups))
     if unknown:
         raise InputError(f"optim.lr_scales: no parameter group '{unknown[0]}'; this method has {', '.join(groups)}")
-    result = []
+    above = {id(p): len(layers) - depth for depth, layer in enumerate(layers) for p in layer}
+    result: dict[tuple[str, int, bool], dict] = {}
     for name, parameters in groups.items():
-        trainable = [p for p in parameters if p.requires_grad]
-        scale = config.lr_scales.get(name, 1.0)
-        for decay, chosen in (
-            (config.weight_decay, [p for p in trainable if p.ndim >= 2]),
-            (0.0, [p for p in trainable if p.ndim < 2]),
-        ):
-            if chosen:
-                result.append({"params": chosen, "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale})
-    return result
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            steps = above.get(id(parameter), 0) if config.layer_decay < 1 else 0
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            scale = config.lr_scales.get(name, 1.0) * config.layer_decay**steps
+            new = {"params": [], "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale}
+            result.setdefault((name, steps, parameter.ndim < 2), new)["params"].append(parameter)
+    # Of each name and layer, first what decays.
+    return [group for _, group in sorted(result.items(), key=lambda item: _order(item[0], list(groups)))]
 
 
-def build_optimizer(groups: dict[str, list[nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """A timm optimizer over the groups, fused where torch has a fused kernel.
+def _order(key: tuple[str, int, bool], names: list[str]) -> tuple[int, int, bool]:
+    return names.index(key[0]), -key[1], key[2]
+
+
+def build_optimizer(
+    groups: dict[str, list[nn.Parameter]], config: OptimConfig, layers: Sequence[Sequence[nn.Parameter]] = ()
+) -> torch.optim.Optimizer:
+    """A timm optimizer over the groups, fused where torch has a fused kernel; `layers` as in `parameter_groups`.
 
     Raises:
         InputError: an unknown optimizer name, or one that cannot be built here (its package is missing, say).
@@ -88,7 +113,7 @@ def build_optimizer(groups: dict[str, list[nn.Parameter]], config: OptimConfig) 
     if config.name not in known:
         raise InputError(f"optim.name: timm has no optimizer '{config.name}'; it has {', '.join(known)}")
     fused: dict[str, Any] = {"fused": True} if get_optimizer_class(config.name, bind_defaults=False) in _FUSED else {}
-    chosen = parameter_groups(groups, config)
+    chosen = parameter_groups(groups, config, layers)
     try:
         return create_optimizer_v2(chosen, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **fused)
     except (

@@ -3,6 +3,7 @@
 The data path never draws from it (each view is seeded by itself); what is left is initialisation, dropout and drop path.
 """
 
+import os
 import random
 from typing import Any
 
@@ -17,6 +18,14 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_deterministic(on: bool) -> None:
+    """Let torch take deterministic algorithms alone, or whatever is fast."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in a fixed order only with it
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
 
 
 def rng_state() -> dict[str, Any]:

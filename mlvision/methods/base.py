@@ -100,6 +100,10 @@ class Method(nn.Module):
         known = {id(p) for p in backbone}
         return {"backbone": backbone, "head": [p for p in self.parameters() if id(p) not in known]}
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """From the first to the last, the layers whose learning rates `optim.layer_decay` sets apart."""
+        return self.classifier.backbone.layers()
+
     def on_epoch_start(self, epoch: int) -> None:
         """Called before the first step of an epoch, and again where a run resumes within it."""
 

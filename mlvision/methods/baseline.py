@@ -19,12 +19,13 @@ class BaselineConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "baseline"
     loss: Annotated[
         str,
-        "bce, asl (asymmetric loss), softmax (classes that exclude each other); decoupled_softmax or soft_top_k: only the "
-        "order of an image's classes is learnt, no threshold means anything",
+        "bce, asl (asymmetric loss), focal, softmax (classes that exclude each other); decoupled_softmax or soft_top_k: "
+        "only the order of an image's classes is learnt, no threshold means anything",
     ] = "bce"
     gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
     gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
     clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    gamma: Annotated[float, "focal: focusing exponent of all labels"] = 2.0
     k: Annotated[int, "soft_top_k: first ranks that the labels are to hold; 0: as many as the image has labels"] = 0
     alpha: Annotated[float, "soft_top_k: how sharply the k best are told from the rest"] = 2.0
     smoothing: Annotated[float, "label smoothing: this share of each label is spread evenly over all classes"] = 0.0
@@ -56,7 +57,7 @@ class Baseline(Method):
         check_fields(config, "method.", rules)
         self.smoothing = config.smoothing
         self.activation = "softmax" if config.loss == "softmax" else "sigmoid"
-        gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos}
+        gammas = {"gamma_neg": config.gamma_neg, "gamma_pos": config.gamma_pos, "gamma": config.gamma}
         self.loss = build_loss(config.loss, **gammas, clip=config.clip, k=config.k or None, alpha=config.alpha)
         self.weigh_classes = config.class_weights == "inverse_sqrt"
         self.register_buffer("class_weights", torch.ones(classifier.num_classes))

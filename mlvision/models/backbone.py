@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from timm.data import resolve_model_data_config
 from timm.layers import to_2tuple
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -135,6 +135,22 @@ class Backbone(nn.Module):
                 name = self.model.pretrained_cfg["architecture"]
                 raise InputError(f"levels: {name} gives no {num_levels} maps ({first_line(error)})") from error
         return [*(level.shape[1] for level in maps), self.map_features]
+
+    def layers(self) -> list[list[nn.Parameter]]:
+        """The parameters by depth, the stem first, as timm groups a model for layer-wise learning rates.
+
+        Raises:
+            InputError: a model that timm does not group.
+        """
+        if not hasattr(self.model, "group_matcher"):
+            raise InputError(
+                f"optim.layer_decay: timm does not group {self.model.pretrained_cfg['architecture']} by layers"
+            )
+        depth_of: Any = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+        layers: list[list[nn.Parameter]] = [[] for _ in range(max(depth_of.values()) + 1)]
+        for name, parameter in self.model.named_parameters():
+            layers[depth_of[name]].append(parameter)
+        return layers
 
     @contextmanager
     def _probing(self) -> Iterator[Float[Tensor, "1 in_chans H W"]]:

@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_is_not_evaluated(grid, tmp_path, monkeypatch):
         "run",
         lambda command, check: started.append(Path(command[1]).name) or sweep.subprocess.CompletedProcess(command, 0),
     )
-    monkeypatch.setattr(sweep, "is_trained", lambda folder, epochs: False)
+    monkeypatch.setattr(sweep, "is_trained", lambda folder, config: False)
     assert not sweep.train_and_evaluate(run, tmp_path / "run")
     assert started == ["train.py"]
 

@@ -1,0 +1,29 @@
+"""The focal loss of each label: what is right already weighs little."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mlvision.losses.asymmetric import asymmetric_loss
+
+
+def focal_loss(
+    logits: Float[Tensor, "B C"],
+    targets: Float[Tensor, "B C"],
+    *,
+    gamma: float = 2.0,
+    class_weights: Float[Tensor, " C"] | None = None,
+    reduction: str = "image",
+) -> Float[Tensor, ""] | Float[Tensor, "B C"]:
+    """Focal loss, `-(1 - p_t)^gamma log p_t`, where p_t is the probability of what a label's target says.
+
+    The asymmetric loss with one exponent for present and absent labels and no margin; with gamma 0, binary cross-entropy.
+
+    Args, Raises: As `asymmetric_loss`.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 4.
+
+    DEVIATION: without their balance alpha between present and absent labels, which `class_weights` does not replace.
+    """
+    return asymmetric_loss(
+        logits, targets, gamma_neg=gamma, gamma_pos=gamma, clip=0.0, class_weights=class_weights, reduction=reduction
+    )
