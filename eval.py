@@ -13,11 +13,17 @@ from pathlib import Path
 from mlvision.config import Config, describe_options, run_command
 from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
-from mlvision.data.manifest import Manifest
+from mlvision.data.manifest import Manifest, object_areas
 from mlvision.engine.distributed import on_every_rank, on_main, rank, world_size
 from mlvision.engine.evaluate import Predictions, predict
 from mlvision.errors import InputError
-from mlvision.metrics import multilabel_summary, per_class_table, real_accuracy
+from mlvision.metrics import (
+    average_precision_by_size,
+    mean_average_precision,
+    multilabel_summary,
+    per_class_table,
+    real_accuracy,
+)
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.run import LoadedRun, is_trained, load_run, read_for, write_metrics, write_record
 
@@ -67,6 +73,12 @@ def report(
         weights: multilabel_summary(found.logits, found.targets, activation=activation)
         for weights, found in predictions.items()
     }
+    areas = object_areas(manifest)
+    if areas is not None:
+        for weights, found in predictions.items():
+            by_size = average_precision_by_size(found.logits, found.targets, areas[found.index.numpy()])
+            for size, ap in zip(("small", "medium", "large"), by_size, strict=True):
+                results[weights][f"mAP_{size}"] = mean_average_precision(ap)[0]
     if has_real_labels(run.config.data, manifest.split):
         labels = [record.labels for record in manifest.records]
         for weights, found in predictions.items():

@@ -1,6 +1,8 @@
 """Metrics: pure functions of scores and targets, never of a model."""
 
 from mlvision.metrics.average_precision import average_precision, average_precisions, mean_average_precision
+from mlvision.metrics.bootstrap import Interval, bootstrap_interval
+from mlvision.metrics.by_size import average_precision_by_size
 from mlvision.metrics.calibration import Reliability, expected_calibration_error, reliability_table
 from mlvision.metrics.f_measures import ClassMeasures, FMeasures, class_measures, decide, f_measures
 from mlvision.metrics.faithfulness import (
@@ -32,11 +34,14 @@ __all__ = [
     "CrossLabelMatrix",
     "DeletionMeasures",
     "FMeasures",
+    "Interval",
     "MassInBox",
     "RankAccuracy",
     "Reliability",
     "average_precision",
+    "average_precision_by_size",
     "average_precisions",
+    "bootstrap_interval",
     "class_measures",
     "cross_label_drops",
     "cross_label_matrix",
