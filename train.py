@@ -52,6 +52,8 @@ def open_folder(run: Run) -> tuple[Path, bool]:
         note_resumption(run, folder)
     else:
         start_folder(run, folder)
+        if run.config.resume:
+            print("resume=auto: no checkpoint of this run to go on from; a new one begins")
     for split, key, reason in run.bad_images:
         print(f"left out of {split}: {key} ({reason})")
     print(

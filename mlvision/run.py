@@ -205,7 +205,10 @@ def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMa
         raise InputError(
             f"label_maps: method {config.method.name} needs the folder of a store; make one with tools/make_label_maps.py"
         )
-    store = LabelMapStore.open(config.label_maps)
+    try:
+        store = LabelMapStore.open(config.label_maps)
+    except InputError as error:
+        raise InputError(f"label_maps: {error}; tools/make_label_maps.py makes one") from None
     try:
         store.check(record_hash=train.hash, class_hash=train.class_hash, num_records=len(train))
     except InputError as error:
@@ -420,7 +423,7 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
         InputError: the folder holds a run and `resume` is not auto, or it holds a run of another config.
     """
     if config.resume not in ("", "auto"):
-        raise InputError(f"resume: expected auto or nothing, got '{config.resume}'")
+        raise InputError(f"resume: expected auto or nothing, got '{config.resume}'; out= names the folder")
     if config.out:
         folder = Path(config.out)
         if folder.exists() and not folder.is_dir():

@@ -135,12 +135,12 @@ def fill_readme(text: str, folder: Path) -> str:
     _, end, after = rest.partition(README_END)
     if not start or not end:
         raise InputError(f"readme: expected the markers {README_START} and {README_END}")
-    lines = ["| experiment | backbone | test mAP (plain) | seeds |", "| --- | --- | ---: | ---: |"]
-    for experiments in read_grids(folder).values():
+    lines = ["| grid | experiment | backbone | test mAP (plain) | seeds |", "| --- | --- | --- | ---: | ---: |"]
+    for grid, experiments in read_grids(folder).items():
         for experiment, records in experiments.items():
             backbone = records[0]["config"]["model"]["name"]
             measured = spread([chosen_metrics(r)["mAP"] for r in records])
-            lines.append(f"| {experiment} | {backbone} | {measured} | {len(records)} |")
+            lines.append(f"| {grid} | {experiment} | {backbone} | {measured} | {len(records)} |")
     return before + start + "\n" + "\n".join(lines) + "\n" + end + after
 
 

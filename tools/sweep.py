@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
     finished = [is_finished(records / f"{run.label}.json", run) for run in planned]
     for run, done in zip(planned, finished, strict=True):
         print(f"{'finished' if done else 'to run':>8}  {run.label}", flush=True)
+    if all(finished):
+        print(f"every run has its record in {records}; records=<another folder> runs them again")
     if options.dry_run:
         return
     waiting = [run for run, done in zip(planned, finished, strict=True) if not done]

@@ -14,7 +14,9 @@ from mlvision.data.text_files import list_splits, read_json
 from mlvision.errors import InputError
 
 PROTOCOLS = ("annotated", "all")
-_SCENES_HINT = "; `python tools/prepare_data.py scenes out=...` makes one in this format"
+_SCENES_HINT = (
+    "; the first lines of each YAML in configs/ say what must lie there, prepare_data.py scenes makes generated images"
+)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Explainers: where in an image a model found its labels. A new one is a file and a line in EXPLAINERS."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,9 @@ def build_explainer(method: Any, **options: Any) -> Any:
         return method
     table = {**EXPLAINERS, **CONTROLS}
     if method not in table:
-        raise InputError(f"method: expected one of {', '.join(table)}, got '{method}'")
+        near = difflib.get_close_matches(method, table, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"method: expected one of {', '.join(table)}, got '{method}'{hint}")
     known = getattr(table[method], "__dataclass_fields__", {})
     for key, value in options.items():
         if key not in known:

@@ -193,7 +193,7 @@ def test_class_lists_of_two_files_are_compared(root):
 
 
 def test_missing_root_and_annotation_file(root):
-    with pytest.raises(InputError, match="prepare_data.py scenes out="):
+    with pytest.raises(InputError, match="the first lines of each YAML in configs.* say what must lie there"):
         build_manifest("coco", root=f"{root}/none", split="val2017")
     with pytest.raises(InputError, match="data.root is not set"):
         build_manifest("coco", split="val2017")
