@@ -78,7 +78,9 @@ def report(
         for weights, found in predictions.items():
             by_size = average_precision_by_size(found.logits, found.targets, areas[found.index.numpy()])
             for size, ap in zip(("small", "medium", "large"), by_size, strict=True):
-                results[weights][f"mAP_{size}"] = mean_average_precision(ap)[0]
+                value, num_skipped = mean_average_precision(ap)
+                if num_skipped < len(ap):  # a size that no object has is not reported
+                    results[weights][f"mAP_{size}"] = value
     if has_real_labels(run.config.data, manifest.split):
         labels = [record.labels for record in manifest.records]
         for weights, found in predictions.items():

@@ -279,7 +279,7 @@ def truncate_image(root):
         (
             None,
             ["method.loss=mse"],
-            "method.loss: expected one of bce, asl, softmax, decoupled_softmax, soft_top_k, got 'mse'",
+            "method.loss: expected one of bce, asl, focal, softmax, decoupled_softmax, soft_top_k, got 'mse'",
         ),
         (lambda root: (root / "annotations/instances_test.json").unlink(), [], "instances_test.json"),
         (lambda root: (root / "images/train/000003.jpg").unlink(), [], "000003.jpg"),

@@ -203,7 +203,7 @@ def fit(
 
     state = on_every_rank(begin)
     if checkpoint.ends(state.epoch, optim.epochs, state.best_epoch):
-        state.log.line(f"all of its {state.epoch} epochs are trained already")
+        state.log.line(f"all {state.epoch} epochs are trained already")
     try:
         with stop_on_sigterm() as stopped:
             while not checkpoint.ends(state.epoch, optim.epochs, state.best_epoch):

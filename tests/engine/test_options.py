@@ -57,7 +57,7 @@ def test_training_ends_early_without_a_better_value_and_counts_as_finished(smoke
     eval_script.main([str(folder)])
     assert (folder / "record.json").is_file()  # which only a run that has come to its end has
     train_script.main([*still, f"out={folder}", "resume=auto"])
-    assert "all of its 3 epochs are trained already" in capsys.readouterr().out
+    assert "all 3 epochs are trained already" in capsys.readouterr().out
     assert load_checkpoint(folder / "checkpoints/last.pt")["step"] == saved["step"]
 
 

@@ -92,7 +92,10 @@ def test_groups_are_backbone_and_head_without_overlap():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "mse"}, "method.loss: expected one of bce, asl, softmax, decoupled_softmax, soft_top_k, got 'mse'"),
+        (
+            {"loss": "mse"},
+            "method.loss: expected one of bce, asl, focal, softmax, decoupled_softmax, soft_top_k, got 'mse'",
+        ),
         ({"k": 3}, "method.k: expected 0, or less than the 3 classes, got 3"),
         ({"alpha": 0.0}, "method.alpha: expected more than 0, got 0.0"),
         ({"class_weights": "balanced"}, "method.class_weights: expected none or inverse_sqrt, got 'balanced'"),
