@@ -69,21 +69,18 @@ def report(
 ) -> dict:
     """Write and print what the predictions of each weights are worth; the metrics."""
     role, activation = run.config.data.split, run.method.activation
-    results = {
-        weights: multilabel_summary(found.logits, found.targets, activation=activation)
-        for weights, found in predictions.items()
-    }
     areas = object_areas(manifest)
-    if areas is not None:
-        for weights, found in predictions.items():
+    results = {}
+    for weights, found in predictions.items():
+        results[weights] = multilabel_summary(found.logits, found.targets, activation=activation)
+        if areas is not None:
             by_size = average_precision_by_size(found.logits, found.targets, areas[found.index.numpy()])
             for size, ap in zip(("small", "medium", "large"), by_size, strict=True):
                 value, num_skipped = mean_average_precision(ap)
                 if num_skipped < len(ap):  # a size that no object has is not reported
                     results[weights][f"mAP_{size}"] = value
-    if has_real_labels(run.config.data, manifest.split):
-        labels = [record.labels for record in manifest.records]
-        for weights, found in predictions.items():
+        if has_real_labels(run.config.data, manifest.split):
+            labels = [manifest.records[row].labels for row in found.index.tolist()]
             results[weights]["real_accuracy"] = real_accuracy(found.logits, labels)
     logits, targets = predictions[run.weights].logits, predictions[run.weights].targets
     table = per_class_table(logits, targets, manifest.classes, activation=activation)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_json, read_text
+from mlvision.data.text_files import find_split_file, read_json, read_text
 from mlvision.errors import InputError
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
@@ -170,10 +170,7 @@ _Patches = tuple[str, dict[str, set[str]]]
 
 
 def _read_v1(config: BigEarthNetConfig, split: str, root: str, folder: str) -> _Patches:
-    source = os.path.join(root, config.lists.replace("{split}", split))
-    if not os.path.isfile(source):
-        found = f"; splits there: {list_splits(os.path.join(root, config.lists))}" if "{split}" in config.lists else ""
-        raise InputError(f"{source}: no such list{found}")
+    source = find_split_file(root, config.lists, split, "list")
     names = [row[0].strip() for row in csv.reader(io.StringIO(read_text(source))) if row]
     joined = {old: new for new, many in JOINED.items() for old in many} if config.num_classes == 19 else None
     labels_of: dict[str, set[str]] = {}

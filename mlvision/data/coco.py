@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_json
+from mlvision.data.text_files import find_split_file, read_json
 from mlvision.errors import InputError
 
 PROTOCOLS = ("annotated", "all")
@@ -46,8 +46,8 @@ def read_coco(config: CocoConfig, split: str) -> Manifest:
     if config.protocol not in PROTOCOLS:
         raise InputError(f"data.protocol={config.protocol}: expected one of {', '.join(PROTOCOLS)}")
     root = check_root(config, hint=_SCENES_HINT)
-    source = os.path.join(root, config.annotations.replace("{split}", split))
-    document = _load(source, os.path.join(root, config.annotations))
+    source = find_split_file(root, config.annotations, split, "annotation file")
+    document = _load(source)
     classes, class_of = _read_categories(_table(document, "categories", source))
     image_table = _table(document, "images", source)
     images = _read_images(image_table)
@@ -130,11 +130,7 @@ class _Images:
     sizes: Int64[np.ndarray, "n 2"]
 
 
-def _load(source: str, template: str) -> dict[str, Any]:
-    """The parsed file; where it is missing, the error lists the splits that the template finds."""
-    if not os.path.isfile(source):
-        found = f"; splits found there: {list_splits(template)}" if "{split}" in template else ""
-        raise InputError(f"{source}: no such annotation file{found}")
+def _load(source: str) -> dict[str, Any]:
     document = read_json(source)
     if not isinstance(document, dict):
         raise InputError(f"{source}: expected an object with images, annotations and categories")

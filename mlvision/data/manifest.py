@@ -219,21 +219,22 @@ def check_root(config: DataConfig, hint: str = "") -> str:
 
 
 def check_files(config: DataConfig, records: Sequence[Record], source: str) -> None:
-    """Refuses records whose image file is missing, unless `config` leaves that out; `source` is the file that names them.
-
-    Each folder is listed once: asking the file system for one file at a time takes minutes on network storage.
-    """
+    """Refuses records whose image file is missing, unless `config` leaves that out; `source` is the file that names them."""
     if not config.check_files:
         return
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for record in records:
-        folder, name = os.path.split(record.path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(record.path)
+    there = {record.path for record in on_disk(records)}
+    missing = [record.path for record in records if record.path not in there]
     if missing:
         raise InputError(
             f"{source}: {len(missing):,} of its {len(records):,} image files are missing, the first is {missing[0]}"
         )
+
+
+def on_disk(records: Sequence[Record]) -> list[Record]:
+    """The records whose image file is there.
+
+    Each folder is listed once: asking the file system for one file at a time takes minutes on network storage.
+    """
+    folders = {os.path.dirname(record.path) for record in records}
+    listings = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
+    return [r for r in records if os.path.basename(r.path) in listings[os.path.dirname(r.path)]]

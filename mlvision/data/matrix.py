@@ -4,7 +4,6 @@ import hashlib
 import os
 import posixpath
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Shaped
 
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_lines, read_names
+from mlvision.data.text_files import check_distinct, find_split_file, read_lines, read_names
 from mlvision.errors import InputError
 
 # What the numbers of a matrix mean, by name.
@@ -55,7 +54,7 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
     if config.values not in VALUES:
         raise InputError(f"data.values={config.values}: expected one of {', '.join(VALUES)}")
     root = check_root(config)
-    source = _find(root, config.labels, split)
+    source = find_split_file(root, config.labels, split, "file")
     if source.endswith((".npy", ".npz")):
         if not config.names:
             raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
@@ -64,7 +63,7 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
             raise InputError(f"{source}: expected numbers [images, classes], got {matrix.dtype} {matrix.shape}")
     else:
         matrix, listed = _read_text_matrix(source, with_names=not config.names)
-    names_source = _find(root, config.names, split) if config.names else source
+    names_source = find_split_file(root, config.names, split, "file") if config.names else source
     names = _read_image_names(names_source, config.names_array) if listed is None else listed
     if len(names) != len(matrix):
         raise InputError(f"{source}: has {len(matrix):,} rows, {names_source} names {len(names):,} images")
@@ -72,7 +71,7 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
 
     present, unknown = _meaning(matrix, config.values, source)
     keys = [posixpath.normpath(posixpath.join(config.images, name.replace("\\", "/"))) for name in names]
-    _check_distinct(keys, names_source)
+    check_distinct(keys, names_source, "image", "row")
     records = tuple(
         Record(key, os.path.join(root, key), tuple(np.flatnonzero(p).tolist()), tuple(np.flatnonzero(u).tolist()))
         for key, p, u in zip(keys, present, unknown, strict=True)
@@ -83,14 +82,6 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
         f"{int(present.sum()):,} labels ({VALUES[config.values]}), sha256 {_digest(source)}"
     )
     return Manifest(classes, records, split, protocol)
-
-
-def _find(root: str, template: str, split: str) -> str:
-    path = os.path.join(root, template.replace("{split}", split))
-    if not os.path.isfile(path):
-        found = f"; splits found there: {list_splits(os.path.join(root, template))}" if "{split}" in template else ""
-        raise InputError(f"{path}: no such file{found}")
-    return path
 
 
 def _digest(path: str) -> str:
@@ -181,10 +172,3 @@ def _meaning(
             f"expected {VALUES[values]} (data.values={values})"
         )
     return present, unknown
-
-
-def _check_distinct(keys: Sequence[str], source: str) -> None:
-    first: dict[str, int] = {}
-    for row, key in enumerate(keys, start=1):
-        if first.setdefault(key, row) != row:
-            raise InputError(f"{source}, row {row}: repeats the image {key!r} of row {first[key]}")

@@ -8,8 +8,8 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Bool
 
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_names, read_text
+from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root, on_disk
+from mlvision.data.text_files import find_split_file, read_names, read_text
 from mlvision.errors import InputError
 
 PROTOCOLS = ("all", "annotated")
@@ -60,10 +60,7 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
         if getattr(config, option) not in known:
             raise InputError(f"data.{option}={getattr(config, option)}: expected one of {', '.join(known)}")
     root = check_root(config, hint=": the folder with ImageList, Groundtruth and ConceptsList")
-    source = os.path.join(root, "ImageList", f"{split}Imagelist.txt")
-    if not os.path.isfile(source):
-        template = os.path.join(root, "ImageList", "{split}Imagelist.txt")
-        raise InputError(f"{source}: no such list; splits there: {list_splits(template)}")
+    source = find_split_file(root, "ImageList/{split}Imagelist.txt", split, "list")
     names = read_names(source, "image")
     classes = tuple(read_names(os.path.join(root, config.concepts), "concept"))
     folder = os.path.join(root, "Groundtruth")
@@ -85,7 +82,7 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
     note = "every image" if config.protocol == "all" else "images with at least one label"
     if config.missing == "skip" and config.check_files:
         num_listed = len(records)
-        records = _on_disk(records)
+        records = on_disk(records)
         note += f", {num_listed - len(records):,} files missing and left out"
     check_files(config, records, source)
     if not records:
@@ -118,12 +115,3 @@ def _read_columns(files: Sequence[str], num_rows: int, list_file: str) -> Bool[n
             raise InputError(f"{path}, line {line}: {value!r}, expected 0 or 1")
         table[:, c] = np.frombuffer(joined.encode(), dtype=np.uint8) == ord("1")
     return table
-
-
-def _on_disk(records: Sequence[Record]) -> list[Record]:
-    listings = {folder: set(_list(folder)) for folder in {os.path.dirname(record.path) for record in records}}
-    return [r for r in records if os.path.basename(r.path) in listings[os.path.dirname(r.path)]]
-
-
-def _list(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_names
+from mlvision.data.text_files import find_split_file, read_names
 from mlvision.errors import InputError
 
 # Channels of a Sentinel-2 file in their order.
@@ -106,10 +106,7 @@ def read_sen12ms(config: Sen12msConfig, split: str) -> Manifest:
         raise InputError(f"data.threshold={config.threshold}: expected a share above 0, at most 1")
     check_bands(config.bands, BANDS, config.scaling)
     root = check_root(config)
-    source = os.path.join(root, config.lists.replace("{split}", split))
-    if not os.path.isfile(source):
-        found = f"; splits there: {list_splits(os.path.join(root, config.lists))}" if "{split}" in config.lists else ""
-        raise InputError(f"{source}: no such list{found}")
+    source = find_split_file(root, config.lists, split, "list")
     label_file = os.path.join(root, config.labels)
     shares_of = _read_pickle(label_file)
     stack = BandStack(

@@ -2,6 +2,8 @@
 
 import glob
 import json
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from mlvision.errors import InputError
@@ -46,11 +48,20 @@ def read_names(path: str, what: str) -> list[str]:
         InputError: as `read_lines`, or a line that another repeats.
     """
     lines = read_lines(path)
-    first: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if first.setdefault(line, number) != number:
-            raise InputError(f"{path}, line {number}: repeats the {what} {line!r} of line {first[line]}")
+    check_distinct(lines, path, what, "line")
     return lines
+
+
+def check_distinct(entries: Sequence[str], path: str, what: str, place: str) -> None:
+    """Refuses a list of which one entry repeats another; the error calls an entry `what` and where it stands `place`.
+
+    Raises:
+        InputError: names both places, counted from 1.
+    """
+    first: dict[str, int] = {}
+    for number, entry in enumerate(entries, start=1):
+        if first.setdefault(entry, number) != number:
+            raise InputError(f"{path}, {place} {number}: repeats the {what} {entry!r} of {place} {first[entry]}")
 
 
 def read_json(path: str) -> Any:
@@ -63,6 +74,19 @@ def read_json(path: str) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def find_split_file(root: str, template: str, split: str, what: str) -> str:
+    """The file under `root` that `template` names for a split, by its `{split}`.
+
+    Raises:
+        InputError: it is missing; says `what` it would have been, and which splits have one.
+    """
+    path = os.path.join(root, template.replace("{split}", split))
+    if not os.path.isfile(path):
+        found = f"; splits there: {list_splits(os.path.join(root, template))}" if "{split}" in template else ""
+        raise InputError(f"{path}: no such {what}{found}")
+    return path
 
 
 def list_splits(template: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_json, read_names
+from mlvision.data.text_files import find_split_file, read_json, read_names
 from mlvision.errors import InputError
 
 
@@ -39,10 +39,7 @@ def read_vg500(config: Vg500Config, split: str) -> Manifest:
             f"data.num_classes={config.num_classes}, data.images={config.images}: expected at least one each"
         )
     root = check_root(config, hint=": the folder with the lists, the label file and the image folders")
-    source = os.path.join(root, config.lists.replace("{split}", split))
-    if not os.path.isfile(source):
-        found = f"; splits there: {list_splits(os.path.join(root, config.lists))}" if "{split}" in config.lists else ""
-        raise InputError(f"{source}: no such list{found}")
+    source = find_split_file(root, config.lists, split, "list")
     names = read_names(source, "image")
     classes = _read_classes(config, root)
     label_file = os.path.join(root, config.labels)

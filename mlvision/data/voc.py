@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import list_splits, read_names, read_text
+from mlvision.data.text_files import find_split_file, read_names, read_text
 from mlvision.errors import InputError
 
 VOC_CLASSES = (
@@ -50,10 +50,7 @@ def read_voc(config: VocConfig, split: str) -> Manifest:
         if getattr(config, option) not in DIFFICULT:
             raise InputError(f"data.{option}={getattr(config, option)}: expected one of {', '.join(DIFFICULT)}")
     root = check_root(config, hint=": the folder with JPEGImages, Annotations and ImageSets")
-    lists = os.path.join(root, "ImageSets", "Main")
-    source = os.path.join(lists, f"{split}.txt")
-    if not os.path.isfile(source):
-        raise InputError(f"{source}: no such image set; sets there: {list_splits(os.path.join(lists, '{split}.txt'))}")
+    source = find_split_file(root, "ImageSets/Main/{split}.txt", split, "image set")
     classes = tuple(config.classes) or VOC_CLASSES
     convention = config.difficult_test if split == config.test else config.difficult
     records = tuple(

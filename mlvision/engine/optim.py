@@ -82,23 +82,23 @@ def parameter_groups(
     unknown = sorted(set(config.lr_scales) - set(groups))
     if unknown:
         raise InputError(f"optim.lr_scales: no parameter group '{unknown[0]}'; this method has {', '.join(groups)}")
+    if config.layer_decay == 1:
+        layers = ()
     above = {id(p): len(layers) - depth for depth, layer in enumerate(layers) for p in layer}
-    result: dict[tuple[str, int, bool], dict] = {}
+    result = []
     for name, parameters in groups.items():
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                continue
-            steps = above.get(id(parameter), 0) if config.layer_decay < 1 else 0
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        for steps in range(len(layers), -1, -1):
+            members = [p for p in parameters if p.requires_grad and above.get(id(p), 0) == steps]
             scale = config.lr_scales.get(name, 1.0) * config.layer_decay**steps
-            new = {"params": [], "weight_decay": decay, "lr": config.lr * scale, "lr_scale": scale}
-            result.setdefault((name, steps, parameter.ndim < 2), new)["params"].append(parameter)
-    # Of each name and layer, first what decays.
-    return [group for _, group in sorted(result.items(), key=lambda item: _order(item[0], list(groups)))]
-
-
-def _order(key: tuple[str, int, bool], names: list[str]) -> tuple[int, int, bool]:
-    return names.index(key[0]), -key[1], key[2]
+            for weight_decay, params in (
+                (config.weight_decay, [p for p in members if p.ndim >= 2]),
+                (0.0, [p for p in members if p.ndim < 2]),
+            ):
+                if params:
+                    result.append(
+                        {"params": params, "weight_decay": weight_decay, "lr": config.lr * scale, "lr_scale": scale}
+                    )
+    return result
 
 
 def build_optimizer(

@@ -70,23 +70,21 @@ def find_prototypes(subject: Subject, batches: Iterable[Batch], num: int) -> Pro
     Raises:
         InputError: as `nearness`; no image.
     """
-    best: Prototypes | None = None
+    best: list[Tensor] = []
+    height = width = 0
     for batch in batches:
         near = nearness(subject, batch.images).float().cpu()
-        values, cells = near.flatten(2).max(2)
-        indices = batch.index[:, None].expand_as(cells)
-        columns = [values.T, indices.T, cells.T]
-        if best is not None:
-            width = near.shape[3]
-            before = [best.nearness, best.indices, best.cells[..., 0] * width + best.cells[..., 1]]
-            columns = [torch.cat(pair, 1) for pair in zip(before, columns, strict=True)]
-        order = columns[0].argsort(dim=1, descending=True, stable=True)[:, :num]
-        values, indices, cells = (column.gather(1, order) for column in columns)
         height, width = near.shape[2:]
-        best = Prototypes(values, indices, torch.stack([cells // width, cells % width], 2), (height, width))
-    if best is None:
+        values, cells = near.flatten(2).max(2)
+        columns = [values.T, batch.index[:, None].expand_as(cells).T, cells.T]
+        if best:
+            columns = [torch.cat(pair, 1) for pair in zip(best, columns, strict=True)]
+        order = columns[0].argsort(dim=1, descending=True, stable=True)[:, :num]
+        best = [column.gather(1, order) for column in columns]
+    if not best:
         raise InputError("prototypes: there is no image to look for them in")
-    return best
+    values, indices, cells = best
+    return Prototypes(values, indices, torch.stack([cells // width, cells % width], 2), (height, width))
 
 
 def draw_prototypes(

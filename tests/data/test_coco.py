@@ -197,7 +197,7 @@ def test_missing_root_and_annotation_file(root):
         build_manifest("coco", root=f"{root}/none", split="val2017")
     with pytest.raises(InputError, match="data.root is not set"):
         build_manifest("coco", split="val2017")
-    with pytest.raises(InputError, match=f"{root}/annotations/instances_test.json: no such .* found there: val2017"):
+    with pytest.raises(InputError, match="instances_test.json: no such annotation file; splits there: val2017"):
         read(root, "test")
 
 

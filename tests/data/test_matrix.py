@@ -158,7 +158,7 @@ def test_arrays_that_are_no_matrix_are_refused(root):
 
 
 def test_missing_files_are_named(root):
-    with pytest.raises(InputError, match="train.txt: no such file; splits found there: classes, test"):
+    with pytest.raises(InputError, match="train.txt: no such file; splits there: classes, test"):
         read(root, "train")
     with pytest.raises(InputError, match="nus.txt: cannot be read"):
         read(root, classes="nus.txt")

@@ -144,7 +144,7 @@ def test_an_annotation_without_size_or_box_is_refused(root):
 
 
 def test_faulty_image_sets_are_refused(root):
-    with pytest.raises(InputError, match="ImageSets/Main/val.txt: no such image set; sets there: test, trainval"):
+    with pytest.raises(InputError, match="ImageSets/Main/val.txt: no such image set; splits there: test, trainval"):
         read(root, "val")
     lists = root / "ImageSets" / "Main"
     (lists / "car_train.txt").write_text("000012  1\n000005 -1\n")
