@@ -433,9 +433,9 @@ def explainers(options: BenchmarkOptions) -> Iterator[Row]:
         targets: list[Any] = [ClassifierOutputTarget(label) for label in range(num_labels)]
         return [peer_cam(image, [target]) for target in targets]
 
-    gap = (of_captum() - cam).abs().amax((2, 3)) / cam.abs().amax((2, 3))
+    gap = (of_captum().detach() - cam).abs().amax((2, 3)) / cam.abs().amax((2, 3))
     loops: dict[str, tuple[str, Callable[[], Any], float | None]] = {
-        "captum": ("20x, difference 1e-5 of the highest value", of_captum, float(gap.max())),
+        "captum": ("20x, difference 1e-5 of the highest value", of_captum, gap.max().item()),
         "pytorch-grad-cam": ("50x", of_pytorch_grad_cam, None),
     }
     for peer, (asked, loop, difference) in loops.items():
