@@ -25,7 +25,7 @@ from mlvision.config import Config, build_options, load_options, read_overrides,
 from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
 from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
-from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
+from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
@@ -294,6 +294,7 @@ def read_training_manifests(config: Config) -> tuple[Manifest, Manifest, list[tu
         check_same_classes(train, test)
         check_disjoint(train, test)
         check_disjoint(val, test)
+    train = hide_labels(train, data.known_labels, data.known_seed)
     (train, bad_train), (val, bad_val) = (_readable(config, m) for m in (train, val))
     return train, val, bad_train + bad_val
 

@@ -187,6 +187,15 @@ def test_training_on_a_few_images_learns_them(smoke_arguments, tmp_path):
     assert eval_script.main([str(folder / "checkpoints/last.pt"), "data.split=train"])["raw"]["mAP"] > 0.9
 
 
+def test_partial_labels_are_hidden_from_training_alone(smoke_arguments, tmp_path):
+    folder = tmp_path / "r"
+    train_script.main([*smoke_arguments, "data.known_labels=0.5", "optim.epochs=1", f"out={folder}"])
+    rows = {split: eval_script.main([str(folder), f"data.split={split}"]) for split in ("train", "val", "test")}
+    unknown = {split: row["raw"]["num_unknown"] for split, row in rows.items()}
+    assert unknown["val"] == unknown["test"] == 0 < unknown["train"]
+    assert "each label known with probability 0.5" in rows["train"]["protocol"]
+
+
 def test_what_is_said_of_another_checkpoint_stands_beside_the_runs_own(trained, tmp_path):
     folder = tmp_path / "r"
     shutil.copytree(trained[0], folder)
@@ -268,6 +277,7 @@ def truncate_image(root):
             "view.eval_size: test_vit takes images of the size it was built for, view.size=48",
         ),
         (None, ["data.val_fraction=1.5"], "fraction"),
+        (None, ["data.known_labels=0"], "data.known_labels: expected a share above 0"),
         (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),

@@ -27,6 +27,10 @@ class DataConfig:
     split: Annotated[str, "which of the three eval.py reads: train, val or test"] = "test"
     val_fraction: Annotated[float, "share of the training images carved out where `val` is empty"] = 0.1
     val_seed: Annotated[int, "seed of that carving: apart from `seed`, so that all seeds of a sweep share it"] = 0
+    known_labels: Annotated[
+        float, "partial labels: share of the training images' labels, present and absent alike, that stay known"
+    ] = 1.0
+    known_seed: Annotated[int, "seed of which they are: apart from `seed`, so that all seeds of a sweep share them"] = 0
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and list it"] = (
         "error"
     )
@@ -186,6 +190,34 @@ def carve_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
     train = manifest.select(sorted(permutation[num_val:]))
     val = manifest.select(sorted(permutation[:num_val]), split=f"{manifest.split}-val")
     return train, val
+
+
+def hide_labels(manifest: Manifest, known: float, seed: int) -> Manifest:
+    """The same images of which less is known: each label, present or absent, stays known with probability `known`.
+
+    What stays is drawn by seed and key, so that it depends neither on the order of the records nor on their number, and
+    what stays at a smaller share stays at a larger one.
+
+    Source: the protocol of Durand et al., "Learning a Deep ConvNet for Multi-label Classification with Partial Labels",
+    CVPR 2019, and of the papers after it.
+
+    Raises:
+        InputError: a share of 0, or above 1.
+    """
+    if not 0 < known <= 1:
+        raise InputError(f"data.known_labels: expected a share above 0, at most 1, got {known}")
+    if known == 1:
+        return manifest
+    records = []
+    for record in manifest.records:
+        digest = hashlib.shake_256(f"{seed} {record.key}".encode()).digest(4 * len(manifest.classes))
+        draw = np.frombuffer(digest, dtype="<u4") / 2**32
+        unknown = set(np.flatnonzero(draw >= known).tolist())
+        labels = tuple(label for label in record.labels if label not in unknown)
+        records.append(replace(record, labels=labels, unknown=tuple(sorted(unknown.union(record.unknown)))))
+    note = f"each label known with probability {known:g} (seed {seed})"
+    protocol = f"{manifest.protocol}; {note}" if manifest.protocol else note
+    return replace(manifest, records=tuple(records), protocol=protocol)
 
 
 def check_disjoint(a: Manifest, b: Manifest) -> None:

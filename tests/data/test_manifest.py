@@ -14,6 +14,7 @@ from mlvision.data.manifest import (
     check_files,
     check_root,
     check_same_classes,
+    hide_labels,
 )
 from mlvision.errors import InputError
 
@@ -51,6 +52,42 @@ def test_hash_tells_keys_labels_and_order_apart():
     assert len(hashes) == 6
     elsewhere = tuple(Record(r.key, f"/other/{r.key}", r.labels) for r in records)
     assert Manifest(("cat", "dog"), elsewhere, "test").hash == Manifest(("cat", "dog"), tuple(records), "train").hash
+
+
+def test_hidden_labels_are_unknown_and_the_others_as_they_were():
+    classes = tuple(f"class {c}" for c in range(30))
+    records = tuple(Record(key, key, (3, 7, 20), unknown=(5,)) for key in numbered(200))
+    whole = Manifest(classes, records, "train", "made up")
+
+    partial = hide_labels(whole, 0.25, seed=4)
+
+    known = ~np.isnan(partial.targets)
+    np.testing.assert_array_equal(partial.targets[known], whole.targets[known])
+    others = np.delete(known, 5, axis=1)
+    assert not known[:, 5].any()  # unknown before
+    assert others.mean() == pytest.approx(0.25, abs=0.02)  # 5,800 draws: 3.5 standard deviations
+    assert others[:, [3, 7, 19]].mean() == pytest.approx(0.25, abs=0.06)  # the present ones are hidden as often
+    assert "probability 0.25 (seed 4)" in partial.protocol
+    assert [record.labels for record in partial.records] == [tuple(np.flatnonzero(row == 1)) for row in partial.targets]
+
+
+def test_what_stays_known_depends_on_seed_and_key_alone():
+    whole = manifest(numbered(100))
+    of_key = {r.key: r.unknown for r in hide_labels(whole, 0.5, seed=1).records}
+
+    reversed_half = hide_labels(whole.select(range(99, 49, -1)), 0.5, seed=1)
+    more = hide_labels(whole, 0.7, seed=1)
+
+    assert all(of_key[record.key] == record.unknown for record in reversed_half.records)
+    assert all(set(record.unknown) <= set(of_key[record.key]) for record in more.records)
+    assert of_key != {r.key: r.unknown for r in hide_labels(whole, 0.5, seed=2).records}
+    assert hide_labels(whole, 1.0, seed=1) == whole
+
+
+@pytest.mark.parametrize("known", [0.0, -0.1, 1.01, float("nan")])
+def test_a_share_of_known_labels_that_is_none_is_refused(known):
+    with pytest.raises(InputError, match="data.known_labels: expected a share above 0, at most 1"):
+        hide_labels(manifest(numbered(3)), known, seed=0)
 
 
 def test_class_names_must_differ():
