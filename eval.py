@@ -19,6 +19,8 @@ from mlvision.engine.evaluate import Predictions, predict
 from mlvision.errors import InputError
 from mlvision.metrics import (
     average_precision_by_size,
+    bootstrap_interval,
+    expected_calibration_error,
     mean_average_precision,
     multilabel_summary,
     per_class_table,
@@ -31,7 +33,7 @@ USAGE = f"""usage: python eval.py RUN [key=value ...]
 
 {__doc__}
 Options of the run that still matter here: data.root, data.test, data.split, data.on_bad_image, loader.eval_batch_size,
-loader.num_workers, device, precision, threads. All options:
+loader.num_workers, bootstrap, device, precision, threads. All options:
 {describe_options(Config)}"""
 
 
@@ -73,6 +75,10 @@ def report(
     results = {}
     for weights, found in predictions.items():
         results[weights] = multilabel_summary(found.logits, found.targets, activation=activation)
+        results[weights]["ECE"] = expected_calibration_error(run.method.scores(found.logits), found.targets)
+        if run.config.bootstrap:
+            interval = bootstrap_interval(found.logits, found.targets, num_samples=run.config.bootstrap)
+            results[weights] |= {"mAP_low": interval.low, "mAP_high": interval.high}
         if areas is not None:
             by_size = average_precision_by_size(found.logits, found.targets, areas[found.index.numpy()])
             for size, ap in zip(("small", "medium", "large"), by_size, strict=True):
@@ -113,6 +119,7 @@ def report(
     print(metrics["protocol"])
     for weights, summary in results.items():
         shown = f"mAP (plain) {summary['mAP']:.4f}  CF1 {summary['CF1']:.4f}  OF1 {summary['OF1']:.4f}"
+        shown += f"  mAP from {summary['mAP_low']:.4f} to {summary['mAP_high']:.4f}" if "mAP_low" in summary else ""
         shown += f"  ReaL accuracy {summary['real_accuracy']:.4f}" if "real_accuracy" in summary else ""
         mark = "*" if weights == run.weights else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")

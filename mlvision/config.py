@@ -55,6 +55,7 @@ class Config:
     ] = False
     compile: Annotated[str, "backend of torch.compile for the backbone in training, such as inductor; empty: none"] = ""
     label_maps: Annotated[str, "store of the training images' label maps, made by tools/make_label_maps.py"] = ""
+    bootstrap: Annotated[int, "eval.py: resamplings of the images for a 95 % interval of mAP; 0: none"] = 0
     data: DataConfig = field(default_factory=lambda: _default(DataConfig))
     view: ViewConfig = field(default_factory=ViewConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)

@@ -22,11 +22,13 @@ import tools.predict as predict_tool
 import train as train_script
 from mlvision import load_run
 from mlvision.config import Config, load_options
+from mlvision.data.loader import eval_loader
 from mlvision.engine.checkpoint import load_checkpoint
+from mlvision.engine.evaluate import predict
 from mlvision.engine.guard import NonFiniteError
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
-from mlvision.run import build_run
+from mlvision.run import build_run, read_for
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,6 +198,21 @@ def test_partial_labels_are_hidden_from_training_alone(smoke_arguments, tmp_path
     assert "each label known with probability 0.5" in rows["train"]["protocol"]
 
 
+def test_eval_says_how_sure_and_how_calibrated(trained, tmp_path, capsys):
+    folder = tmp_path / "r"
+    shutil.copytree(trained[0], folder)
+    found = eval_script.main([str(folder), "bootstrap=50"])["raw"]
+    assert found["mAP_low"] < found["mAP"] < found["mAP_high"]
+    assert f"mAP from {found['mAP_low']:.4f} to {found['mAP_high']:.4f}" in capsys.readouterr().out
+    run = load_run(folder, weights="raw")
+    manifest, _ = read_for(run, "test")
+    predictions = predict(run.method, eval_loader(manifest, run.view, run.config.loader), run.precision)
+    p, y = predictions.logits.double().sigmoid().numpy(), predictions.targets.numpy()
+    bins = np.minimum((p * 15).astype(int), 14)
+    gaps = [abs((p - y)[bins == b].sum()) for b in range(15)]
+    assert found["ECE"] == pytest.approx(sum(gaps) / p.size, abs=1e-6)
+
+
 def test_what_is_said_of_another_checkpoint_stands_beside_the_runs_own(trained, tmp_path):
     folder = tmp_path / "r"
     shutil.copytree(trained[0], folder)
@@ -283,6 +300,7 @@ def truncate_image(root):
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
         (None, ["method.loss=asl", "method.gamma_neg=-1.0"], "gamma_neg -1.0"),
         (None, ["seed=-1"], "seed: expected 0 or more"),
+        (None, ["bootstrap=1"], "bootstrap: expected 0, or at least 2"),
         (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),
         (None, ["data.val=test"], "data.val: 'test' is the test split"),
         (None, ["model.in_chans=1"], "model.in_chans: images of split train have 3 channels, got 1"),
