@@ -210,12 +210,16 @@ def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMa
     except InputError as error:
         raise InputError(f"label_maps: {error}; tools/make_label_maps.py makes one") from None
     try:
-        store.check(record_hash=train.hash, class_hash=train.class_hash, num_records=len(train))
+        store.check_belongs(record_hash=train.hash, class_hash=train.class_hash, num_records=len(train))
     except InputError as error:
         raise InputError(
             f"label_maps: {error}. Maps belong to the training records as data.* gives them (root, train, val_fraction, "
             "val_seed, ...): give those that the maps were made with, or make others with tools/make_label_maps.py"
         ) from None
+    try:
+        store.check_rows()
+    except InputError as error:
+        raise InputError(f"label_maps: {error}") from None
     try:
         method.check_label_map(store.read([0]))
     except InputError as error:

@@ -36,10 +36,10 @@ from mlvision.errors import InputError, check_fields
 from mlvision.labels.annotate import annotate, verify
 from mlvision.labels.importers import PublishedMap, detect_axes, fingerprint, import_published
 from mlvision.labels.oracle import oracle_map
-from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.labels.store import DTYPES, LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.metrics.quality_page import draw_quality, summarise
 from mlvision.models import BackboneConfig
-from mlvision.models.dense import AveragedTeacher, Teacher, build_teacher, check_identity
+from mlvision.models.dense import COMBINATIONS, AveragedTeacher, Teacher, build_teacher, check_identity
 from mlvision.models.weights import state_hash
 from mlvision.run import check_images, load_run, read_role, write_json
 from mlvision.types import ACTIVATIONS, LabelMap
@@ -82,6 +82,10 @@ class LabelMapOptions:
 
     def __post_init__(self) -> None:
         rules = (
+            ("scales", len(self.scales) > 0 and min(self.scales) > 0, "one or more numbers above 0"),
+            ("combination", self.combination in COMBINATIONS, f"one of {', '.join(COMBINATIONS)}"),
+            ("top_k", self.top_k >= 0, "0 (all classes) or more"),
+            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             ("activation", self.activation in ("", *ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}, or nothing"),
             ("grid", len(self.grid) == 2 and min(self.grid) >= 1, "[rows, columns]"),
             ("batch_size", self.batch_size >= 1, "at least 1"),

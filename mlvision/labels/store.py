@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 DTYPES = ("float16", "uint8")
 META = "meta.json"
 _HIGHEST = float(np.finfo(np.float16).max)
+_ROWS_AT_ONCE = 1024  # of a store that is checked as a whole
 
 Rows = Sequence[int] | np.ndarray | Tensor
 
@@ -142,10 +143,19 @@ class LabelMapStore:
         return {"path": self.path, "meta": self.meta}  # a pickled memory map would be a copy of the whole file
 
     def check(self, *, record_hash: str, class_hash: str, num_records: int) -> None:
-        """Refuse a store that does not belong to this list of images and classes, or that is not finished.
+        """Refuse a store that does not belong to this list of images and classes, or whose rows are not all there and whole.
 
         Raises:
-            InputError: names both sides, or how many rows are missing.
+            InputError: as `check_belongs` and `check_rows`.
+        """
+        self.check_belongs(record_hash=record_hash, class_hash=class_hash, num_records=num_records)
+        self.check_rows()
+
+    def check_belongs(self, *, record_hash: str, class_hash: str, num_records: int) -> None:
+        """Refuse a store that was made for another list of images or classes.
+
+        Raises:
+            InputError: names both sides.
         """
         meta = self.meta
         if meta.class_hash != class_hash:
@@ -157,12 +167,32 @@ class LabelMapStore:
                 f"{self.path}: made for the record list {meta.record_hash[:12]} of {meta.num_records:,} images, but the "
                 f"data has {record_hash[:12]} of {num_records:,}"
             )
-        undone = int((self._arrays["done"] == 0).sum())
+
+    def check_rows(self) -> None:
+        """Refuse a store with rows that are unfinished, or damaged: read once as a whole, so that a student never takes
+        NaN for an unknown label or another image's class for its own.
+
+        Raises:
+            InputError: how many rows are missing, or the first row with numbers that the writer would have refused.
+        """
+        arrays, total = self._arrays, len(self)
+        undone = int((arrays["done"] == 0).sum())
         if undone:
             raise InputError(
-                f"{self.path}: {undone:,} of {num_records:,} rows are unfinished; make the maps again with the same "
-                "options to resume"
+                f"{self.path}: {undone:,} of {total:,} rows are unfinished; make the maps again with the same options to "
+                "resume"
             )
+        for start in range(0, total, _ROWS_AT_ONCE):
+            for name, array in arrays.items():
+                bad = _damaged(name, array[start : start + _ROWS_AT_ONCE], self.meta.num_classes)
+                if bad.any():
+                    what = (
+                        f"class ids outside the {self.meta.num_classes} classes" if name == "ids" else "NaN or infinity"
+                    )
+                    raise InputError(
+                        f"{self.path / name}.npy: row {start + int(np.argwhere(bad)[0, 0])} holds {what}; the file is "
+                        "damaged, make the maps again in another folder"
+                    )
 
     def read(self, indices: Rows) -> LabelMap:
         """The maps of some rows, in that order; rows may repeat.
@@ -336,6 +366,15 @@ def _decode(values: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         return values
     low, step = scale[:, :, None, None, None].swapaxes(0, 1)
     return values * step + low
+
+
+def _damaged(name: str, part: np.ndarray, num_classes: int) -> np.ndarray:
+    """Where rows of an array hold what the writer would have refused."""
+    if name == "ids":
+        return part >= num_classes
+    if part.dtype == np.float16:  # by its bits, far faster than numpy's own isfinite of it
+        return (part.view(np.uint16) & 0x7FFF) >= 0x7C00
+    return ~np.isfinite(part) if part.dtype == np.float32 else np.zeros(1, dtype=bool)
 
 
 def _create(path: Path, meta: StoreMeta) -> None:

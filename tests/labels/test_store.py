@@ -344,6 +344,28 @@ def test_an_unfinished_store_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "dtype", "message"),
+    [
+        ("values", np.nan, "float16", "values.npy: row 3 holds NaN or infinity"),
+        ("values", -np.inf, "float16", "values.npy: row 3 holds NaN or infinity"),
+        ("fill", np.nan, "uint8", "fill.npy: row 3 holds NaN or infinity"),
+        ("scale", np.inf, "uint8", "scale.npy: row 3 holds NaN or infinity"),
+        ("ids", 20, "float16", "ids.npy: row 3 holds class ids outside the 20 classes"),
+    ],
+)
+def test_a_damaged_row_is_refused(tmp_path, monkeypatch, name, value, dtype, message):
+    """In whichever part of the rows it is: a NaN would be an unknown label to a student, a foreign class another image's."""
+    monkeypatch.setattr(store_file, "_ROWS_AT_ONCE", 2)
+    store = fill_store(tmp_path / "maps", meta_of(dtype=dtype))
+    store.check(**OWN)
+    array = np.load(tmp_path / "maps" / f"{name}.npy")
+    array[3, ..., -1] = value
+    np.save(tmp_path / "maps" / f"{name}.npy", array)
+    with pytest.raises(InputError, match=message):
+        LabelMapStore.open(tmp_path / "maps").check(**OWN)
+
+
+@pytest.mark.parametrize(
     ("entries", "message"),
     [
         (

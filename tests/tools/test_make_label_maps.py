@@ -137,8 +137,15 @@ def test_what_does_not_fit_is_refused(arguments, teacher, store, scenes_root, tm
         make("teacher=[timm]", "model.name=resnet18")
     with pytest.raises(InputError, match="expected teacher= and out="):
         make()
-    with pytest.raises(InputError, match="activation: expected one of softmax, sigmoid, or nothing, got 'relu'"):
-        make("activation=relu")
+    for option, message in (
+        ("activation=relu", "^activation: expected one of softmax, sigmoid, or nothing, got 'relu'"),
+        ("combination=mean", "^combination: expected one of mean_logit, mean_probability, got 'mean'"),
+        ("dtype=int8", "^dtype: expected one of float16, uint8, got 'int8'"),
+        ("scales=[1.0,-1.0]", "^scales: expected one or more numbers above 0"),
+        ("top_k=-1", r"^top_k: expected 0 \(all classes\) or more, got -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(f"teacher=[{teacher}]", option)
     other = tmp_path / "other"
     options = ["method.name=relabel", f"label_maps={store.path}", f"out={other}"]
     with pytest.raises(InputError, match=r"made for the record list \w+ of 86 images, but the data has \w+ of 86"):
