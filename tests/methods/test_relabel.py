@@ -88,6 +88,19 @@ def test_gated_targets_keep_annotated_labels_that_the_view_shows():
     assert found[4].isnan()
 
 
+def test_a_gated_label_is_judged_by_its_own_peak():
+    """A teacher that is never sure of a label still tells where it is: shares of 0.75, 0.2 and 0.8."""
+    values = torch.zeros(1, NUM_CLASSES, 1, 4)
+    values[0, 0, 0] = torch.tensor([0.3, 0.3, 0.1, 0.4])
+    values[0, 1, 0] = torch.tensor([0.16, 0.16, 0.1, 0.8])
+    values[0, 2, 0] = torch.tensor([0.04, 0.04, 0.01, 0.05])
+    view = CropBox(torch.tensor([[0.0, 0, 0.5, 1]]))
+    targets = torch.tensor([[1.0, 1, 1, 0, 0]])
+    batch = Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), targets, torch.arange(1), view, LabelMap(values))
+    expected = torch.tensor([[1.0, math.nan, 1, 0, 0]])
+    torch.testing.assert_close(build(target="gated").targets(batch), expected, equal_nan=True)
+
+
 def test_oracle_targets_follow_the_visible_area():
     """Two maps a class: what objects cover, and what crowd regions cover."""
     cover, crowd = torch.zeros(1, NUM_CLASSES, 2, 4), torch.zeros(1, NUM_CLASSES, 2, 4)
