@@ -440,6 +440,14 @@ def test_another_store_is_not_resumed(tmp_path, changes, message):
     assert content(tmp_path / "maps") == before
 
 
+def test_a_gap_that_differs_in_its_last_bits_is_no_other_store(tmp_path):
+    """Each process measures it, with its own threads."""
+    fill_store(tmp_path / "maps", meta_of(approximate=0.5))
+    writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta_of(approximate=0.5000001))
+    assert not writer.outstanding()
+    assert LabelMapStore.open(tmp_path / "maps").meta.approximate == 0.5
+
+
 def test_a_rank_does_not_wait_for_ever(tmp_path):
     with pytest.raises(InputError, match=r"maps: rank 1 waited 0.1 s, but rank 0 made no store there"):
         LabelMapWriter.create_or_resume(tmp_path / "maps", meta_of(), rank=1, world_size=2, timeout=0.1)
