@@ -111,7 +111,7 @@ def build_options(cls: type, values: dict[str, Any], origin: dict[str, str] | No
     """
     origin = origin or {}
     schema = _choose(cls, values, origin)
-    _check_keys(schema, values, "", origin)
+    _check_keys(schema, values, "", origin, schema)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException:
@@ -313,18 +313,18 @@ def _choose(cls: type, values: dict[str, Any], origin: dict[str, str]) -> Any:
     return cls(**chosen)
 
 
-def _check_keys(schema: Any, values: dict[str, Any], prefix: str, origin: dict[str, str]) -> None:
+def _check_keys(schema: Any, values: dict[str, Any], prefix: str, origin: dict[str, str], root: Any) -> None:
     known = {option.name for option in dataclasses.fields(schema)}
     for key, value in values.items():
         full = f"{prefix}{key}"
         where = _where(origin, full)
         if key not in known:
-            raise InputError(f"{full}: no such option{_owner(schema, str(key))}{_suggest(schema, full)}{where}")
+            raise InputError(f"{full}: no such option{_owner(schema, str(key))}{_suggest(root, schema, full)}{where}")
         child = getattr(schema, key)
         if dataclasses.is_dataclass(child):
             if not isinstance(value, dict):
                 raise InputError(f"{full}: expected a group of options such as {full}.<option>, got {value!r}{where}")
-            _check_keys(child, value, f"{full}.", origin)
+            _check_keys(child, value, f"{full}.", origin, root)
         elif _holds_interpolation(value):
             raise InputError(f"{full}: a value may not hold '${{' or be '???', got {value!r}{where}")
 
@@ -347,14 +347,14 @@ def _owner(schema: Any, key: str) -> str:
     return ""
 
 
-def _suggest(schema: Any, full: str) -> str:
-    """The nearest right key: in the same group, else anywhere."""
+def _suggest(root: Any, schema: Any, full: str) -> str:
+    """The nearest right key: in the same group, else anywhere in the script's own options."""
     prefix, _, key = full.rpartition(".")
     here = [option.name for option in dataclasses.fields(schema)]
     near = difflib.get_close_matches(key, here, n=1)
     if near:
         return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    others = [k for k in _schema_keys(Config()) if k != full]  # `full` itself may be an option of another choice
+    others = list(_schema_keys(root))
     everywhere = [k for k in others if k.rpartition(".")[2] == key] or difflib.get_close_matches(full, others, n=1)
     return f"; did you mean {everywhere[0]}?" if everywhere else f"; expected one of {', '.join(here)}"
 

@@ -138,6 +138,7 @@ def test_what_does_not_fit_is_refused(arguments, teacher, store, scenes_root, tm
     with pytest.raises(InputError, match="expected teacher= and out="):
         make()
     for option, message in (
+        ("optim.lr=1", "^optim: no such option; expected one of teacher, out, split, "),
         ("activation=relu", "^activation: expected one of softmax, sigmoid, or nothing, got 'relu'"),
         ("combination=mean", "^combination: expected one of mean_logit, mean_probability, got 'mean'"),
         ("dtype=int8", "^dtype: expected one of float16, uint8, got 'int8'"),
