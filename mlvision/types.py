@@ -145,6 +145,10 @@ class LabelMap(_Columns):
             return replace(self, values=positive / peak.where(peak > 0, 1), kind=kind, fill=0.0)
         raise InputError(f"label map: {self.kind} cannot become {kind}")
 
+    def rows(self, rows: slice) -> "LabelMap":
+        """The maps of some of the images."""
+        return self._each(lambda column: column[rows])
+
     def of_labels(self, labels: Integer[Tensor, "B L"]) -> Float[Tensor, "B L h w"]:
         """The whole map of each label, whatever the layout; the fill where a cell or an image does not store it.
 
@@ -220,7 +224,7 @@ class Batch:
             self.targets[rows],
             self.index[rows],
             self.view._each(part),
-            self.label_map and self.label_map._each(part),
+            self.label_map and self.label_map.rows(rows),
         )
 
     def pin_memory(self) -> "Batch":

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from mlvision.config import Config, describe_options, parse_options, run_command
 from mlvision.data import DataConfig, read_split
@@ -255,9 +256,11 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
     blocks = writer.outstanding()
     wanted = [keys[row] for block in blocks for row in block]
     published = import_published(root, wanted, num_classes, axes=axes, fill=options.fill)  # looks for the files once
-    for block in blocks:
-        maps = stacked(itertools.islice(published, len(block)))
-        writer.write(block, maps.values, maps.ids, torch.as_tensor(maps.fill))
+    with tqdm(total=len(wanted), desc="published maps", unit=" images", disable=None) as bar:
+        for block in blocks:
+            maps = stacked(itertools.islice(published, len(block)))
+            writer.write(block, maps.values, maps.ids, torch.as_tensor(maps.fill))
+            bar.update(len(block))
     return LabelMapStore.open(options.out)
 
 

@@ -221,27 +221,12 @@ def detect_axes(maps: LabelMap, references: LabelMap, num_classes: int) -> str:
 
 def _agreement(maps: LabelMap, references: LabelMap, row: int, num_classes: int) -> tuple[float, float]:
     """One image's agreement with its reference, its map read as hw and as wh."""
-    reference, stored = _dense(references, row, num_classes), _dense(maps, row, num_classes)
-    if maps.ids is not None:
-        classes = maps.ids[row].unique()
-        classes = classes[classes >= 0]
-        reference, stored = reference[classes], stored[classes]
+    classes = torch.arange(num_classes) if maps.ids is None else maps.ids[row].long().unique()
+    classes = classes[None, classes >= 0]
+    reference, stored = (one.rows(slice(row, row + 1)).of_labels(classes)[0].float() for one in (references, maps))
     scores = []
     for reading in (stored, stored.mT):
         target = F.interpolate(reference[None], size=tuple(reading.shape[1:]), mode="area")[0]
         a, b = (one - one.mean(dim=(1, 2), keepdim=True) for one in (reading, target))
         scores.append(float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)))
     return scores[0], scores[1]
-
-
-def _dense(label_map: LabelMap, row: int, num_classes: int) -> Float32[Tensor, "C h w"]:
-    """One image's map of all classes."""
-    values = label_map.values[row].float()
-    if label_map.ids is None:
-        return values
-    ids = label_map.ids[row].long()
-    ids = ids if ids.ndim == 3 else ids[:, None, None].expand_as(values)
-    fill = label_map.fill[row] if isinstance(label_map.fill, Tensor) else torch.tensor(label_map.fill)
-    # One class more takes the empty places.
-    dense = fill.float().expand(num_classes + 1, *values.shape[1:])
-    return dense.scatter(0, ids.where(ids >= 0, num_classes), values)[:num_classes]
