@@ -157,7 +157,7 @@ def _draw_entropy(axes: Axes, crops: dict[str, Any]) -> None:
     values = [part["entropy"] for part in crops["bins"]]
     name, unit = crops["entropy_of"].split(", ")
     axes.plot([np.mean(part["area"]) for part in crops["bins"]], values, marker="o", ms=4, color=INK)
-    axes.set(xlabel=_AREA, ylabel=f"entropy, {unit}", title=f"how sure a crop's label is ({_NAMES[name]})")
+    axes.set(xlabel=_AREA, ylabel=f"entropy, {unit}", title=f"entropy of a crop's label ({_NAMES[name]}): low is sure")
     _leave_room(axes, np.nanmax(values), 1.1)
 
 
