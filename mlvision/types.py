@@ -158,8 +158,7 @@ class LabelMap(_Columns):
         if self.ids is None:
             index = labels.clamp(min=0)[:, :, None, None]
             return self.values.gather(1, index.expand(-1, -1, *self.values.shape[2:]))
-        fill = torch.as_tensor(self.fill, dtype=self.values.dtype, device=self.values.device)
-        fill = fill.expand(len(self.values), *self.values.shape[2:]).unsqueeze(1)
+        fill = self.fills(self.values.dtype).unsqueeze(1)
         of_each_image = self.ids.ndim == 2
         wanted = labels[:, :, None] if of_each_image else labels[:, :, None, None, None]
         found = self.ids.long().unsqueeze(1) == wanted
@@ -167,8 +166,17 @@ class LabelMap(_Columns):
         stored = torch.where(found, self.values.unsqueeze(1), 0).sum(2)
         return torch.where(found.any(2), stored, fill)
 
+    def fills(self, dtype: torch.dtype) -> Float[Tensor, "B h w"]:
+        """The fill of every cell, on the device of the values; a number is written there, not copied, which would wait."""
+        cells = (len(self.values), *self.values.shape[2:])
+        if isinstance(self.fill, Tensor):
+            return self.fill.to(dtype).expand(cells)
+        return self.values.new_full((), self.fill, dtype=dtype).expand(cells)
+
     def _sigmoid(self, temperature: float) -> "LabelMap":
-        fill = (torch.as_tensor(self.fill, dtype=self.values.dtype, device=self.values.device) / temperature).sigmoid()
+        fill = (
+            torch.as_tensor(self.fill, dtype=self.values.dtype) / temperature
+        ).sigmoid()  # a number stays on the host
         values = (self.values / temperature).sigmoid()
         return replace(self, values=values, kind="probability", fill=fill if fill.ndim else fill.item())
 
@@ -180,8 +188,7 @@ class LabelMap(_Columns):
             raise InputError("label map: a softmax needs num_classes and the best classes of each cell, or all of them")
         empty = self.ids < 0
         rest = num_classes - (~empty).sum(dim=1, keepdim=True)
-        fill = torch.as_tensor(self.fill, dtype=scaled.dtype, device=scaled.device) / temperature
-        fill = fill.expand(scaled.shape[0], *scaled.shape[2:]).unsqueeze(1)
+        fill = (self.fills(scaled.dtype) / temperature).unsqueeze(1)
         stored = scaled.masked_fill(empty, -torch.inf)
         total = torch.cat([stored, (fill + rest.log())], dim=1).logsumexp(dim=1, keepdim=True)
         return replace(self, values=(stored - total).exp(), kind="probability", fill=(fill - total).exp().squeeze(1))

@@ -11,9 +11,18 @@ from torch import Tensor
 from mlvision.types import CropBox
 
 
+def one_box(x1: float, y1: float, x2: float, y2: float, like: Float[Tensor, "B ..."]) -> Float[Tensor, "1 4"]:
+    """A box of numbers that the host knows, with the dtype and device of another column.
+
+    Each is written on the device: for a copy from the host's own memory the host would wait until a GPU has done all that
+    it was given before.
+    """
+    return torch.cat([like.new_full((1, 1), side) for side in (x1, y1, x2, y2)], dim=1)
+
+
 def whole_images(like: Float[Tensor, "B ..."]) -> Float[Tensor, "B 4"]:
     """The box of each image as a whole, with the dtype and device of another column."""
-    return like.new_tensor([0.0, 0, 1, 1]).expand(len(like), -1)
+    return one_box(0.0, 0.0, 1.0, 1.0, like).expand(len(like), -1)
 
 
 def boxes_in_grid(
@@ -22,8 +31,8 @@ def boxes_in_grid(
     """Boxes of the full image in units of cells: 0 to w across, 0 to h down, from the corner of the grid's extent."""
     if extent is not None:
         boxes = (boxes - extent[:, :2].repeat(1, 2)) / (extent[:, 2:] - extent[:, :2]).repeat(1, 2)
-    height, width = grid
-    return boxes * boxes.new_tensor([width, height, width, height])
+    height, width = map(float, grid)
+    return boxes * one_box(width, height, width, height, boxes)
 
 
 def roi_weights(

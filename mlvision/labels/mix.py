@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mlvision.errors import check_fields
-from mlvision.labels.geometry import boxes_in_image
+from mlvision.labels.geometry import boxes_in_image, one_box
 from mlvision.types import CropBox
 
 # The pooled targets of a batch, in its order: of each box, but for what the hole covers of it.
@@ -90,7 +90,7 @@ class Mix:
             return self._average(own, own.flip(0))
         height, width = size
         x1, y1, x2, y2 = self.patch
-        boxes = boxes_in_image(view.boxes.new_tensor([[x1 / width, y1 / height, x2 / width, y2 / height]]), view)
+        boxes = boxes_in_image(one_box(x1 / width, y1 / height, x2 / width, y2 / height, view.boxes), view)
         # The patch hides this part of an image, and shows the same part of it in its partner.
         other = pool(CropBox(boxes), None).flip(0)
         if self.share == 0:

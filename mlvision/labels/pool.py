@@ -57,8 +57,7 @@ def pool_label_map(
     """
     _check(label_map, view, num_classes, operator, output_size, sharpness, top_share)
     values, precision = label_map.values, torch.promote_types(label_map.values.dtype, torch.float32)
-    fill = torch.as_tensor(label_map.fill, dtype=precision, device=values.device)
-    fill = fill.expand(len(values), *values.shape[2:])
+    fill = label_map.fills(precision)
     grid, extent = (values.shape[2], values.shape[3]), label_map.extent
     if hole is None:
         weights = _roi_align(boxes_in_grid(view.boxes, grid, extent), grid, output_size)

@@ -1,0 +1,101 @@
+"""No training step makes the host wait for a GPU: tried on tensors that have a device and no content, so without one."""
+
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlvision.engine.fit import FitState, optimizer_of, train_step
+from mlvision.engine.guard import FiniteGuard
+from mlvision.engine.log import SilentLog
+from mlvision.engine.optim import OptimConfig
+from mlvision.engine.precision import Precision
+from mlvision.labels.mix import Mix, MixConfig
+from mlvision.methods import METHODS, relabel, token_labeling
+from mlvision.models import BackboneConfig, LinearHeadConfig, TextHeadConfig, build_classifier
+from mlvision.types import Batch, CropBox, LabelMap
+
+B, C, SIDE = 4, 6, 64
+
+
+class Copies(TorchDispatchMode):
+    """Collects copies between devices; what reads a value back raises on such tensors by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {a.device.type for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and "copy" in func.name() and given - {result.device.type}:
+            self.found.append(func.name())
+        return result
+
+
+def batch_on_gpu(fill):
+    size = (B, 3, 5, 5)
+    label_map = LabelMap(torch.rand(size), torch.zeros(size, dtype=torch.int64), "logit", fill, activation="sigmoid")
+    view = CropBox(torch.rand(B, 4), torch.zeros(B, dtype=torch.bool), torch.zeros(B, dtype=torch.int64))
+    images = torch.zeros(B, 3, SIDE, SIDE, dtype=torch.uint8)
+    return Batch(images, torch.zeros(B, C), torch.arange(B), view, label_map).to("cuda")
+
+
+def move_to_gpu(method):
+    """As `method.to("cuda")`, which tensors without content refuse."""
+    for module in method.modules():
+        for name, value in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(value, device="cuda")))
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(value, device="cuda"))
+
+
+@pytest.mark.parametrize("fill", ["of each cell", "one number"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("baseline", {}),
+        ("baseline", {"loss": "asl"}),
+        ("baseline", {"loss": "softmax"}),
+        ("baseline", {"loss": "soft_top_k"}),
+        ("patchct", {}),
+        ("relabel", {"target": "softmax", "operator": "mean_logit"}),
+        ("relabel", {"target": "multilabel"}),
+        ("relabel", {"operator": "log_sum_exp"}),
+        ("relabel", {"target": "gated"}),
+        ("relabel", {"region": "image"}),
+        ("relabel", {"mix": MixConfig(cutmix=1.0)}),
+        ("token_labeling", {}),
+        ("token_labeling", {"mix": 1.0}),
+    ],
+)
+def test_a_training_step_does_not_wait(name, options, fill, monkeypatch):
+    config, method = METHODS[name]
+    head, text = (
+        (TextHeadConfig(), {"label_embeddings": torch.rand(C, 8)}) if name == "patchct" else (LinearHeadConfig(), {})
+    )
+    classifier = build_classifier(BackboneConfig("test_resnet"), head, C, image_size=SIDE, **text)
+    method = method(config(**options), classifier, classifier.backbone.preprocessing).train()
+    if "mix" in options:  # what the host draws for itself
+        drawn = Mix(MixConfig(cutmix=1.0), 0.75, (0, 0, 1, 1))
+        for room in (relabel, token_labeling):
+            monkeypatch.setattr(room, "draw_mix", lambda *_: drawn)
+
+    def backward(loss):  # autograd asks the driver; it runs the same kinds of operations as the forward pass
+        for parameter in method.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    optim = OptimConfig(clip_norm=1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autocast: there is no GPU
+        move_to_gpu(method)
+        batch = batch_on_gpu(torch.zeros(B, 5, 5) if fill == "of each cell" else 0.0)
+        precision, guard = Precision("bf16", torch.device("cuda")), FiniteGuard(torch.device("cuda"), B)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = FitState(method, None, optimizer_of(method, optim), scaler, SilentLog(), 1, 1)
+        with Copies() as copies:
+            train_step(state, method, batch, guard, precision, 1.0, optim)
+    assert not copies.found
