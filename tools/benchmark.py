@@ -1,7 +1,9 @@
 """Measure ours against a peer, interleaved in one process; as ratios, for times of a shared machine are not stable.
 
-python tools/benchmark.py mean_ap views pooling store annotate relabel transport patchct explainers
+python tools/benchmark.py mean_ap views loader pooling store annotate relabel transport patchct explainers
 python tools/benchmark.py pooling pairs=60 out=docs/performance/pooling.json
+python tools/benchmark.py loader workers=2
+python tools/benchmark.py train device=cuda
 """
 
 import os
@@ -13,9 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
+from timm.data import ImageDataset, create_loader
+from timm.optim import create_optimizer_v2
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -23,8 +30,14 @@ from tqdm import tqdm
 
 from mlvision.config import describe_options, parse_options, run_command
 from mlvision.data.images import read_image
+from mlvision.data.loader import LoaderConfig, train_loader
+from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import BACKENDS, TrainView, ViewConfig
-from mlvision.engine.optim import OptimConfig, build_optimizer
+from mlvision.engine.fit import FitState, log_step, optimizer_of, train_step
+from mlvision.engine.guard import FiniteGuard
+from mlvision.engine.log import LogConfig, SilentLog
+from mlvision.engine.optim import OptimConfig, learning_rate_factor
+from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.errors import InputError
 from mlvision.explain import Subject, explain
 from mlvision.explain.perturb import slic_segments
@@ -33,11 +46,11 @@ from mlvision.labels.annotate import top_k_of
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.losses import conditional_transport
 from mlvision.methods import Baseline, BaselineConfig, PatchCT, PatchCTConfig, Relabel, RelabelConfig
-from mlvision.methods.base import Method
+from mlvision.methods.base import Method, MethodConfig
 from mlvision.metrics import average_precision
-from mlvision.models import BackboneConfig, LinearHeadConfig, TextHeadConfig, build_classifier
+from mlvision.models import BackboneConfig, HeadConfig, LinearHeadConfig, TextHeadConfig, build_classifier
 from mlvision.models.dense import DenseTeacher
-from mlvision.run import describe_environment, write_json
+from mlvision.run import compile_backbone, describe_environment, write_json
 from mlvision.types import Batch, CropBox, LabelMap
 
 
@@ -46,11 +59,18 @@ class BenchmarkOptions:
     pairs: Annotated[int, "interleaved measurements of ours and the peer"] = 30
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
     device: Annotated[str, "cpu, cuda or cuda:<number>"] = "cpu"
+    workers: Annotated[int, "loader: processes that read images; 0: the main process"] = 1
     out: Annotated[str, "JSON to write; empty: none"] = ""
 
     def __post_init__(self) -> None:
-        if self.pairs < 1 or self.threads < 0:
-            raise InputError(f"expected pairs >= 1 and threads >= 0, got {self.pairs} and {self.threads}")
+        if self.pairs < 1 or min(self.threads, self.workers) < 0:
+            raise InputError(
+                f"expected pairs >= 1, threads >= 0 and workers >= 0, got {self.pairs}, {self.threads} and {self.workers}"
+            )
+
+    def precision(self) -> Precision:
+        """What train.py takes by itself on the device."""
+        return resolve_precision("auto", resolve_device(self.device))
 
 
 @dataclass(frozen=True)
@@ -207,17 +227,24 @@ def mean_ap(options: BenchmarkOptions) -> Iterator[Row]:
         )
 
 
+def write_photographs(folder: Path, num_images: int) -> list[str]:
+    """JPEG files of 500x375: smooth with some grain, about as many bytes as photographs."""
+    noise = np.random.default_rng(0)
+    paths = [str(folder / f"{i}.jpg") for i in range(num_images)]
+    for path in paths:
+        blobs = Image.fromarray(noise.integers(256, size=(24, 32, 3), dtype=np.uint8))
+        coarse = blobs.resize((500, 375), Image.Resampling.BICUBIC)
+        grain = noise.normal(0, 6, (375, 500, 3))
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=93)
+    return paths
+
+
 def views(options: BenchmarkOptions) -> Iterator[Row]:
     """Training views of JPEG files of 500x375, decoding included, against Pillow and torchvision v2; the cost of the box."""
-    side, noise = 224, np.random.default_rng(0)
+    side = 224
     config = ViewConfig(side)
     with tempfile.TemporaryDirectory() as name:
-        paths = [str(Path(name) / f"{i}.jpg") for i in range(16)]
-        for path in paths:  # smooth with some grain, about as many bytes as a photograph
-            blobs = Image.fromarray(noise.integers(256, size=(24, 32, 3), dtype=np.uint8))
-            coarse = blobs.resize((500, 375), Image.Resampling.BICUBIC)
-            grain = noise.normal(0, 6, (375, 500, 3))
-            Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=93)
+        paths = write_photographs(Path(name), 16)
         crop = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()])
 
         def pillow() -> list[Tensor]:
@@ -247,16 +274,87 @@ def views(options: BenchmarkOptions) -> Iterator[Row]:
                 )
 
 
+def image_loaders(folder: Path, num_images: int, workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ours and the peers', by name: loaders of shuffled batches of 32 random views, uint8, of the same JPEG files."""
+    side, size, num_classes = 224, 32, 80
+    photographs = folder / "images" / "one class"  # the peers take the folder for the label
+    photographs.mkdir(parents=True)
+    paths = write_photographs(photographs, num_images)
+    records = tuple(Record(path, path, (row % num_classes,)) for row, path in enumerate(paths))
+    manifest = Manifest(tuple(map(str, range(num_classes))), records, "train")
+    maps = write_store(folder / "store", random_maps(num_images, num_classes, 15, "cpu"), num_classes)
+    config, view = LoaderConfig(batch_size=size, num_workers=workers), TrainView(ViewConfig(side))
+    ours = {
+        f"loader {what} label maps": train_loader(manifest, view, config, 0, label_maps=label_maps)
+        for what, label_maps in (("without", None), ("with", maps))
+    }
+    common: dict[str, Any] = {
+        "batch_size": size,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
+    no_colours: dict[str, Any] = {"color_jitter": None}
+    of_timm: Any = create_loader(
+        ImageDataset(photographs.parent),
+        (3, side, side),
+        is_training=True,
+        device=torch.device("cpu"),
+        **no_colours,
+        **common,
+    )
+    crop = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    of_torch = DataLoader(ImageFolder(photographs.parent, crop), shuffle=True, drop_last=True, **common)
+    return ours, {
+        "timm's create_loader": of_timm.loader,  # what is around it normalises, which ours leaves to the device as well
+        "DataLoader, Pillow + torchvision v2": of_torch,
+    }
+
+
+LOADER_IMAGES = 128
+
+
+def loader(options: BenchmarkOptions) -> Iterator[Row]:
+    """Batches of views of JPEG files by worker processes, against timm's create_loader and torch's DataLoader."""
+
+    def epoch(batches: Any) -> Callable[[], None]:
+        def run() -> None:
+            for _ in batches:
+                pass
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours, peers = image_loaders(Path(folder), LOADER_IMAGES, options.workers)
+        for what, batches in ours.items():
+            for peer, peer_batches in peers.items():
+                measured = compare(epoch(batches), epoch(peer_batches), options)
+                speeds = [1e3 * LOADER_IMAGES / measured[key] for key in ("ours_ms", "peer_ms")]
+                yield Row(
+                    what=f"{what}, num_workers={options.workers}, 500x375 to 224 px, B=32",
+                    peer=peer,
+                    asked="1.5x, as the views",
+                    note=f"{speeds[0]:.0f} against {speeds[1]:.0f} images/s",
+                    **measured,
+                )
+
+
+def write_store(folder: Path, label_map: LabelMap, num_classes: int) -> LabelMapStore:
+    """A store of the best classes of each cell, opened."""
+    num_images, k, *grid = label_map.values.shape
+    meta = StoreMeta("", num_images, "", num_classes, "", "", (grid[0], grid[1]), "logit", "softmax", k, num_images)
+    writer = LabelMapWriter.create_or_resume(folder, meta)
+    writer.write(range(num_images), label_map.values, label_map.ids, torch.as_tensor(label_map.fill))
+    return LabelMapStore.open(folder)
+
+
 def store(options: BenchmarkOptions) -> Iterator[Row]:
     """A batch of 256 rows of the store against 256 files of torch.save."""
     num_images, batch, side, k = 8000, 256, 15, 5
     label_map = random_maps(num_images, 1000, side, "cpu", k)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        meta = StoreMeta("", num_images, "", 1000, "", "", (side, side), "logit", "softmax", k, num_images)
-        writer = LabelMapWriter.create_or_resume(folder / "store", meta)
-        writer.write(range(num_images), label_map.values, label_map.ids, torch.as_tensor(label_map.fill))
-        opened = LabelMapStore.open(folder / "store")
+        opened = write_store(folder / "store", label_map, 1000)
         assert label_map.ids is not None
         for row, (values, ids) in enumerate(zip(label_map.values, label_map.ids, strict=True)):
             torch.save(torch.stack([values, ids.float()]), folder / f"{row}.pt")
@@ -307,13 +405,7 @@ def annotate(options: BenchmarkOptions) -> Iterator[Row]:
 def relabel(options: BenchmarkOptions) -> Iterator[Row]:
     """A training step on label maps against the baseline's, on the same images."""
     side, num_images, num_classes = 128, 32, 1000
-    batch = Batch(
-        torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8),
-        torch.randint(2, (num_images, num_classes)).float(),
-        torch.arange(num_images),
-        random_crops(num_images, "cpu"),
-        random_maps(num_images, num_classes, 15, "cpu"),
-    ).to(options.device)
+    batch = host_batch(num_images, side, num_classes, options)
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("resnet18"), LinearHeadConfig(), num_classes, image_size=side)
     preprocessing = classifier.backbone.preprocessing
@@ -323,7 +415,7 @@ def relabel(options: BenchmarkOptions) -> Iterator[Row]:
         "baseline": Baseline(BaselineConfig(), classifier, preprocessing),
     }
 
-    baseline = training_step(methods["baseline"], batch, options)
+    baseline = training_step(methods["baseline"], replace(batch, label_map=None), options)
     for target in ("softmax", "multilabel"):
         yield Row(
             what=f"ReLabel step, {target}, ResNet-18, {side} px, B={num_images}, C={num_classes}",
@@ -333,17 +425,130 @@ def relabel(options: BenchmarkOptions) -> Iterator[Row]:
         )
 
 
-def training_step(method: Method, batch: Batch, options: BenchmarkOptions) -> Callable[[], None]:
-    """A call that trains the method by one step on the batch."""
-    method.to(options.device).train()
-    optimizer = build_optimizer(method.parameter_groups(), OptimConfig())
+def host_batch(num_images: int, side: int, num_classes: int, options: BenchmarkOptions) -> Batch:
+    """A batch with label maps as the loader gives it: on the host, channels last, pinned where a GPU is to take it."""
+    maps = random_maps(num_images, num_classes, 15, "cpu")
+    assert maps.ids is not None
+    batch = Batch(
+        torch.randint(256, (num_images, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
+        (torch.rand(num_images, num_classes) < 0.05).float(),
+        torch.arange(num_images),
+        random_crops(num_images, "cpu"),
+        replace(maps, values=maps.values.half(), ids=maps.ids.short()),
+    )
+    return batch if options.device == "cpu" else batch.pin_memory()
+
+
+def training_step(method: Method, batch: Batch, options: BenchmarkOptions, backend: str = "") -> Callable[[], None]:
+    """A call that trains the method by one step on the batch: what `fit` does for train.py with its defaults.
+
+    That is the engine's step, from a batch in host memory to the update, with gradient norm, guard and schedule, and now and
+    then the reading of what is logged. Files are not written.
+
+    Args:
+        backend: of torch.compile, for the backbone; empty: none.
+    """
+    precision, optim, log = options.precision(), OptimConfig(), LogConfig()
+    method.to(precision.device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
+    if backend:
+        compile_backbone(method, backend)
+    optimizer = optimizer_of(method, optim)
+    state = FitState(method, None, optimizer, precision.scaler(), SilentLog(), TRAIN_STEPS, epochs=1)
+    guard, rate = FiniteGuard(precision.device, len(batch.images)), learning_rate_factor(optim, TRAIN_STEPS)
+    keys = [str(row) for row in batch.index.tolist()]
 
     def run() -> None:
-        method(batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train_step(state, method, batch, guard, precision, rate(state.step), optim)
+        if state.step % log.every_steps == 0:
+            log_step(state, guard, keys)
 
     return run
+
+
+TRAIN_STEPS = 100_000  # of the schedule: more than are ever timed
+
+
+@dataclass(frozen=True)
+class TrainSetting:
+    """A network to train; `backend`: of torch.compile, empty: none."""
+
+    model: str
+    side: int
+    num_images: int
+    backend: str = ""
+
+
+TRAIN_SETTINGS = {
+    "cpu": (TrainSetting("resnet18", 128, 32), TrainSetting("vit_tiny_patch16_224", 96, 32)),
+    "cuda": tuple(
+        TrainSetting(model, 224, 256, backend)
+        for model in ("resnet50", "vit_base_patch16_224")
+        for backend in ("", "inductor")
+    ),
+}
+
+
+def timm_step(setting: TrainSetting, num_classes: int, options: BenchmarkOptions) -> Callable[[], None]:
+    """A call that trains timm's model by one step, as its benchmark.py does with --bench train --opt adamw --channels-last.
+
+    That script is not in timm's package: its step is repeated here, of timm's own parts. The images are noise that is
+    normalised and on the device already, the loss is the cross-entropy of random classes, nothing is logged or guarded.
+
+    DEVIATION: AdamW is fused, as ours is; the script's own would be slower.
+    """
+    precision, shape = options.precision(), (setting.num_images, 3, setting.side, setting.side)
+    cfg = timm.get_pretrained_cfg(setting.model)
+    sized: dict[str, Any] = {"img_size": setting.side} if cfg is not None and cfg.fixed_input_size else {}
+    model = timm.create_model(setting.model, num_classes=num_classes, **sized).train()
+    model.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    forward: Any = torch.compile(model, backend=setting.backend) if setting.backend else model
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, fused=True)
+    images = torch.randn(shape, device=precision.device).contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        with precision.autocast():
+            logits = forward(images)
+            target = torch.randint(num_classes, (len(images),), device=precision.device)
+            torch.nn.functional.cross_entropy(logits, target).backward()
+        optimizer.step()
+
+    return run
+
+
+def train(options: BenchmarkOptions) -> Iterator[Row]:
+    """Steps of train.py with three methods, against the step of timm's benchmark script for the same network.
+
+    Same batch size, precision (fp32 on a CPU, bf16 on a GPU), memory format and optimizer. Ours begins with uint8 images in
+    host memory, the script's with normalised ones on the device. Method, head and label maps are ours alone.
+    """
+    num_classes, precision = 80, options.precision()
+    names = torch.randn(num_classes, 384)
+    methods: dict[str, tuple[Callable[..., Method], HeadConfig, MethodConfig, str]] = {
+        "baseline": (Baseline, LinearHeadConfig(), BaselineConfig(), "0.95"),
+        "ReLabel": (Relabel, LinearHeadConfig(), RelabelConfig(), "0.85"),
+        "PatchCT": (PatchCT, TextHeadConfig(), PatchCTConfig(), "0.80"),
+    }
+    for setting in TRAIN_SETTINGS[precision.device.type]:
+        torch.manual_seed(0)
+        backbone, compiled = BackboneConfig(setting.model), setting.backend and ", compiled"
+        batch = host_batch(setting.num_images, setting.side, num_classes, options)
+        peer = timm_step(setting, num_classes, options)
+        peer_memory = peak_bytes(peer, options.device)
+        for name, (build, head, config, asked) in methods.items():
+            classifier = build_classifier(backbone, head, num_classes, image_size=setting.side, label_embeddings=names)
+            method = build(config, classifier, classifier.backbone.preprocessing)
+            given = batch if method.needs_label_map else replace(batch, label_map=None)
+            ours = training_step(method, given, options, setting.backend)
+            memory = peak_bytes(ours, options.device)
+            yield Row(
+                what=f"{name} step, {setting.model}, {setting.side} px, B={setting.num_images}, C={num_classes}, "
+                f"{precision.name}{compiled}",
+                peer="timm's benchmark script",
+                asked=asked,
+                note=f"peak memory {memory / 2**20:.0f} against {peer_memory / 2**20:.0f} MiB",
+                **compare(ours, peer, options),
+            )
 
 
 def transport(options: BenchmarkOptions) -> Iterator[Row]:
@@ -372,12 +577,7 @@ def transport(options: BenchmarkOptions) -> Iterator[Row]:
 def patchct(options: BenchmarkOptions) -> Iterator[Row]:
     """A training step with transport against the baseline's with a linear head, on the same images."""
     side, num_images, num_classes = 128, 32, 80
-    batch = Batch(
-        torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8),
-        (torch.rand(num_images, num_classes) < 0.05).float(),
-        torch.arange(num_images),
-        random_crops(num_images, "cpu"),
-    ).to(options.device)
+    batch = replace(host_batch(num_images, side, num_classes, options), label_map=None)
     torch.manual_seed(0)
     text = {"label_embeddings": torch.randn(num_classes, 384)}
     backbone = BackboneConfig("resnet18")
@@ -486,9 +686,11 @@ def explainers(options: BenchmarkOptions) -> Iterator[Row]:
 BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
     "mean_ap": mean_ap,
     "views": views,
+    "loader": loader,
     "pooling": pooling,
     "store": store,
     "annotate": annotate,
+    "train": train,
     "relabel": relabel,
     "transport": transport,
     "patchct": patchct,

@@ -1,9 +1,18 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from mlvision.data.loader import Loader
+from mlvision.engine.checkpoint import CheckpointConfig
+from mlvision.engine.fit import fit
+from mlvision.engine.log import LogConfig
+from mlvision.engine.optim import EmaConfig, OptimConfig
 from mlvision.errors import InputError
+from mlvision.methods import Baseline, BaselineConfig
+from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
 from tools import benchmark
 
 
@@ -30,7 +39,121 @@ def test_the_peak_is_what_a_call_holds_at_once():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(InputError, match="expected some of mean_ap, .*, transport, patchct, explainers, got speed"):
+    with pytest.raises(
+        InputError,
+        match="expected some of mean_ap, .*, loader, .*, train, .*, transport, patchct, explainers, got speed",
+    ):
         benchmark.main(["speed"])
-    with pytest.raises(InputError, match="expected pairs >= 1"):
-        benchmark.main(["pooling", "pairs=0"])
+    for wrong in ("pairs=0", "workers=-1"):
+        with pytest.raises(InputError, match="expected pairs >= 1, threads >= 0 and workers >= 0"):
+            benchmark.main(["pooling", wrong])
+
+
+SMALL = [benchmark.TrainSetting("test_resnet", 32, 4), benchmark.TrainSetting("test_vit", 160, 2)]
+
+
+def baseline(setting):
+    torch.manual_seed(0)
+    classifier = build_classifier(BackboneConfig(setting.model), LinearHeadConfig(), 5, image_size=setting.side)
+    return Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing)
+
+
+@pytest.mark.parametrize("setting", SMALL, ids=lambda setting: setting.model)
+def test_both_training_steps_do_the_same_work(setting):
+    options = benchmark.BenchmarkOptions()
+    batch = replace(benchmark.host_batch(setting.num_images, setting.side, 5, options), label_map=None)
+    spent = []
+    for call in (benchmark.training_step(baseline(setting), batch, options), benchmark.timm_step(setting, 5, options)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        spent.append(counter.get_total_flops())
+    assert spent[0] == spent[1] > 0
+
+
+def test_the_step_that_is_timed_is_that_of_a_run(tmp_path):
+    setting, options, steps = SMALL[0], benchmark.BenchmarkOptions(), 3
+    batch = benchmark.host_batch(setting.num_images, setting.side, 5, options)
+
+    class SameBatch(Loader):
+        images_per_step = setting.num_images
+
+        def __init__(self, times):
+            self.times = times
+
+        def set_position(self, epoch, start_step=0):
+            pass
+
+        def __len__(self):
+            return benchmark.TRAIN_STEPS
+
+        def __iter__(self):
+            return iter([batch] * self.times)
+
+    timed, run = baseline(setting), baseline(setting)
+    before = timed.get_parameter("classifier.head.linear.weight").clone()
+    step = benchmark.training_step(timed, batch, options)
+    for _ in range(steps):
+        step()
+    run.to(memory_format=torch.channels_last)
+    fit(
+        run,
+        SameBatch(steps),
+        SameBatch(1),
+        run_dir=tmp_path,
+        classes=list("abcde"),
+        keys=list("abcd"),
+        data_hashes={},
+        precision=options.precision(),
+        optim=OptimConfig(epochs=1),
+        ema=EmaConfig(),
+        checkpoint=CheckpointConfig(),
+        log=LogConfig(tensorboard=False),
+    )
+    ours, its = timed.state_dict(), run.state_dict()
+    assert all(torch.equal(ours[name], its[name]) for name in its)
+    assert not torch.equal(before, timed.get_parameter("classifier.head.linear.weight"))
+
+
+def test_each_method_is_trained_against_timm(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "TRAIN_SETTINGS", {"cpu": SMALL[:1]})
+    benchmark.main(["train", "pairs=1", "threads=1", f"out={tmp_path}/rows.json"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["what"].split()[0], row["asked"]) for row in rows] == [
+        ("baseline", "0.95"),
+        ("ReLabel", "0.85"),
+        ("PatchCT", "0.80"),
+    ]
+    for row in rows:
+        assert "test_resnet, 32 px, B=4, C=80, fp32" in row["what"]
+        assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ours_ms"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_loaders_give_the_same_kind_of_batches(workers, tmp_path):
+    ours, peers = benchmark.image_loaders(tmp_path, 64, workers)
+    for name, loader in (ours | peers).items():
+        batches = list(loader)
+        assert len(batches) == len(loader) == 2
+        assert getattr(loader, "_loader", loader).num_workers == workers
+        for batch in batches:
+            images = batch.images if name in ours else batch[0]
+            assert images.dtype == torch.uint8
+            assert images.shape == (32, 3, 224, 224)
+            assert images.float().std() > 20  # pictures, not what a failed read would leave
+    with_maps = {name: next(iter(loader)).label_map is not None for name, loader in ours.items()}
+    assert with_maps == {"loader without label maps": False, "loader with label maps": True}
+
+
+def test_rows_of_loaders_name_their_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "LOADER_IMAGES", 32)
+    benchmark.main(["loader", "pairs=1", "threads=1", "workers=0", f"out={tmp_path}/rows.json"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [("with label maps" in row["what"], row["peer"].split()[0]) for row in rows] == [
+        (False, "timm's"),
+        (False, "DataLoader,"),
+        (True, "timm's"),
+        (True, "DataLoader,"),
+    ]
+    for row in rows:
+        assert "num_workers=0" in row["what"]
+        assert row["note"] == f"{32e3 / row['ours_ms']:.0f} against {32e3 / row['peer_ms']:.0f} images/s"
