@@ -703,7 +703,7 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv) or not argv:
         print(f"usage: benchmark.py NAME ... [key=value ...]\n\n{__doc__}")
         for name, benchmark in BENCHMARKS.items():
-            print(f"  {name:10}{benchmark.__doc__}")
+            print(f"  {name:12}{(benchmark.__doc__ or '').splitlines()[0]}")
         print(f"\n{describe_options(BenchmarkOptions)}")
         return
     unknown = [name for name in names if name not in BENCHMARKS]
