@@ -6,8 +6,17 @@ matter, not all of them. It is given (image, label) pairs, a few at a time; empt
 Guided backpropagation and DeepLift replace the gradient of activations, which captum knows by the type of their module. They
 run on a copy of the model in which every activation is such a module, and refuse a model in which that cannot be done.
 
-DEVIATION: maps keep their sign and sum over the colours, except for Saliency; the papers show the largest magnitude of a
-colour.
+What captum gives for each colour of a pixel is one of two things, and a map is made of it accordingly:
+
+- a contribution (input_x_gradient, integrated_gradients, deep_lift) is a part of the score, in its units. Contributions add
+  up, so the map is their sum over the colours, negative where a pixel speaks against the label.
+- a slope (saliency, smooth_grad, guided_backprop, guided_grad_cam) says how far the score moves with the pixel, and by its
+  sign whether a brighter or a darker one would raise it. That is no evidence for or against: a label that is known by what
+  is dark has its strongest evidence where the slopes are negative. So the map is the sum of their magnitudes, and is never
+  negative. Of signed slopes, those over one patch would mostly cancel, and what is left is the sign of the first layer's
+  filters: patches ranked by it come out in any order, down to the reverse (docs/methods/explain.md has figures).
+
+DEVIATION: the sum over the colours, where Simonyan et al. take the largest magnitude; it ranks pixels nearly alike.
 """
 
 import warnings
@@ -75,8 +84,8 @@ class Saliency:
         for places in selection.valid.nonzero().split(max(1, self._at_once(batch_size))):
             place = places.unbind(1)
             rows = pixels[place[0]].detach().requires_grad_()
-            found = self._attribute(score, rows, (labels[place], against[place]), batch_size)
-            maps[place] = found.detach().sum(1).to(maps)
+            found = self._attribute(score, rows, (labels[place], against[place]), batch_size).detach()
+            maps[place] = (found if self.signed else found.abs()).sum(1).to(maps)
         return maps
 
     def _score(self, subject: Subject, pixels: Tensor) -> _Score:
@@ -87,7 +96,7 @@ class Saliency:
         return batch_size
 
     def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
-        return captum.attr.Saliency(score).attribute(rows, abs=True, additional_forward_args=chosen)
+        return captum.attr.Saliency(score).attribute(rows, abs=False, additional_forward_args=chosen)
 
 
 @dataclass(frozen=True)
@@ -136,13 +145,12 @@ class IntegratedGradients(Saliency):
 
 @dataclass(frozen=True)
 class SmoothGrad(Saliency):
-    """The mean gradient at noisy copies of the image. Every label of every image gets the same noise, so an image's map
-    depends on no other image, and the map of a contrast is the difference of two maps.
+    """The magnitude of the mean gradient at noisy copies of the image, summed over the colours. Every label of every image
+    gets the same noise, so an image's map depends on no other image.
 
-    Source: Smilkov et al., "SmoothGrad: removing noise by adding noise", arXiv 1706.03825; 10-20 % noise.
+    Source: Smilkov et al., "SmoothGrad: removing noise by adding noise", arXiv 1706.03825; 10-20 % noise; the magnitude of
+    the mean, as they recommend for photos.
     """
-
-    signed = True
 
     num_samples: Annotated[int, "noisy copies"] = 25
     sigma: Annotated[float, "standard deviation of the noise, for images in [0, 1]"] = 0.15
@@ -170,7 +178,8 @@ class SmoothGrad(Saliency):
 
 @dataclass(frozen=True)
 class GuidedBackprop(Saliency):
-    """The gradient without what is negative behind a ReLU: the paths on which everything speaks for the label.
+    """The magnitude of the gradient without what is negative behind a ReLU: of the paths on which everything speaks for the
+    label. No ReLU stands before the first layer, so the gradient of a pixel still has a sign, which is that of the filter.
 
     Sharp, but close to an edge filter: maps of different labels look alike, and may survive random weights (Adebayo et al.,
     NeurIPS 2018). ReLU6 counts as one rectifier: nothing passes where it is saturated.
@@ -189,7 +198,7 @@ class GuidedBackprop(Saliency):
 
 @dataclass(frozen=True)
 class GuidedGradCam(GuidedBackprop):
-    """Guided backpropagation where Grad-CAM is positive, weighted by it.
+    """The magnitude of guided backpropagation where Grad-CAM is positive, weighted by it.
 
     Source: Selvaraju et al., "Grad-CAM", ICCV 2017, Guided Grad-CAM.
     """

@@ -1,3 +1,4 @@
+import captum.attr
 import numpy as np
 import pytest
 import timm
@@ -6,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mlvision.errors import InputError
-from mlvision.explain import explain
+from mlvision.explain import Subject, explain
 from mlvision.explain.cam import GradCam
 from mlvision.explain.gradient import (
     DeepLift,
@@ -18,12 +19,15 @@ from mlvision.explain.gradient import (
     SmoothGrad,
 )
 from mlvision.explain.impute import fill_in
+from mlvision.explain.measure import MeasureConfig, deletion_curves
 from mlvision.explain.rewrite import _MaxOfReLUs
 from mlvision.methods.baseline import Baseline, BaselineConfig
+from mlvision.metrics.faithfulness import deletion_measures
 from mlvision.models import Classifier, LinearHead, LinearHeadConfig, build_backbone
 
 ALL = [Saliency, InputXGradient, IntegratedGradients, SmoothGrad, GuidedBackprop, GuidedGradCam, DeepLift]
-LINEAR = [InputXGradient(), IntegratedGradients(num_steps=5), SmoothGrad(num_samples=3), DeepLift()]  # in the score
+CONTRIBUTIONS = [InputXGradient(), IntegratedGradients(num_steps=5), DeepLift()]  # linear in the score
+SLOPES = [Saliency(), SmoothGrad(num_samples=3), GuidedBackprop(), GuidedGradCam(layer="1")]
 FEW = {IntegratedGradients: {"num_steps": 6}, SmoothGrad: {"num_samples": 6}}
 CLASSES = 4
 
@@ -113,7 +117,7 @@ def test_saliency_is_the_gradient_of_images_in_0_1(resnet):
 def test_smooth_grad_without_noise_is_the_gradient(resnet):
     x = images()
     found = explain(resnet, x, SmoothGrad(num_samples=3, sigma=0.0, batch_size=2), labels=[1]).maps
-    torch.testing.assert_close(found[:, 0], gradients(resnet, x, 1).sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[:, 0], gradients(resnet, x, 1).abs().sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_smooth_grads_noise_has_the_given_deviation():
@@ -121,7 +125,7 @@ def test_smooth_grads_noise_has_the_given_deviation():
         def forward(self, x):
             return torch.stack([x.square().sum((1, 2, 3)), x.sum((1, 2, 3))], 1)
 
-    x = images(1, (64, 96))[:, :1]
+    x = images(1, (64, 96))[:, :1] / 2 + 0.5  # so that no slope is negative
     found = explain(Squares(), x, SmoothGrad(num_samples=16, sigma=0.3), labels=[0, 1]).maps
     noise = (found[0, 0] - 2 * x[0, 0]) / 2
     assert float(noise.std()) == pytest.approx(0.3 / 4, rel=0.05)
@@ -129,12 +133,31 @@ def test_smooth_grads_noise_has_the_given_deviation():
     torch.testing.assert_close(found[0, 1], torch.ones(64, 96))
 
 
-@pytest.mark.parametrize("explainer", LINEAR, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("explainer", CONTRIBUTIONS, ids=lambda e: type(e).__name__)
 def test_linear_models_are_taken_apart_exactly(explainer):
     model, x = linear(), images(size=(6, 9))
-    parts = torch.ones_like(x) if isinstance(explainer, SmoothGrad) else x  # set against black
-    expected = (weights_of(model)[None] * parts[:, None]).sum(2)
+    expected = (weights_of(model)[None] * x[:, None]).sum(2)  # set against black
     torch.testing.assert_close(explain(model, x, explainer).maps, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("explainer", SLOPES[:2], ids=lambda e: type(e).__name__)
+def test_slopes_of_linear_models_are_the_weights_magnitudes(explainer):
+    model, x = linear(), images(size=(6, 9))
+    expected = weights_of(model).abs().sum(1).expand(2, -1, -1, -1)
+    torch.testing.assert_close(explain(model, x, explainer).maps, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("explainer", SLOPES, ids=lambda e: type(e).__name__)
+def test_what_is_known_by_being_dark_counts_as_evidence_too(explainer):
+    """A dark spot makes the label; at it brighter pixels would lower the score, so every slope there is negative."""
+    model = pointwise(conv([[-10, -10, -10]], [15]), nn.ReLU(), conv([[3]]))
+    x = torch.full((1, 3, 28, 42), 0.9)
+    x[:, :, 14:20, 6:12] = 0.1
+    maps = explain(model, x, explainer).maps[:, 0]
+    assert float(maps.min()) >= 0
+    assert (maps[0] > 0.5 * maps.max()).nonzero().float().mean(0).tolist() == [16.5, 8.5]
+    most, least = deletion_curves(Subject(model), x, maps, "mean", MeasureConfig(lattice=14, steps=10))
+    assert deletion_measures(most[..., 0], least[..., 0]).srg.item() > 0
 
 
 def test_integrated_gradients_are_a_sum_over_points(resnet):
@@ -166,7 +189,7 @@ PIXELS = torch.tensor([[0.5, 0.7, 0.1], [0.9, 0.3, 0.55]])[None, None]
 GUIDED = torch.tensor(
     [
         # The negative -2 d never passes. Both a and b carry c: they cancel, unless one is off; c is saturated at 0.9.
-        [[0.0, 10, -10], [0, 0, 0]],
+        [[0.0, 10, 10], [0, 0, 0]],  # the second by b, which falls with t
         # Only a passes (b enters with -1); d is off or saturated at 0.1, 0.9 and 0.3.
         [[30.0, 30, 0], [0, 0, 30]],
     ]
@@ -202,7 +225,7 @@ def test_guided_backprop_leaves_a_shortcut_around_a_relu_alone():
             return (self.act(x) - 3 * x).sum((2, 3))
 
     found = explain(Shortcut(), torch.tensor([[[[0.9, 0.2]]]]), GuidedBackprop()).maps
-    assert found.flatten().tolist() == [2 - 6, -6]
+    assert found.flatten().tolist() == [abs(2 - 6), 6]
 
 
 def test_guided_grad_cam_is_guided_backprop_where_grad_cam_is_positive(lite):
@@ -212,6 +235,27 @@ def test_guided_grad_cam_is_guided_backprop_where_grad_cam_is_positive(lite):
     found = explain(lite, x, GuidedGradCam(), labels=[1, 2]).maps
     assert cam.shape[2:] == (2, 3)
     torch.testing.assert_close(found, guided * F.interpolate(cam, (64, 96), mode="bilinear"))
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks")
+def test_guided_methods_are_the_magnitudes_of_captums():
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES),
+    ).eval()  # fmt: skip
+    x = images(2, (24, 36))
+    peers = {
+        GuidedBackprop(): captum.attr.GuidedBackprop(model),
+        GuidedGradCam(layer="3"): captum.attr.GuidedGradCam(model, model[3]),
+    }
+    for ours, theirs in peers.items():
+        options = {"interpolate_mode": "bilinear"} if isinstance(ours, GuidedGradCam) else {}
+        expected = torch.stack(
+            [theirs.attribute(x.clone().requires_grad_(), target=c, **options).detach() for c in range(CLASSES)], 1
+        )
+        assert float(expected.min()) < 0 < float(expected.max())
+        torch.testing.assert_close(explain(model, x, ours).maps, expected.abs().sum(2), rtol=1e-4, atol=1e-7)
 
 
 # DeepLift
@@ -327,7 +371,7 @@ def test_options_out_of_range():
 # All of them
 
 
-@pytest.mark.parametrize("explainer", LINEAR, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("explainer", CONTRIBUTIONS, ids=lambda e: type(e).__name__)
 def test_a_contrast_is_the_difference_of_two_maps(explainer, resnet):
     x = images(1)
     found = explain(resnet, x, explainer, labels=[(1, 3), 1, 3]).maps[0]
