@@ -1,7 +1,7 @@
 """Explainers: where in an image a model found its labels. A new one is a file and a line in EXPLAINERS."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,18 @@ def build_explainer(method: Any, **options: Any) -> Any:
         if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
             raise InputError(f"{method}.{key}: expected a value like {known[key].default!r}, got {value!r}")
     return table[method](**options)
+
+
+def build_explainers(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Explainers by name, with their options.
+
+    Raises:
+        InputError: as `build_explainer`, or options of one that is not asked for.
+    """
+    for name in options:
+        if name not in names:
+            raise InputError(f"options.{name}: not one of the methods here, {', '.join(names)}")
+    return {name: build_explainer(name, **options.get(name, {})) for name in names}
 
 
 def explain(
@@ -195,6 +207,7 @@ __all__ = [
     "StoredMaps",
     "Subject",
     "build_explainer",
+    "build_explainers",
     "explain",
     "select",
 ]

@@ -1,16 +1,22 @@
-"""Tables of measured explanations: which pairs belong together, means over labels, and the table of a comparison."""
+"""Explainers measured on the same pairs of an image and a label: which pairs belong together, means over labels, tables."""
 
+import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
 
+from mlvision.errors import InputError
+from mlvision.explain import CONTROLS, Subject
+from mlvision.explain.measure import FACTS, PAIR, Judged, MeasureConfig, measure, randomised, sensitivity
 from mlvision.explain.selection import OUTCOMES
-
-# Columns that say which pair it is, and with those of its size and cost all that are no measures of the explanation.
-_PAIR = {"image", "label", "outcome", "score", "num_present", "flat"}
-FACTS = _PAIR | {"area", "seconds", "forwards"}
+from mlvision.metrics.faithfulness import cross_label_matrix
 
 
 def shown_measures(baselines: Sequence[str], radii: Sequence[float]) -> dict[str, str]:
@@ -67,7 +73,7 @@ def by_case(columns: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Of each case: how many pairs, how many of them flat, and each column's mean over labels."""
     found = {}
     for case, which in cases(columns).items():
-        means = {key: label_means(columns, key, which) for key in columns if key not in _PAIR}
+        means = {key: label_means(columns, key, which) for key in columns if key not in PAIR}
         found[case] = {
             "pairs": int(which.sum()),
             "flat": int(columns["flat"][which].sum()),
@@ -77,12 +83,122 @@ def by_case(columns: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def measured_means(columns: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Of each case the measures' means over labels alone."""
+    return {
+        case: {key: mean for key, mean in found["means"].items() if key not in FACTS}
+        for case, found in by_case(columns).items()
+    }
+
+
 def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Batches to one table; a measure that some batches lack is NaN there."""
     names = list(dict.fromkeys(name for part in parts for name in part))
     return {
         name: np.concatenate([part.get(name, np.full(len(part["image"]), np.nan)) for part in parts]) for name in names
     }
+
+
+def write_pairs(path: Path, tables: Mapping[str, dict[str, np.ndarray]]) -> None:
+    """A CSV with a row for each explained label of each method."""
+    names = list(dict.fromkeys(key for table in tables.values() for key in table))
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", *names])
+        for method, table in tables.items():
+            for row in range(len(table["image"])):
+                writer.writerow([method, *(table[name][row] if name in table else "" for name in names)])
+
+
+class Comparison:
+    """Measures every explainer on batch after batch; one that a batch shows to be impossible is left out from then on.
+
+    Args:
+        sensitive: rows of the images on which Max-Sensitivity is measured, which explains every image again and again.
+        randomise: rows of the images whose maps are compared with those of randomised weights.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        explainers: Mapping[str, Any],
+        measures: MeasureConfig,
+        sensitive: Int64[Tensor, " n"],
+        randomise: Int64[Tensor, " m"],
+    ):
+        self._subject, self._explainers, self._measures = subject, dict(explainers), measures
+        self._sensitive, self._randomise = sensitive, randomise
+        self._columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in explainers}
+        self._drops: dict[str, list[np.ndarray]] = {name: [] for name in explainers}
+        self._sanity: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {name: [] for name in explainers}
+
+    def add(self, judged: Judged) -> None:
+        """Measure every explainer on a batch."""
+        for name in list(self._explainers):
+            try:
+                self._add(name, judged)
+            except InputError as error:
+                print(f"left out: {name} ({error})")
+                for table in (self._explainers, self._columns, self._drops, self._sanity):
+                    del table[name]
+
+    def _add(self, name: str, judged: Judged) -> None:
+        explainer, once = self._explainers[name], replace(self._measures, sensitivity_samples=0)
+        found = measure(self._subject, judged, explainer, once)
+        which = torch.isin(judged.rows, self._sensitive)
+        if self._measures.sensitivity_samples and which.any():
+            noisy = sensitivity(self._subject, judged.some(which), explainer, self._measures)
+            place = which[judged.pairs[0].cpu()].numpy()
+            for key, values in noisy.items():
+                found.columns[key] = np.full(len(place), np.nan)
+                found.columns[key][place] = values
+        which = torch.isin(judged.rows, self._randomise)
+        if which.any():
+            part = judged.some(which)
+            stages = randomised(self._subject, part, explainer, once)
+            self._sanity[name].append((len(part.pairs[0]), stages))
+        self._columns[name].append(found.columns)
+        self._drops[name].append(found.drops)
+
+    @property
+    def tables(self) -> dict[str, dict[str, np.ndarray]]:
+        """Each explainer's columns, of all batches; none where nothing was measured."""
+        return {name: join(parts) for name, parts in self._columns.items() if parts}
+
+    def methods(self, num_classes: int) -> dict[str, dict[str, Any]]:
+        """Of each explainer its options, the means by case, the cross-label matrix, and what randomised weights do."""
+        methods = {}
+        for name, table in self.tables.items():
+            # Of labels that were found, whose evidence is really there.
+            groups = cases(table)
+            which = (groups["clear"] | groups["competing"]) & ~table["flat"]
+            labels = table["label"][which]
+            matrix = cross_label_matrix(np.concatenate(self._drops[name])[which][:, None], labels[:, None], num_classes)
+            methods[name] = {
+                "options": options_of(self._explainers[name]),
+                "control": name in CONTROLS,
+                "cases": by_case(table),
+                "randomised": _mean_by_stage(self._sanity[name]),
+                "cross_label": {"drops": matrix.drops.tolist(), "counts": matrix.counts.tolist()},
+            }
+        return methods
+
+
+def options_of(explainer: Any) -> dict[str, Any]:
+    """The fields of an explainer's dataclass; none where it is no dataclass."""
+    return asdict(explainer) if is_dataclass(explainer) and not isinstance(explainer, type) else {}
+
+
+def _mean_by_stage(parts: list[tuple[int, list[dict[str, Any]]]]) -> list[dict[str, float]]:
+    """The mean over batches, by their number of pairs, of what `randomised` gives."""
+    stages = []
+    for rows in zip(*(part for _, part in parts), strict=True):
+        values = [(count, row["spearman"]) for (count, _), row in zip(parts, rows, strict=True)]
+        known = [(count, value) for count, value in values if not math.isnan(value)]
+        total = sum(count for count, _ in known)
+        mean = sum(count * value for count, value in known) / total if total else math.nan
+        stages.append({"share": rows[0]["share"], "spearman": mean})
+    return stages
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:

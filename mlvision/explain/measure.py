@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mlvision.data.manifest import Record
 from mlvision.errors import check_fields
 from mlvision.explain import Explanation, Selection, Subject, explain
-from mlvision.explain.comparison import FACTS
 from mlvision.explain.impute import BASELINES
 from mlvision.explain.perturb import PRECISIONS, perturbed_logits
 from mlvision.explain.selection import outcomes
@@ -32,6 +31,9 @@ from mlvision.types import to_scores
 COVER_GRID = (56, 56)  # on which annotated areas are compared with maps
 SMALL = 0.15  # of the image: on larger objects any map that is hot in the middle hits
 CUT = 0.2  # of the patches are removed for the cross-label drops
+# Columns that say which pair it is, and with those of its size and cost all that are no measures of the explanation.
+PAIR = {"image", "label", "outcome", "score", "num_present", "flat"}
+FACTS = PAIR | {"area", "seconds", "forwards"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What a label looks like to a model: the patches of a data set that are nearest to it."""
 
+import csv
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from mlvision.data.manifest import Manifest
 from mlvision.errors import InputError
 from mlvision.explain.producers import DenseHead
 from mlvision.explain.render import GAP, OUTCOME_COLOURS, draw_text, draw_tile, number, side_by_side, stack
@@ -85,6 +88,18 @@ def find_prototypes(subject: Subject, batches: Iterable[Batch], num: int) -> Pro
         raise InputError("prototypes: there is no image to look for them in")
     values, indices, cells = best
     return Prototypes(values, indices, torch.stack([cells // width, cells % width], 2), (height, width))
+
+
+def write_prototypes(path: Path, found: Prototypes, labels: Sequence[int], manifest: Manifest) -> None:
+    """A CSV with a row for each patch of each label, the nearest first."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("class", "rank", "image", "row", "column", "rows", "columns", "nearness", "target"))
+        for label in labels:
+            columns = (found.indices[label].tolist(), found.cells[label].tolist(), found.nearness[label].tolist())
+            for rank, (index, cell, near) in enumerate(zip(*columns, strict=True)):
+                target, key = manifest.target(index)[label], manifest.records[index].key
+                writer.writerow((manifest.classes[label], rank, key, *cell, *found.grid, f"{near:.5f}", target))
 
 
 def draw_prototypes(

@@ -43,6 +43,17 @@ class ShownMethod:
     label_specific: bool = True
     description: str = ""
 
+    @classmethod
+    def of(cls, name: str, explainer: object) -> "ShownMethod":
+        """As the explainer itself says, with the first line of its docstring."""
+        described = (type(explainer).__doc__ or "").strip().splitlines()
+        return cls(
+            name,
+            signed=getattr(explainer, "signed", False),
+            label_specific=getattr(explainer, "label_specific", True),
+            description=described[0] if described else "",
+        )
+
 
 @dataclass(frozen=True)
 class ExplainedImage:
@@ -59,6 +70,8 @@ class ExplainedImage:
         loss: of this image; NaN where there is none.
         against: for a contrast `a - b` the class b, -1 elsewhere; None: no contrasts.
         measures: by method and by the measure's name one number a label; NaN is not shown.
+        extent: x1, y1, x2, y2 in [0, 1] of the full image: the part that the photo shows.
+        kinds: by method what its values are, as `LabelMap.kind`; attribution where nothing is said.
     """
 
     key: str
@@ -71,6 +84,8 @@ class ExplainedImage:
     loss: float = float("nan")
     against: Integer[np.ndarray, " L"] | None = None
     measures: Mapping[str, Mapping[str, Float[np.ndarray, " _L"]]] = field(default_factory=dict)
+    extent: Sequence[float] = (0.0, 0.0, 1.0, 1.0)
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_labels, num_classes = len(self.labels), len(self.scores)
@@ -90,6 +105,11 @@ class ExplainedImage:
     def rival(self, place: int) -> int:
         """The class that the label at a place is set against; -1: none."""
         return -1 if self.against is None else int(self.against[place])
+
+    def name(self, place: int, classes: Sequence[str]) -> str:
+        """The label at a place in words, of a contrast both its classes."""
+        name, rival = classes[self.labels[place]], self.rival(place)
+        return name if rival < 0 else f"{name} {MINUS} {classes[rival]}"
 
     def signed(self, place: int, method: ShownMethod) -> bool:
         """Whether the map of a label is drawn with both signs."""
@@ -260,9 +280,8 @@ def _row(
     tiles = [draw_tile(photo, _MUTED, [], tile_px, 2 + has_rivals, _bar(limit, method.signed, tile_px))]
     for place in image.in_order(thresholds):
         c, rival = int(image.labels[place]), image.rival(place)
-        lines = [classes[c], f"p={image.scores[c]:.2f} GT={_truth(float(image.targets[c]))} {said[c]}"]
+        lines = [image.name(place, classes), f"p={image.scores[c]:.2f} GT={_truth(float(image.targets[c]))} {said[c]}"]
         if rival >= 0:
-            lines[0] = f"{classes[c]} {MINUS} {classes[rival]}"
             lines += [f"second: p={image.scores[rival]:.2f} GT={_truth(float(image.targets[rival]))}"]
         signed = image.signed(place, method)
         picture = photo if silence[place] else overlay(photo, maps[place], limit, signed, opacity)

@@ -203,6 +203,32 @@ def _by_list(lists: Sequence[Sequence[Any]], num_classes: int, classes: Sequence
     return replace(chosen, against=None) if bool((labels[1] < 0).all()) else chosen
 
 
+def parse_labels(words: Sequence[str], classes: Sequence[str], known: bool = True) -> str | list[Label | Contrast]:
+    """A command line's words as `select` takes them: one rule's name, or class names and contrasts `a - b`.
+
+    Args:
+        known: whether the images' labels are known, which some rules need.
+
+    Raises:
+        InputError: a rule beside other words, one that needs labels where none are known, or an unknown class.
+    """
+    rules = [word for word in words if word in SELECTIONS or re.fullmatch(r"top\d+", word)]
+    if rules and len(words) > 1:
+        raise InputError(f"labels: '{rules[0]}' stands alone, or classes are listed; got {', '.join(words)}")
+    if rules:
+        if rules[0] in ("ground_truth", "errors", "relevant") and not known:
+            raise InputError(f"labels: {rules[0]} needs the images' labels, and a folder has none; leave images= empty")
+        return rules[0]
+    labels: list[Label | Contrast] = []
+    for word in words:
+        a, minus, b = word.partition(" - ")
+        contrast = bool(minus) and word not in classes
+        labels.append((a, b) if contrast else word)
+        for name in (a, b) if contrast else (word,):
+            class_index(name, len(classes), classes)
+    return labels
+
+
 def class_index(label: Label, num_classes: int, classes: Sequence[str] | None) -> int:
     """The index of a label given by name or index.
 

@@ -43,18 +43,22 @@ def test_maps_pages_measures_and_report_are_written(run_folder, tmp_path):
     assert {path.name for path in out.iterdir()} == {"maps", "grids", "report", "metrics.csv", "metrics.json"}
     assert (out / "report" / "index.html").is_file()
     assert {path.name for path in (out / "grids").iterdir()} == {"grad_cam_0.png", "occlusion_0.png"}
-    stored = np.load(out / "maps" / "occlusion.npz")
-    about = json.loads(str(stored["about"]))
-    assert about["options"]["window_px"] == 16
-    assert len(about["model_hash"]) == 64
-    assert stored["maps"].dtype == np.float16
-    assert stored["maps"].shape[:2] == stored["labels"].shape
-    present = stored["labels"] >= 0
-    rows = np.nonzero(present)[0]
-    assert (stored["targets"][rows, stored["labels"][present]] == 1).all()
-    assert np.abs(stored["maps"]).max() == 1  # in units of each image's scale
+    files = sorted((out / "maps" / "occlusion").iterdir())
+    assert [path.name for path in files] == [path.name for path in sorted((out / "maps" / "grad_cam").iterdir())]
+    assert [path.stem for path in files] == [path.stem for path in sorted((out / "report" / "photos").iterdir())]
+    num_pairs = 0
+    for path in files:
+        stored = np.load(path)
+        about = json.loads(str(stored["about"]))
+        assert about["options"]["window_px"] == 16
+        assert len(about["model_hash"]) == 64
+        assert stored["maps"].dtype == np.float16
+        assert len(stored["maps"]) == len(stored["labels"]) > 0
+        assert (stored["targets"][stored["labels"]] == 1).all()
+        assert np.abs(stored["maps"]).max() == 1  # in units of the image's scale
+        num_pairs += len(stored["labels"])
     rows = list(csv.DictReader(open(out / "metrics.csv")))
-    assert len(rows) == 2 * present.sum()
+    assert len(rows) == 2 * num_pairs
     assert {row["method"] for row in rows} == {"grad_cam", "occlusion"}
     means = json.loads((out / "metrics.json").read_text())["means"]
     assert set(means["occlusion"]) == {"clear", "competing", "FP", "FN"}
@@ -69,10 +73,12 @@ def test_a_folder_of_images_and_contrasts(run_folder, scenes_root, tmp_path):
     labels = f"labels=[{classes[0]},{classes[0]} - {classes[1]}]"
     photos = f"images={scenes_root / 'images' / 'test'}"
     tool.main([str(run_folder), photos, labels, "num_images=3", "grids=0", f"out={out}", *QUICK])
-    stored = np.load(out / "maps" / "grad_cam.npz")
-    assert stored["against"].tolist() == [[-1, 1]] * 3
-    assert stored["labels"].tolist() == [[0, 0]] * 3
-    assert np.isnan(stored["targets"]).all()
+    for number in range(3):
+        stored = np.load(out / "maps" / "grad_cam" / f"{number:05}.npz")
+        assert stored["against"].tolist() == [-1, 1]
+        assert stored["labels"].tolist() == [0, 0]
+        assert stored["names"].tolist() == [classes[0], f"{classes[0]} \u2212 {classes[1]}"]
+        assert np.isnan(stored["targets"]).all()
 
 
 @pytest.mark.parametrize(

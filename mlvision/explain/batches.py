@@ -1,0 +1,174 @@
+"""From the batches of a loader to explained images: which labels are asked about, and what every method says of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from mlvision.data.manifest import Manifest
+from mlvision.errors import InputError
+from mlvision.explain import EmptySelectionError, Explanation, Labels, Selection, Subject, explain, select
+from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure
+from mlvision.explain.render import ExplainedImage
+from mlvision.labels.geometry import whole_images
+from mlvision.losses import binary_cross_entropy
+from mlvision.metrics.summary import log_odds
+from mlvision.types import Batch, to_scores
+
+Columns = dict[str, np.ndarray]  # of measures, a number a pair of image and label
+
+
+@dataclass
+class Asked:
+    """The images of a batch that have a label to explain.
+
+    Attributes:
+        images: as the loader gave them; `pixels` are the same in [0, 1], on the model's device.
+        targets: 1 present, 0 absent, NaN unknown.
+        rows: in the manifest.
+        boxes: what part of each full image they show.
+        logits: on the CPU.
+    """
+
+    images: Shaped[Tensor, "n in_chans H W"]
+    pixels: Float[Tensor, "n in_chans H W"]
+    targets: Float[Tensor, "n C"]
+    rows: Int64[Tensor, " n"]
+    boxes: Float[Tensor, "n 4"]
+    logits: Float[Tensor, "n C"]
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class Asker:
+    """What is asked about every batch of a manifest.
+
+    Attributes:
+        subject: a method's: its `activation` makes scores of the logits.
+        labels: as `select` takes them.
+        known: whether the manifest knows its images' labels; a folder of images does not.
+    """
+
+    subject: Subject
+    manifest: Manifest
+    labels: Labels
+    threshold: float
+    known: bool = True
+
+    @property
+    def activation(self) -> str:
+        return self.subject.module.activation  # pyright: ignore[reportReturnType]
+
+    def ask(self, batch: Batch) -> Asked | None:
+        """The images that have such a label; None where none has."""
+        pixels = self.subject.pixels(batch.images)
+        with torch.inference_mode():
+            logits = self.subject.logits(pixels).float().cpu().clone()
+        try:
+            selection = select(
+                self.labels,
+                logits,
+                targets=batch.targets if self.known else None,
+                threshold=self.threshold,
+                classes=self.manifest.classes,
+                activation=self.activation,
+            )
+        except EmptySelectionError:
+            return None
+        kept = selection.valid.any(1)
+        return Asked(
+            batch.images[kept],
+            pixels[kept.to(pixels.device)],
+            batch.targets[kept],
+            batch.index[kept],
+            batch.view.boxes[kept],
+            logits[kept],
+            selection.rows(kept).to(pixels.device),
+        )
+
+    def judged(self, asked: Asked) -> Judged:
+        """What the explanations of these images are measured by.
+
+        Raises:
+            InputError: views that show a part of the image.
+        """
+        check_whole(asked.boxes)
+        return judge_on(
+            self.subject,
+            asked.pixels,
+            asked.targets,
+            asked.selection,
+            asked.rows,
+            [self.manifest.records[row] for row in asked.rows.tolist()],
+            threshold=self.threshold,
+            activation=self.activation,
+        )
+
+    def explain(
+        self, asked: Asked, explainers: Mapping[str, Any], seed: int, measures: MeasureConfig | None = None
+    ) -> tuple[list[ExplainedImage], dict[str, Columns]]:
+        """Every method's maps of these images; and with `measures` how good they are, of the very maps that are shown."""
+        found: dict[str, Explanation] = {}
+        columns: dict[str, Columns] = {}
+        judged = None if measures is None else self.judged(asked)
+        for name, explainer in explainers.items():
+            if judged is None or measures is None:
+                found[name] = explain(
+                    self.subject, asked.pixels, explainer, asked.selection, asked.rows, seed=seed, allow_flat=True
+                )
+            else:
+                measured = measure(self.subject, judged, explainer, measures)
+                found[name], columns[name] = measured.explanation, measured.columns
+        return self._images(asked, found, columns), columns
+
+    def _images(self, asked: Asked, found: dict[str, Explanation], columns: dict[str, Columns]) -> list[ExplainedImage]:
+        selection = asked.selection.to("cpu")
+        losses = image_losses(asked.logits, asked.targets, self.activation)
+        scores = to_scores(asked.logits, self.activation)
+        shown = {name: _by_label(measured, selection) for name, measured in columns.items()}
+        return [
+            ExplainedImage(
+                self.manifest.records[row].key,
+                photo=asked.images[place].permute(1, 2, 0).numpy(),
+                scores=scores[place].numpy(),
+                targets=asked.targets[place].numpy(),
+                labels=selection.labels[place].numpy(),
+                maps={name: one.maps[place].cpu().numpy() for name, one in found.items()},
+                logits=asked.logits[place].numpy(),
+                loss=float(losses[place]),
+                against=None if selection.against is None else selection.against[place].numpy(),
+                measures={name: {key: table[place] for key, table in tables.items()} for name, tables in shown.items()},
+                extent=asked.boxes[place].tolist(),
+                kinds={name: one.kind for name, one in found.items()},
+            )
+            for place, row in enumerate(asked.rows.tolist())
+        ]
+
+
+def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], activation: str) -> Float[Tensor, " B"]:
+    """The sum over known labels of the binary cross-entropy; NaN where none is known."""
+    losses = binary_cross_entropy(log_odds(logits, activation), targets, reduction="none").sum(1)
+    return losses.where(targets.isfinite().any(1), torch.nan)
+
+
+def check_whole(boxes: Float[Tensor, "B 4"]) -> None:
+    """Refuse views that show a part of the image, which annotated areas and stored maps do not."""
+    if not torch.equal(boxes, whole_images(boxes)):
+        raise InputError(
+            "view.eval_resize: measures and stored maps are of whole images; this run's views are crops of them (use squash)"
+        )
+
+
+def _by_label(columns: Columns, selection: Selection) -> Columns:
+    """The measures that the report shows as `[B, L]`, NaN in empty places."""
+    where = tuple(index.numpy() for index in selection.valid.nonzero(as_tuple=True))
+    tables = {}
+    for key in columns:
+        if key.startswith(("srg_", "specificity_")) or key in ("pointing", "mass_lift"):
+            tables[key] = np.full(selection.labels.shape, np.nan)
+            tables[key][where] = columns[key]
+    return tables
