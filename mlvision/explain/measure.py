@@ -302,7 +302,12 @@ def _deletion(
     subject: Subject, judged: Judged, maps: Float[Tensor, "P h w"], baseline: str, config: MeasureConfig
 ) -> tuple[dict[str, np.ndarray], Float64[np.ndarray, "P C"]]:
     image, place = judged.pairs
-    most, least = deletion_curves(subject, judged.pixels[image], maps, baseline, config)
+    # As many pairs at once as there are images: what has the size of the images does not grow with the labels.
+    parts = [
+        deletion_curves(subject, judged.pixels[some], some_maps, baseline, config)
+        for some, some_maps in zip(*(column.split(len(judged.pixels)) for column in (image, maps)), strict=True)
+    ]
+    most, least = (torch.cat(curves) for curves in zip(*parts, strict=True))
     pair = judged.selection.each(image, place)
     curves = [pair.scores(curve)[..., 0].double().cpu().numpy() for curve in (most, least)]
     measures: dict[str, np.ndarray] = dict(deletion_measures(curves[0], curves[1])._asdict())
@@ -345,12 +350,12 @@ def sensitivity(
     noise = torch.Generator().manual_seed(config.seed)
     found = {}
     for radius in config.sensitivity:
-        copies = []
+        largest = np.zeros(len(maps))
         for _ in range(config.sensitivity_samples):
             shift = (2 * torch.rand(judged.pixels.shape, generator=noise) - 1).to(judged.pixels) * radius
             again = _ask(subject, judged, explainer, config, (judged.pixels + shift).clamp(0, 1))
-            copies.append(again.maps[image, place].cpu())
-        found[f"max_sensitivity_{radius:g}"] = max_sensitivity(maps, torch.stack(copies))
+            largest = np.maximum(largest, max_sensitivity(maps, again.maps[image, place].cpu()[None]))
+        found[f"max_sensitivity_{radius:g}"] = largest
     return found
 
 

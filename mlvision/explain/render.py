@@ -108,7 +108,7 @@ class ExplainedImage:
 
     def name(self, place: int, classes: Sequence[str]) -> str:
         """The label at a place in words, of a contrast both its classes."""
-        name, rival = classes[self.labels[place]], self.rival(place)
+        name, rival = classes[int(self.labels[place])], self.rival(place)
         return name if rival < 0 else f"{name} {MINUS} {classes[rival]}"
 
     def signed(self, place: int, method: ShownMethod) -> bool:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -186,6 +187,29 @@ def test_sensitivity_asks_the_same_explainer_again():
     np.testing.assert_array_equal(still, 0)  # its maps do not depend on the pixels
     edges = measure(Subject(model), judged, build_explainer("edges"), QUICK).columns["max_sensitivity_0.05"]
     assert (edges > 0).all()
+
+
+def test_memory_at_the_size_of_the_images_does_not_grow_with_the_labels():
+    """The peak for 32 labels is less than one image above that for 2: no copy of the image for each label."""
+    side = 128
+
+    def peak(num_classes: int) -> int:
+        torch.manual_seed(0)
+        subject = Subject(timm.create_model("resnet10t", num_classes=num_classes).eval())
+        labels = torch.arange(num_classes)
+        judged = judge_on(
+            subject, torch.rand(1, 3, side, side), torch.ones(1, num_classes), Selection(labels[None]), torch.arange(1),
+            [Record("a", "a", tuple(labels.tolist()))], threshold=0.5, activation="sigmoid",
+        )  # fmt: skip
+        config = MeasureConfig(lattice=4, steps=5, baselines=["black"], sensitivity=[0.1], sensitivity_samples=2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            measure(subject, judged, build_explainer("grad_cam"), config)
+        changes = sorted(
+            (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+        )
+        return int(np.cumsum([size for _, size in changes]).max())
+
+    assert peak(32) - peak(2) < 3 * side * side * 4
 
 
 def test_areas_of_the_annotation():

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +135,30 @@ def test_maps_that_are_too_fine_are_averaged_and_the_page_says_so(tmp_path):
     assert np.flatnonzero(stored).tolist() == [14 * 30 + 1]
     assert stored[14, 1] == pytest.approx(3)
     assert part["peaks"][0] == [round(3.5 / 60, 3), round(28.5 / 30, 3), 8]  # of the map as it was made
+
+
+def test_memory_at_the_size_of_the_photos_does_not_grow_with_the_labels(tmp_path):
+    """Maps are drawn by the browser: 64 labels take less than one map of a photo's size more than 2."""
+    side, names = 512, [f"class {n}" for n in range(64)]
+
+    def peak(num_labels):
+        image = ExplainedImage(
+            "a.jpg",
+            photo=np.zeros((side, side, 3), np.uint8),
+            scores=np.full(64, 0.9, np.float32),
+            targets=np.ones(64, np.float32),
+            labels=np.arange(num_labels),
+            maps={"cam": np.random.default_rng(0).random((num_labels, 7, 7), np.float32)},
+        )
+        tracemalloc.start()
+        write_report(tmp_path / "out", ReportData("memory", names, METHODS[:1], [image]))
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(2)  # what is only made once
+    assert peak(64) - peak(2) < side * side * 4
 
 
 def test_only_a_report_is_replaced(tmp_path):
