@@ -157,7 +157,7 @@ def _draw_entropy(axes: Axes, crops: dict[str, Any]) -> None:
     values = [part["entropy"] for part in crops["bins"]]
     name, unit = crops["entropy_of"].split(", ")
     axes.plot([np.mean(part["area"]) for part in crops["bins"]], values, marker="o", ms=4, color=INK)
-    axes.set(xlabel=_AREA, ylabel=f"entropy, {unit}", title=f"entropy of a crop's label ({_NAMES[name]}): low is sure")
+    axes.set(xlabel=_AREA, ylabel=f"entropy, {unit}", title=f"entropy of a crop's label ({_NAMES[name]})")
     _leave_room(axes, np.nanmax(values), 1.1)
 
 
@@ -193,7 +193,7 @@ def _draw_calibration(axes: Axes, found: dict[str, Any]) -> None:
         axes.annotate(f"{part['count']:,}", place, (0, 6), textcoords="offset points", **looks)
     _leave_room(axes, 1.0, 1.15)
     axes.set(xlim=(-0.03, 1.03), xlabel="highest probability in the map", ylabel="share that has the label")
-    axes.set_title(f"calibration: ECE {found['ece']:.4f}, with counts")
+    axes.set_title(f"calibration: ECE {found['ece']:.4f}")
 
 
 def _draw_classes(
