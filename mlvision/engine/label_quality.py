@@ -107,7 +107,7 @@ def check_kind(store: LabelMapStore, num_classes: int) -> None:
     meta = store.meta
     oracle = meta.num_classes == 2 * num_classes and meta.kind == "probability" and not meta.top_k
     if meta.kind not in ("logit", "probability"):
-        raise InputError(f"{store.path}: maps of {meta.kind}, expected logit or probability; calibrate them first")
+        raise InputError(f"{store.path}: maps of {meta.kind}, the report judges logits and probabilities")
     if meta.num_classes != num_classes and not oracle:
         raise InputError(f"{store.path}: maps of {meta.num_classes} classes, the data has {num_classes}")
 
@@ -283,12 +283,17 @@ def exact(
     teacher: Teacher,
 ) -> dict[str, Any]:
     """KL(exact || pooled) by crop area: the teacher's answer to a crop's pixels against the mean logit of the crop's cells,
-    and against that of the whole map, which is what a label without a place would cost."""
+    and against that of the whole map, which is what a label without a place would cost.
+
+    A crop is answered at the size that the teacher was trained at, whatever scales made the maps: enlarged twice, an object
+    that already fills the crop would be twice what the teacher knows.
+    """
     meta = store.meta
     if meta.kind != "logit" or meta.activation is None:
         raise InputError(f"teacher: {store.path} holds {meta.kind}, expected a teacher's logits to compare with")
     chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[: config.exact_images])
     check_same_teacher(teacher, store, manifest, chosen, config)
+    teacher = teacher.at_own_size()
     plain = {"flip": 0.0, "quarter_turns": False, "color_jitter": 0.0, "hue": 0.0, "randaugment_ops": 0, "cutout": 0.0}
     view = replace(config.view, **plain, interpolation=teacher.preprocessing.interpolation)
     dataset = ImageDataset(manifest, TrainView(view, teacher.image_size), config.seed, config.crops, store)
@@ -310,6 +315,7 @@ def exact(
 
     return {
         "images": len(chosen),
+        "image_size": list(teacher.image_size),
         "unit": "nats" if meta.activation == "softmax" else "nats a class",
         "all": measured(np.ones(len(area), dtype=bool)),
         "bins": [{"area": limits, **measured(which)} for limits, which in area_bins(area, config.view.scale)],

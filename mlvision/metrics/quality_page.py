@@ -53,8 +53,8 @@ def summarise(quality: dict[str, Any]) -> str:
     found = quality["exact"]
     if found:
         lines.append(
-            f"KL(exact || pooled), {found['all']['crops']:,} crops, {found['unit']}: {found['all']['kl_pooled']:.4f}; "
-            f"against the whole image's label {found['all']['kl_whole_image']:.4f}"
+            f"KL(exact || pooled), {found['all']['crops']:,} crops at {_pixels(found)}, {found['unit']}: "
+            f"{found['all']['kl_pooled']:.4f}; against the whole image's label {found['all']['kl_whole_image']:.4f}"
         )
     if maps["approximate"] is not None:
         lines.append(
@@ -171,10 +171,17 @@ def _draw_exact(axes: Axes, answers: dict[str, Any]) -> None:
         axes.plot(middle, values, style, marker="o", ms=4, color=colour, label=label)
         highest = max(highest, np.nanmax(values))
     axes.set(
-        xlabel=_AREA, ylabel=f"KL(exact || label), {answers['unit']}", title="how far it is from the teacher's answer"
+        xlabel=_AREA,
+        ylabel=f"KL(exact || label), {answers['unit']}",
+        title=f"how far it is from the teacher's answer ({_pixels(answers)})",
     )
     _leave_room(axes, highest, 1.2)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
+
+
+def _pixels(answers: dict[str, Any]) -> str:
+    height, width = answers["image_size"]
+    return f"{height} px" if height == width else f"{height}x{width} px"
 
 
 def _leave_room(axes: Axes, highest: float, factor: float) -> None:

@@ -48,6 +48,10 @@ class Teacher(nn.Module):
         """Maps and logits from one pass of the backbone; in the weights' own precision also under autocast."""
         raise NotImplementedError
 
+    def at_own_size(self) -> "Teacher":
+        """The same teacher without scales: it answers images at the size that it was trained at."""
+        return self
+
     def maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C h w"]:
         """The logits of each cell."""
         maps = self(images).maps
@@ -226,6 +230,10 @@ class AveragedTeacher(Teacher):
                 logits = logits + self._summands(output.logits)
         count = len(self._views) * (1 + self.flip)
         return HeadOutput(self._to_logits(logits / count), self._to_logits(maps / count))
+
+    def at_own_size(self) -> "AveragedTeacher":
+        teachers = [teacher for teacher in self.teachers if isinstance(teacher, DenseTeacher)]
+        return AveragedTeacher(teachers, flip=self.flip, combination=self.combination, activation=self.activation)
 
     def _summands(self, logits: Float[Tensor, "B C ..."]) -> Float[Tensor, "terms B C ..."]:
         """What is averaged: logits, probabilities, or of a sigmoid the probabilities of presence and of absence."""

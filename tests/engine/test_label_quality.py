@@ -23,7 +23,7 @@ from mlvision.errors import InputError
 from mlvision.labels.annotate import annotate, top_k_of
 from mlvision.labels.oracle import batch_oracle_maps, oracle_map, oracle_targets
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
-from mlvision.models.dense import build_teacher
+from mlvision.models.dense import AveragedTeacher, build_teacher
 from mlvision.types import CropBox
 
 GRID = (12, 16)
@@ -275,7 +275,7 @@ def test_stores_that_cannot_be_judged_are_refused(manifest, config, tmp_path):
     with pytest.raises(InputError, match="made for the class list ff, but the data has"):
         judge(classes, manifest, config)
     plan = make_store(tmp_path / "plan", manifest, maps, kind="mass")
-    with pytest.raises(InputError, match="maps of mass, expected logit or probability; calibrate them first"):
+    with pytest.raises(InputError, match="maps of mass, the report judges logits and probabilities"):
         judge(plan, manifest, config)
     fewer = make_store(tmp_path / "fewer", manifest, maps[:, :7])
     with pytest.raises(InputError, match="maps of 7 classes, the data has 20"):
@@ -378,6 +378,25 @@ def test_kl_of_real_crops_matches_the_definition(teacher_store, manifest, config
     expected = np.reshape(expected, (18, 2)).mean(axis=0)
     assert (expected > 1e-8).all()
     assert [found["all"]["kl_pooled"], found["all"]["kl_whole_image"]] == pytest.approx(expected.tolist(), rel=1e-2)
+
+
+def test_crops_are_answered_at_the_teachers_own_size(teacher_store, manifest, config, tmp_path):
+    """Whatever scales made the maps: an enlarged crop would be asked about objects of twice the size."""
+    _, teacher = teacher_store
+    wide = AveragedTeacher([teacher], scales=[2.0], activation="sigmoid")
+    view = EvalView(wide.image_size, teacher.preprocessing.interpolation, "squash")
+    images = torch.stack([view(read_record(record)).image for record in manifest.records])
+    with torch.inference_mode():
+        maps = torch.cat([wide.maps(part) for part in images.split(16)]).numpy()
+    store = make_store(tmp_path / "maps", manifest, maps, kind="logit", activation="sigmoid")
+    given = []
+    hook = teacher.register_forward_pre_hook(lambda _, inputs: given.append(tuple(inputs[0].shape[2:])))
+
+    found = judge(store, manifest, replace(config, exact_images=9), teacher=wide)["exact"]
+
+    hook.remove()
+    assert found["image_size"] == list(teacher.image_size)
+    assert given == [wide.image_size, teacher.image_size]  # some maps again, then the crops
 
 
 def test_another_teacher_is_refused(teacher_store, manifest, config, tmp_path):

@@ -78,6 +78,7 @@ def quality():
         },
         "classes": [row("cat", 0.3), row("$x^2$", 0.6), row("never there", NAN)],
         "exact": {
+            "image_size": [96, 128],
             "unit": "nats",
             "all": {"crops": 16, "kl_pooled": 0.0456, "kl_whole_image": 0.0789},
             "bins": [{"area": area, **exact(sum(area))} for area in BINS],
@@ -196,7 +197,7 @@ def test_the_summary_by_hand(quality):
         "entropy (mean_logit, nats): 0.600 in the smallest crops, 1.200 in the largest",
         "calibration of the maximum: ECE 0.0123 over 4,321 labels of images",
         "localisation, 2,345 labels with boxes: pointing game 0.7100 (chance 0.3100), mass in box 0.5200 = 2.08 x chance",
-        "KL(exact || pooled), 16 crops, nats: 0.0456; against the whole image's label 0.0789",
+        "KL(exact || pooled), 16 crops at 96x128 px, nats: 0.0456; against the whole image's label 0.0789",
     ]
     quality["maps"]["approximate"] = 0.0321
     assert summarise(quality).endswith("approximate: the mean of the maps differs from the teacher's logits by 0.0321")

@@ -211,7 +211,7 @@ def test_the_script_reports(arguments, store, teacher, tmp_path):
     assert f"pointing game {quality['localisation']['pointing_game']:.4f}" in done.stdout
     # The teacher was averaged as for the store (scales=[2.0]); another would have been refused.
     assert quality["exact"]["all"]["crops"] == 8 * 4
-    assert f"KL(exact || pooled), 32 crops, nats: {quality['exact']['all']['kl_pooled']:.4f}" in done.stdout
+    assert f"KL(exact || pooled), 32 crops at 48 px, nats: {quality['exact']['all']['kl_pooled']:.4f}" in done.stdout
     with Image.open(tmp_path / "quality.png") as page:
         assert page.format == "PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quality.json", "quality.png"]
