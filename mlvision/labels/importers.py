@@ -61,8 +61,8 @@ def import_published(
     """
     if axes not in AXES:
         raise InputError(
-            f"axes: expected hw (rows first) or wh, got {axes!r}; the files do not say, detect_axes compares them with "
-            "maps of the same images"
+            f"axes: expected hw (rows first) or wh, got {axes!r}; the files do not say, but another teacher's maps of the "
+            "same images tell them apart (reference=)"
         )
     if fill not in FILLS:
         raise InputError(f"fill: expected one of {', '.join(FILLS)}, got '{fill}'")

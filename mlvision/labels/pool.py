@@ -137,7 +137,11 @@ def _check(
     if operator.startswith("mean_") and operator != f"mean_{label_map.kind}":
         raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.to first")
     if label_map.ids is None and label_map.values.shape[1] != num_classes:
-        raise InputError(f"label maps of {label_map.values.shape[1]} classes, expected {num_classes}")
+        found = label_map.values.shape[1]
+        hint = (
+            "; maps of annotated areas, two a class, are for method.target=oracle" if found == 2 * num_classes else ""
+        )
+        raise InputError(f"label maps of {found} classes, expected {num_classes}{hint}")
     # On a GPU the question would wait for it.
     ids = label_map.ids
     if ids is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_classes:

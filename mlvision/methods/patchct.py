@@ -34,6 +34,19 @@ class PatchCTConfig(MethodConfig):
     patch_weights: Annotated[str, "uniform, or attention: of the class token in a ViT's last block"] = "uniform"
     sink: Annotated[float, "share of the labels' mass in a learnt prototype of the background, below 1; 0: none"] = 0.0
 
+    def __post_init__(self) -> None:
+        rules = (
+            ("alpha", self.alpha >= 0, "0 or more"),
+            ("loss", self.loss in ("asl", "bce"), "asl or bce"),
+            ("plan", self.plan in PLANS, f"one of {', '.join(PLANS)}"),
+            ("rho", 0 <= self.rho <= 1, "0 to 1"),
+            ("levels", self.levels >= 1, "1 or more"),
+            ("navigator", self.navigator in ("cosine", *NAVIGATORS), f"one of cosine, {', '.join(NAVIGATORS)}"),
+            ("patch_weights", self.patch_weights in ("uniform", "attention"), "uniform or attention"),
+            ("sink", 0 <= self.sink < 1, "at least 0, less than 1"),
+        )
+        check_fields(self, "method.", rules)
+
 
 class PatchCT(Method):
     """Classification by the names of the labels, and the cost of transport between patches and the labels that are there.
@@ -52,7 +65,6 @@ class PatchCT(Method):
 
     def __init__(self, config: PatchCTConfig, classifier: Classifier, preprocessing: Preprocessing):
         super().__init__(classifier, preprocessing)
-        _check(config)
         if not isinstance(classifier.head, TextHead):
             raise InputError("method.name: patchct compares patches with the names of labels; it needs head.name=text")
         self.config, self.text = config, classifier.head
@@ -123,17 +135,3 @@ class PatchCT(Method):
             sink=self.sink,
             sink_mass=config.sink,
         )
-
-
-def _check(config: PatchCTConfig) -> None:
-    rules = (
-        ("alpha", config.alpha >= 0, "0 or more"),
-        ("loss", config.loss in ("asl", "bce"), "asl or bce"),
-        ("plan", config.plan in PLANS, f"one of {', '.join(PLANS)}"),
-        ("rho", 0 <= config.rho <= 1, "0 to 1"),
-        ("levels", config.levels >= 1, "1 or more"),
-        ("navigator", config.navigator in ("cosine", *NAVIGATORS), f"one of cosine, {', '.join(NAVIGATORS)}"),
-        ("patch_weights", config.patch_weights in ("uniform", "attention"), "uniform or attention"),
-        ("sink", 0 <= config.sink < 1, "at least 0, less than 1"),
-    )
-    check_fields(config, "method.", rules)

@@ -21,6 +21,7 @@ TARGETS = {"softmax": "mean_logit", "multilabel": "max", "gated": "max", "oracle
 FUSIONS = ("none", "convex", "gate")
 REGIONS = ("crop", "image", "swapped")
 FILLS = ("stored", "zero")
+_TINY = 1e-12  # no sum of probabilities that are there is below it
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,27 @@ class RelabelConfig(MethodConfig):
         str, "what unstored classes are worth. stored: what the store says; zero: a logit of 0, as published"
     ] = "stored"
 
+    def __post_init__(self) -> None:
+        share = "a number from 0 to 1"
+        rules = (
+            ("target", self.target in TARGETS, f"one of {', '.join(TARGETS)}"),
+            ("operator", self.operator in ("", *OPERATORS), f"one of {', '.join(OPERATORS)}, or nothing"),
+            ("loss", self.loss in ("bce", "asl"), "bce or asl"),
+            ("fusion", self.fusion in FUSIONS, f"one of {', '.join(FUSIONS)}"),
+            ("region", self.region in REGIONS, f"one of {', '.join(REGIONS)}"),
+            ("fill", self.fill in FILLS, f"one of {', '.join(FILLS)}"),
+            ("temperature", self.temperature > 0, "more than 0"),
+            ("calibration", self.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
+            ("sharpness", self.sharpness > 0, "more than 0"),
+            ("top_share", 0 < self.top_share <= 1, "a number above 0, at most 1"),
+            ("annotation_weight", 0 <= self.annotation_weight <= 1, share),
+            ("visible", 0 < self.visible <= 1, "a number above 0, at most 1"),
+            ("gate_low", 0 <= self.gate_low < self.gate_high, "0 or more and below gate_high"),
+        )
+        check_fields(self, "method.", rules)
+        if self.fusion != "none" and self.target in ("gated", "oracle"):
+            raise InputError(f"method.fusion: target={self.target} takes the annotation in already; expected none")
+
 
 class Relabel(Method):
     """Training on pooled label maps; prediction is the plain classifier's.
@@ -80,7 +102,6 @@ class Relabel(Method):
 
     def __init__(self, config: RelabelConfig, classifier: Classifier, preprocessing: Preprocessing):
         super().__init__(classifier, preprocessing)
-        _check(config)
         self.config = config
         self.mixes = True
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
@@ -134,7 +155,8 @@ class Relabel(Method):
         if config.fusion == "none":
             return pooled
         if config.fusion == "gate":
-            return pooled * annotated
+            gated = pooled * annotated
+            return gated / gated.nansum(1, keepdim=True).clamp(min=_TINY) if config.target == "softmax" else gated
         if config.target == "softmax":  # a distribution too
             annotated = annotated / annotated.nansum(1, keepdim=True).clamp(min=1)
         mixed = (1 - config.annotation_weight) * pooled + config.annotation_weight * annotated
@@ -192,25 +214,3 @@ def zero_fill(label_map: LabelMap, exactly: bool) -> LabelMap:
     if exactly or label_map.ids is None:
         return replace(label_map, fill=0.0)
     return replace(label_map, fill=label_map.values.float().amin(1).clamp(max=0))
-
-
-def _check(config: RelabelConfig) -> None:
-    share = "a number from 0 to 1"
-    rules = (
-        ("target", config.target in TARGETS, f"one of {', '.join(TARGETS)}"),
-        ("operator", config.operator in ("", *OPERATORS), f"one of {', '.join(OPERATORS)}, or nothing"),
-        ("loss", config.loss in ("bce", "asl"), "bce or asl"),
-        ("fusion", config.fusion in FUSIONS, f"one of {', '.join(FUSIONS)}"),
-        ("region", config.region in REGIONS, f"one of {', '.join(REGIONS)}"),
-        ("fill", config.fill in FILLS, f"one of {', '.join(FILLS)}"),
-        ("temperature", config.temperature > 0, "more than 0"),
-        ("calibration", config.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
-        ("sharpness", config.sharpness > 0, "more than 0"),
-        ("top_share", 0 < config.top_share <= 1, "a number above 0, at most 1"),
-        ("annotation_weight", 0 <= config.annotation_weight <= 1, share),
-        ("visible", 0 < config.visible <= 1, "a number above 0, at most 1"),
-        ("gate_low", 0 <= config.gate_low < config.gate_high, "0 or more and below gate_high"),
-    )
-    check_fields(config, "method.", rules)
-    if config.fusion != "none" and config.target in ("gated", "oracle"):
-        raise InputError(f"method.fusion: target={config.target} takes the annotation in already; expected none")

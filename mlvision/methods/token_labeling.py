@@ -41,6 +41,20 @@ class TokenLabelingConfig(MethodConfig):
     smoothing: Annotated[float, "label smoothing of both losses: this share is spread evenly over all classes"] = 0.0
     mix: Annotated[float, "alpha of MixToken's Beta distribution: pairs of images, pasted along cells; 0: none"] = 0.0
 
+    def __post_init__(self) -> None:
+        rules = (
+            ("target", self.target in TARGETS, f"one of {', '.join(TARGETS)}"),
+            ("image_label", self.image_label in IMAGE_LABELS, f"one of {', '.join(IMAGE_LABELS)}"),
+            ("image_weight", self.image_weight >= 0, "0 or more"),
+            ("token_weight", self.token_weight >= 0, "0 or more"),
+            ("inference_weight", self.inference_weight >= 0, "0 or more"),
+            ("temperature", self.temperature > 0, "more than 0"),
+            ("calibration", self.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
+            ("smoothing", 0 <= self.smoothing < 1, "a share in [0, 1)"),
+            ("mix", self.mix >= 0, "0 or more"),
+        )
+        check_fields(self, "method.", rules)
+
 
 class TokenLabeling(Method):
     """A linear head on each cell of the backbone's map (patch tokens of a ViT, grid of a CNN) learns from label maps.
@@ -57,7 +71,6 @@ class TokenLabeling(Method):
 
     def __init__(self, config: TokenLabelingConfig, classifier: Classifier, preprocessing: Preprocessing):
         super().__init__(classifier, preprocessing)
-        _check(config)
         backbone = classifier.backbone
         if backbone.grid[0] != backbone.grid[1]:
             raise InputError(f"method.name: token_labeling needs a square grid of cells, got {backbone.grid}")
@@ -147,18 +160,3 @@ class TokenLabeling(Method):
 def _rows(cells: Float[Tensor, "B C h w"]) -> Float[Tensor, "N C"]:
     """One row a cell."""
     return cells.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _check(config: TokenLabelingConfig) -> None:
-    rules = (
-        ("target", config.target in TARGETS, f"one of {', '.join(TARGETS)}"),
-        ("image_label", config.image_label in IMAGE_LABELS, f"one of {', '.join(IMAGE_LABELS)}"),
-        ("image_weight", config.image_weight >= 0, "0 or more"),
-        ("token_weight", config.token_weight >= 0, "0 or more"),
-        ("inference_weight", config.inference_weight >= 0, "0 or more"),
-        ("temperature", config.temperature > 0, "more than 0"),
-        ("calibration", config.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
-        ("smoothing", 0 <= config.smoothing < 1, "a share in [0, 1)"),
-        ("mix", config.mix >= 0, "0 or more"),
-    )
-    check_fields(config, "method.", rules)

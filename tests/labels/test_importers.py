@@ -144,7 +144,7 @@ def test_missing_files_are_counted_before_any_is_read(relabel_root):
 
 
 def test_options_are_demanded(relabel_root):
-    with pytest.raises(InputError, match="axes: expected hw .rows first. or wh, got 'auto'; .*detect_axes"):
+    with pytest.raises(InputError, match="axes: expected hw .rows first. or wh, got 'auto'; .*reference="):
         import_published(str(relabel_root), KEYS, 1000, axes="auto")
     with pytest.raises(InputError, match="fill: expected one of zero, floor, got 'least'"):
         import_published(str(relabel_root), KEYS, 1000, axes="hw", fill="least")

@@ -129,6 +129,13 @@ def test_fusion_with_the_annotation():
     torch.testing.assert_close(gate, alone * batch.targets, equal_nan=True)
     softmax = build(target="softmax", fusion="convex").targets(batch)
     torch.testing.assert_close(softmax[0].sum(), torch.tensor(1.0))
+    whole = build(target="softmax").targets(batch)
+    gated = build(target="softmax", fusion="gate").targets(batch)
+    present = batch.targets == 1
+    assert present.any(1).sum() > 1
+    for row in present.any(1).nonzero()[:, 0]:
+        torch.testing.assert_close(gated[row, present[row]], whole[row, present[row]] / whole[row, present[row]].sum())
+    assert (gated[batch.targets == 0] == 0).all()
 
 
 def test_regions():
