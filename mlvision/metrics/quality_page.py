@@ -173,7 +173,7 @@ def _draw_exact(axes: Axes, answers: dict[str, Any]) -> None:
     axes.set(
         xlabel=_AREA,
         ylabel=f"KL(exact || label), {answers['unit']}",
-        title=f"how far it is from the teacher's answer ({_pixels(answers)})",
+        title=f"gap to the teacher's answer ({_pixels(answers)})",
     )
     _leave_room(axes, highest, 1.2)
     axes.legend(frameon=False, loc="upper right", fontsize=9)
