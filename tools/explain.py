@@ -268,8 +268,6 @@ def chosen_rows(run: LoadedRun, manifest: Manifest, options: ExplainOptions, kno
 @contextmanager
 def writing(out: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all."""
-    if not out.parent.is_dir():
-        raise InputError(f"out: the folder {out.parent} does not exist")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         folder = Path(name) / out.name
         folder.mkdir()
@@ -296,14 +294,17 @@ def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[L
 
 
 def new_folder(out: str | Path) -> Path:
-    """A folder to write.
+    """A folder to write; looked at before anything is computed.
 
     Raises:
-        InputError: it is there already.
+        InputError: it is there already, or the folder that it belongs in is not.
     """
-    if Path(out).exists():
+    path = Path(out)
+    if path.exists():
         raise InputError(f"out: {out} is there already; give another folder")
-    return Path(out)
+    if not path.parent.is_dir():
+        raise InputError(f"out: the folder {path.parent} does not exist")
+    return path
 
 
 def progress(batches: Loader, what: str) -> Iterable[Batch]:

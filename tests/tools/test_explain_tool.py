@@ -116,6 +116,8 @@ def test_what_cannot_be_explained_is_refused_and_nothing_is_written(
 def test_an_existing_folder_is_never_overwritten(run_folder, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         tool.main([str(run_folder), f"out={tmp_path}", *QUICK])
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        tool.main(["compare", str(run_folder), f"out={tmp_path}/nowhere/out", *QUICK])
     with pytest.raises(InputError, match="expected a run folder"):
         tool.main(["compare", f"out={tmp_path}"])
 
