@@ -13,7 +13,7 @@ Maps are one .npz for each image and method, which needs nothing else to be laid
 | labels, against | `[L]` class indices: of each map, and of what a contrast is set against (-1: no contrast) |
 | names | `[L]`: each map's label in words |
 | classes, scores, logits, targets | `[C]`: names; in [0, 1]; as the model gave them; 1 present, 0 absent, NaN unknown |
-| key | the image's key in its manifest: its path below the folder of images |
+| key | the image's key in its manifest: a relative path |
 | about | JSON: the method and whatever else was given |
 """
 

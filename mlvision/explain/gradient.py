@@ -16,7 +16,7 @@ What captum gives for each colour of a pixel is one of two things, and a map is 
   negative. Of signed slopes, those over one patch would mostly cancel, and what is left is the sign of the first layer's
   filters: patches ranked by it come out in any order, down to the reverse (docs/methods/explain.md has figures).
 
-DEVIATION: the sum over the colours, where Simonyan et al. take the largest magnitude; it ranks pixels nearly alike.
+DEVIATION: the sum over the colours, where Simonyan et al. take the largest magnitude; patches rank alike by both.
 """
 
 import warnings
