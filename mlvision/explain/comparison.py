@@ -251,9 +251,11 @@ def _means(results: Sequence[dict[str, Any]], method: str, case: str, key: str) 
 def _cell(values: list[float]) -> str:
     if not values:
         return "-"
-    mean = float(np.mean(values))
-    text = f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
-    if len(values) < 2:
-        return text
-    spread = float(np.std(values, ddof=1))
-    return f"{text} +- {f'{spread:,.0f}' if spread >= 1000 else f'{spread:.2g}'}"
+    text = _figure(float(np.mean(values)), 3)
+    return text if len(values) < 2 else f"{text} +- {_figure(float(np.std(values, ddof=1)), 2)}"
+
+
+def _figure(value: float, digits: int) -> str:
+    if abs(value) < 1e-9:  # what rounding leaves of 0
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
