@@ -1,6 +1,6 @@
 """Measure ours against a peer, interleaved in one process; as ratios, for times of a shared machine are not stable.
 
-python tools/benchmark.py mean_ap views loader pooling store annotate relabel transport patchct explainers
+python tools/benchmark.py mean_ap views loader pooling store annotate relabel transport patchct heads explainers
 python tools/benchmark.py pooling pairs=60 out=docs/performance/pooling.json
 python tools/benchmark.py loader workers=2
 python tools/benchmark.py train device=cuda
@@ -48,7 +48,16 @@ from mlvision.losses import conditional_transport
 from mlvision.methods import Baseline, BaselineConfig, PatchCT, PatchCTConfig, Relabel, RelabelConfig
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.metrics import average_precision
-from mlvision.models import BackboneConfig, HeadConfig, LinearHeadConfig, TextHeadConfig, build_classifier
+from mlvision.models import (
+    BackboneConfig,
+    CsraHeadConfig,
+    HeadConfig,
+    LinearHeadConfig,
+    MLDecoderHeadConfig,
+    Query2LabelHeadConfig,
+    TextHeadConfig,
+    build_classifier,
+)
 from mlvision.models.dense import DenseTeacher
 from mlvision.run import compile_backbone, describe_environment, write_json
 from mlvision.types import Batch, CropBox, LabelMap
@@ -594,6 +603,48 @@ def patchct(options: BenchmarkOptions) -> Iterator[Row]:
     )
 
 
+def heads(options: BenchmarkOptions) -> Iterator[Row]:
+    """Inference of EfficientNet-Lite0 with each head against the linear head, at the widths of heads_scenes.yaml."""
+    side, num_images, num_classes, precision = 128, 32, 20, options.precision()
+    names = torch.randn(num_classes, 384)
+    images = torch.randn(num_images, 3, side, side, device=precision.device).contiguous(
+        memory_format=torch.channels_last
+    )
+
+    def forward(config: HeadConfig) -> tuple[Callable[[], None], int]:
+        torch.manual_seed(0)
+        backbone = BackboneConfig("tf_efficientnet_lite0")
+        classifier = build_classifier(backbone, config, num_classes, image_size=side, label_embeddings=names).eval()
+        classifier.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+        def run() -> None:
+            with torch.inference_mode(), precision.autocast():
+                classifier(images)
+
+        return run, sum(weight.numel() for weight in classifier.parameters())
+
+    linear, _ = forward(LinearHeadConfig())
+    compared: tuple[HeadConfig, ...] = (
+        CsraHeadConfig(),
+        MLDecoderHeadConfig(width=256, feedforward=512),
+        Query2LabelHeadConfig(width=256, feedforward=512),
+        TextHeadConfig(),
+        TextHeadConfig(region_share=0.5),
+    )
+    for config in compared:
+        run, parameters = forward(config)
+        region = ", region_share=0.5" if isinstance(config, TextHeadConfig) and config.region_share else ""
+        measured = compare(run, linear, options)
+        images_a_second = [1e3 * num_images / measured[which] for which in ("ours_ms", "peer_ms")]
+        yield Row(
+            what=f"head {config.name}{region}, tf_efficientnet_lite0, {side} px, B={num_images}, C={num_classes}",
+            peer="the linear head",
+            asked="",
+            note="{:.0f} against {:.0f} images/s; ".format(*images_a_second) + f"{parameters / 1e6:.1f} M parameters",
+            **measured,
+        )
+
+
 def explainers(options: BenchmarkOptions) -> Iterator[Row]:
     """Maps of 20 labels of one image from ResNet-50, 224 px, against the libraries' loops over the labels."""
     from captum.attr import LayerGradCam, Lime, Occlusion
@@ -694,6 +745,7 @@ BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
     "relabel": relabel,
     "transport": transport,
     "patchct": patchct,
+    "heads": heads,
     "explainers": explainers,
 }
 

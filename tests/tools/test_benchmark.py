@@ -41,7 +41,7 @@ def test_the_peak_is_what_a_call_holds_at_once():
 def test_unknown_names_are_refused():
     with pytest.raises(
         InputError,
-        match="expected some of mean_ap, .*, loader, .*, train, .*, transport, patchct, explainers, got speed",
+        match="expected some of mean_ap, .*, loader, .*, train, .*, transport, patchct, heads, explainers, got speed",
     ):
         benchmark.main(["speed"])
     for wrong in ("pairs=0", "workers=-1"):
