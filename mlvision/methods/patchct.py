@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
@@ -16,6 +16,7 @@ from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.models.alignment import NAVIGATORS, Joint, TextHead
 from mlvision.models.backbone import ClassAttention
+from mlvision.models.dense import resample
 from mlvision.types import Batch, LabelMap, StepOutput
 
 
@@ -46,6 +47,18 @@ class PatchCTConfig(MethodConfig):
             ("sink", 0 <= self.sink < 1, "at least 0, less than 1"),
         )
         check_fields(self, "method.", rules)
+
+
+class Level(NamedTuple):
+    """The patches of one of the backbone's maps, in the space of the text.
+
+    Attributes:
+        patches: `[B, N, D]`, rows of the map one after the other.
+        grid: (h, w) of the patches.
+    """
+
+    patches: Float[Tensor, "B N D"]
+    grid: tuple[int, int]
 
 
 class PatchCT(Method):
@@ -85,22 +98,30 @@ class PatchCT(Method):
             class_loss = self.loss(self.text.logits(joint), batch.targets)
             if not self.config.alpha:
                 return StepOutput(class_loss)
-            costs = [self._transport(level, joint, batch.targets, patch_weights).cost.mean() for level in levels]
+            costs = [
+                self._transport(level.patches, joint, batch.targets, patch_weights).cost.mean() for level in levels
+            ]
             cost = torch.stack(costs).mean()
             logs = {"class_loss": class_loss.detach(), "transport": cost.detach(), "tau": self.text.tau.detach()}
             return StepOutput(class_loss + self.config.alpha * cost, logs)
 
     def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
-        """Where each label goes: the plan back to the patches of the last map, of every label; sums to 1 over space."""
-        joint, _, patch_weights = self._join(images)
+        """Where each label goes: the plan back to the patches, of every label; sums to 1 over space.
+
+        As the cost is, it is the mean over levels, on the finest grid of them.
+        """
+        joint, levels, patch_weights = self._join(images)
         with torch.autocast(images.device.type, enabled=False):
             every = joint.patches.new_ones(len(joint.patches), len(joint.labels))
-            plan = self._transport(joint.patches, joint, every, patch_weights).backward_plan
-        return LabelMap(plan.mT.unflatten(2, joint.grid), None, "mass")
+            plans = [
+                self._transport(level.patches, joint, every, patch_weights).backward_plan.mT.unflatten(2, level.grid)
+                for level in levels
+            ]
+            height, width = max(level.grid for level in levels)
+            densities = [resample(plan * plan[0, 0].numel(), (height, width)) for plan in plans]
+            return LabelMap(torch.stack(densities).mean(0) / (height * width), None, "mass")
 
-    def _join(
-        self, images: Shaped[Tensor, "B in_chans H W"]
-    ) -> tuple[Joint, list[Float[Tensor, "B N D"]], Float[Tensor, "B N"] | None]:
+    def _join(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[Joint, list[Level], Float[Tensor, "B N"] | None]:
         """Image, patches and labels in one space; the patches of every level, the last one last; what each patch weighs."""
         backbone, normalised = self.classifier.backbone, self.normalise(images)
         with self.attention.watching() if self.attention else nullcontext():
@@ -110,9 +131,10 @@ class PatchCT(Method):
             joint = self.text.join(features)
             dtype = joint.patches.dtype
             earlier = [
-                project(level.flatten(2).mT.to(dtype)) for project, level in zip(self.earlier, maps, strict=True)
+                Level(project(level.flatten(2).mT.to(dtype)), (level.shape[2], level.shape[3]))
+                for project, level in zip(self.earlier, maps, strict=True)
             ]
-        return joint, [*earlier, joint.patches], weights
+        return joint, [*earlier, Level(joint.patches, joint.grid)], weights
 
     def _transport(
         self,

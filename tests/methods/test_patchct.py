@@ -76,6 +76,25 @@ def test_label_maps_are_the_plan_back_for_every_label():
     torch.testing.assert_close(found.values.sum((2, 3)), torch.ones(3, C))
 
 
+def test_label_maps_of_several_levels_are_the_mean_of_their_plans_on_the_finest_grid():
+    method, images = build("test_resnet", levels=2), torch.rand(2, 3, 64, 96)
+    features, (earlier,) = method.classifier.backbone.with_levels(method.normalise(images), 2)
+    assert features.map.shape[2:] == (2, 3)
+    assert earlier.shape[2:] == (4, 6)
+    near = torch.nn.functional.normalize(LABELS, dim=1)
+
+    def plan(cells, weight):
+        patches = torch.nn.functional.normalize(torch.einsum("bkhw,dk->bdhw", cells, weight), dim=1)
+        return (torch.einsum("bdhw,cd->bchw", patches, near) / 0.07).flatten(2).softmax(2).unflatten(2, cells.shape[2:])
+
+    coarse = plan(features.map, method.text.project.weight).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    expected = (coarse + plan(earlier, method.earlier[0].weight)) / 2
+    found = method.label_maps(images)
+    assert found.kind == "mass"
+    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(found.values.sum((2, 3)), torch.ones(2, C))
+
+
 def test_its_maps_are_an_explainer_and_so_are_its_heads():
     method, batch = build("test_resnet", navigator="linear"), make_batch()
     torch.nn.init.normal_(method.navigator.project.weight)
