@@ -128,4 +128,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, several_processes=True)

@@ -66,4 +66,4 @@ def open_folder(run: Run) -> tuple[Path, bool]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, several_processes=True)

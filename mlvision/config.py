@@ -218,17 +218,25 @@ def load_options(cls: type, path: Path) -> Any:
     return build_options(cls, values, dict.fromkeys(_leaf_keys(values), str(path)))
 
 
-def run_command(main: Callable[[list[str]], Any]) -> NoReturn:
+def run_command(main: Callable[[list[str]], Any], *, several_processes: bool = False) -> NoReturn:
     """Run a script's `main(argv)`: a user's mistake becomes one line on stderr and exit code 2, never a traceback.
 
     An integer that `main` returns is the exit code. What the package logs (which weights were loaded, say) goes to stderr.
-    Of several processes, started by torchrun, rank 0 speaks for all; another does where it alone has failed.
+    Of several processes, started by torchrun, rank 0 speaks for all; another does where it alone has failed. A script that
+    does not share its work among them (`several_processes`) refuses them: each would do all of it and write the same files.
     """
     with distributed.session():
         logging.basicConfig(format="%(message)s")
         logging.getLogger("mlvision").setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
-        code = _run(main)
+        alone = several_processes or distributed.world_size() == 1
+        code = _run(main if alone else _refuse_several)
     raise SystemExit(code)
+
+
+def _refuse_several(_argv: list[str]) -> NoReturn:
+    error = InputError(f"{Path(sys.argv[0]).name} runs in one process: expected python, not torchrun with several")
+    error.on_every_rank = True
+    raise error
 
 
 def _run(main: Callable[[list[str]], Any]) -> int:

@@ -476,4 +476,4 @@ def made_by(store: LabelMapStore, manifest: Manifest, options: ReportOptions) ->
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, several_processes=True)

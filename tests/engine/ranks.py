@@ -79,7 +79,7 @@ def run(case: Case) -> Outcome:
             stack.enter_context(contextlib.redirect_stdout(stdout))
         stack.enter_context(contextlib.redirect_stderr(stderr))
         try:
-            run_command(MAINS[case.script])
+            run_command(MAINS[case.script], several_processes=True)
         except SystemExit as end:
             code = end.code
     return Outcome(code, stdout.getvalue(), stderr.getvalue(), [row for rows in calls for row in rows])

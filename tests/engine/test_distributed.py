@@ -387,6 +387,18 @@ def test_through_torchrun_a_torn_image_is_one_line(scenes_root, tmp_path):
     assert stdout.count("training ") == 1
 
 
+def test_what_does_not_share_its_work_refuses_several_processes_once(tmp_path):
+    process = torchrun("tools/predict.py", "runs/none", f"out={tmp_path}/out")
+    try:
+        _, stderr = process.communicate(timeout=400)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: predict.py runs in one process: expected python, not torchrun with several"]
+    assert not list(tmp_path.iterdir())
+
+
 # Batch statistics of all ranks
 
 
