@@ -9,7 +9,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from mlvision.errors import InputError
-from mlvision.explain import Subject, explain
+from mlvision.explain import Subject, cam, explain
 from mlvision.explain.cam import differentiate
 from mlvision.explain.selection import select
 
@@ -94,6 +94,15 @@ class Tiny(nn.Module):
     def forward(self, images):
         squares = self.stem(images).square().sum((2, 3))
         return torch.stack([squares[:, 0] - squares[:, 1], squares[:, 2]], 1)
+
+
+def test_a_linear_head_needs_no_autograd_but_for_one_score(resnet, images, monkeypatch):
+    calls = []
+    counted = cam.gradients
+    monkeypatch.setattr(cam, "gradients", lambda logits, *rest: calls.append(logits.shape) or counted(logits, *rest))
+    found = explain(resnet, images, "grad_cam").maps
+    assert [shape[0] for shape in calls] == [1]  # the comparison on one image; what is refused there is differentiated
+    assert len(found) > 1
 
 
 def test_each_cam_by_hand():
