@@ -1,5 +1,7 @@
 """Maps over photos, drawn with numpy and Pillow: fast enough for a training loop, the same bytes every time."""
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -45,13 +47,13 @@ class ShownMethod:
 
     @classmethod
     def of(cls, name: str, explainer: object) -> "ShownMethod":
-        """As the explainer itself says, with the first line of its docstring."""
-        described = (type(explainer).__doc__ or "").strip().splitlines()
+        """As the explainer itself says, with the first sentence of its docstring."""
+        sentence = re.split(r"(?<=\.)\s+(?=[A-Z])", inspect.cleandoc(type(explainer).__doc__ or ""), maxsplit=1)[0]
         return cls(
             name,
             signed=getattr(explainer, "signed", False),
             label_specific=getattr(explainer, "label_specific", True),
-            description=described[0] if described else "",
+            description=" ".join(sentence.split()),
         )
 
 

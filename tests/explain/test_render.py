@@ -5,6 +5,7 @@ import pytest
 from PIL import ImageColor
 
 from mlvision.errors import InputError
+from mlvision.explain import CONTROLS, EXPLAINERS, build_explainer
 from mlvision.explain.render import (
     OUTCOME_COLOURS,
     ExplainedImage,
@@ -173,6 +174,14 @@ def test_a_contrast_shows_both_its_sides_whatever_the_method():
     assert ((page[..., 2] - page[..., 0]) > 100).any()  # blue: for the second
     alone = example({"cam": maps[:1]}, labels=np.array([0]))
     assert not ((grid(alone, CAM).astype(int)[..., 2] - grid(alone, CAM).astype(int)[..., 0]) > 100).any()
+
+
+@pytest.mark.parametrize("name", [*EXPLAINERS, *CONTROLS])
+def test_methods_are_described_by_a_whole_sentence(name):
+    described = ShownMethod.of(name, build_explainer(name)).description
+    assert described.endswith(".")
+    assert not described.endswith("eq.")
+    assert len(described) < 200
 
 
 def test_numbers_have_three_digits_and_a_real_minus():
