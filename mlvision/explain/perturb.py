@@ -132,6 +132,7 @@ class Lime(Perturbation):
             ("num_samples", self.num_samples >= 2, "2 or more"),
             ("ridge", self.ridge >= 0, "0 or more"),
             ("kernel_width", self.kernel_width > 0, "more than 0"),
+            ("compactness", self.compactness > 0, "more than 0"),
             ("cell_px", self.cell_px >= 1, "1 or more"),
         ]
 

@@ -369,6 +369,7 @@ def test_token_dropping_needs_a_vit(resnet, images):
         ("lime", {"num_samples": 10.5}, "num_samples: expected a value like 200"),
         ("lime", {"num_samples": 1}, "num_samples: expected 2 or more"),
         ("lime", {"ridge": -1.0}, "ridge"),
+        ("lime", {"compactness": 0.0}, "compactness: expected more than 0"),
         ("rise", {"share": 1.0}, "share"),
         ("kernel_shap", {"num_samples": 3}, "num_samples"),
         ("coarse_to_fine", {"num_splits": 0}, "num_splits"),
