@@ -223,6 +223,8 @@ def parse_labels(words: Sequence[str], classes: Sequence[str], known: bool = Tru
     for word in words:
         a, minus, b = word.partition(" - ")
         contrast = bool(minus) and word not in classes
+        if word not in classes and (rule := get_close_matches(word, SELECTIONS, n=1, cutoff=0.8)):
+            raise InputError(f"labels: no class '{word}'; did you mean the rule {rule[0]}?")
         labels.append((a, b) if contrast else word)
         for name in (a, b) if contrast else (word,):
             class_index(name, len(classes), classes)

@@ -7,7 +7,7 @@ import torch
 
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS, Explanation, StoredMaps, build_explainer, explain
-from mlvision.explain.selection import Selection, from_mask, outcomes, select
+from mlvision.explain.selection import Selection, from_mask, outcomes, parse_labels, select
 from mlvision.labels import LabelMapStore
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.methods import Baseline, BaselineConfig
@@ -81,6 +81,13 @@ def test_directions_and_scores_agree():
 def test_labels_that_do_not_exist_are_refused(labels, message):
     with pytest.raises(InputError, match=message):
         select(labels, LOGITS, classes=CLASSES)
+
+
+def test_a_misspelt_rule_is_told_from_a_misspelt_class():
+    with pytest.raises(InputError, match="no class 'predictd'; did you mean the rule predicted"):
+        parse_labels(["predictd"], ["pencil", "alembic"])
+    with pytest.raises(InputError, match="no class 'pencl'; nearest: pencil"):
+        parse_labels(["pencl"], ["pencil", "alembic"])
 
 
 def test_ground_truth_needs_targets():
