@@ -135,6 +135,11 @@ class PrototypeOptions(RunOptions):
         return [("num", self.num >= 1, "1 or more")]
 
 
+_METHOD_OPTIONS = "".join(
+    f"\n{name}:\n{described}\n"
+    for name, explainer in {**EXPLAINERS, **CONTROLS}.items()
+    if (described := describe_options(explainer))
+)
 USAGE = f"""usage: python tools/explain.py RUN [key=value ...]
        python tools/explain.py compare RUN [key=value ...]
        python tools/explain.py prototypes RUN [key=value ...]
@@ -150,7 +155,10 @@ Options of compare:
 
 Options of prototypes:
 
-{describe_options(PrototypeOptions)}"""
+{describe_options(PrototypeOptions)}
+
+Options of methods, as options={{<method>: {{<option>: <value>}}}}:
+{_METHOD_OPTIONS}"""
 
 
 def main(argv: list[str]) -> Any:

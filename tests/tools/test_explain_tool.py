@@ -151,7 +151,7 @@ def test_the_comparison_has_controls_and_keeps_cases_apart(run_folder, tmp_path,
 def test_help_lists_methods_and_options(capsys):
     tool.main(["--help"])
     shown = capsys.readouterr().out
-    for word in ("occlusion", "random", "measures.lattice", "sensitivity_images", "pick"):
+    for word in ("occlusion", "random", "measures.lattice", "sensitivity_images", "pick", "window_px", "num_steps"):
         assert word in shown
 
 
