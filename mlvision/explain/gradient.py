@@ -67,6 +67,11 @@ class Saliency:
     label_specific = True
     signed = False
 
+    @property
+    def magnitudes(self) -> bool:
+        """Whether the maps say how much, not which way."""
+        return not self.signed
+
     def __post_init__(self) -> None:
         check_fields(self, "", [("batch_size", self.batch_size >= 0, "0 or more"), *self._rules()])
 

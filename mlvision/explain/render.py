@@ -36,12 +36,14 @@ class ShownMethod:
     Attributes:
         signed: evidence against a label is drawn too; else only the positive part of the maps is. Contrasts are always
             drawn with both signs: what speaks against `a - b` speaks for b.
+        magnitudes: the maps say how much, not which way; so do those of contrasts, which have one sign then.
         label_specific: False where an image has one map whatever the label.
         description: one line.
     """
 
     name: str
     signed: bool = False
+    magnitudes: bool = False
     label_specific: bool = True
     description: str = ""
 
@@ -52,6 +54,7 @@ class ShownMethod:
         return cls(
             name,
             signed=getattr(explainer, "signed", False),
+            magnitudes=getattr(explainer, "magnitudes", False),
             label_specific=getattr(explainer, "label_specific", True),
             description=" ".join(sentence.split()),
         )
@@ -115,7 +118,7 @@ class ExplainedImage:
 
     def signed(self, place: int, method: ShownMethod) -> bool:
         """Whether the map of a label is drawn with both signs."""
-        return method.signed or self.rival(place) >= 0
+        return method.signed or (self.rival(place) >= 0 and not method.magnitudes)
 
     def outcomes(self, thresholds: float | Float[np.ndarray, " C"]) -> list[str]:
         """TP, FP, FN, TN or unknown, one a class."""
@@ -235,12 +238,15 @@ def draw_grid(
         raise InputError(f"grid: no image has maps of {method.name}")
     columns = min(columns, max(len(image.places) for image in images))
     width = (columns + 1) * (tile_px + GAP) + GAP
-    notes = (
-        ["blue: evidence against a label, red: for it"] if method.signed else ["violet to yellow: evidence for a label"]
-    )
+    if method.magnitudes:
+        notes = ["violet to yellow: how much a pixel could change the score, not which way"]
+    elif method.signed:
+        notes = ["blue: evidence against a label, red: for it"]
+    else:
+        notes = ["violet to yellow: evidence for a label"]
     if method.description:
         notes.insert(0, method.description.rstrip("."))
-    if any(image.rival(place) >= 0 for image in images for place in image.places):
+    if not method.magnitudes and any(image.rival(place) >= 0 for image in images for place in image.places):
         notes.append("a contrast: red for its first label, blue for its second")
     if not method.label_specific:
         notes.append("not label-specific: one map for all labels of an image")

@@ -129,7 +129,8 @@ def _write_all(folder: Path, report: ReportData, max_side: int) -> None:
         "title": report.title,
         "classes": list(report.classes),
         "methods": [
-            [m.name, m.signed, m.label_specific, m.description, averaged.get(m.name, "")] for m in report.methods
+            [m.name, m.signed, m.label_specific, m.description, averaged.get(m.name, ""), m.magnitudes]
+            for m in report.methods
         ],
         "thresholds": [_short(t) for t in np.broadcast_to(report.thresholds, len(report.classes))],
         "summary": list(report.summary.items()),

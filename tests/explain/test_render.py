@@ -6,6 +6,7 @@ from PIL import ImageColor
 
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS, build_explainer
+from mlvision.explain.gradient import InputXGradient, Saliency
 from mlvision.explain.render import (
     OUTCOME_COLOURS,
     ExplainedImage,
@@ -203,3 +204,15 @@ def test_what_does_not_fit_is_refused_by_name():
         example({}, labels=np.array([5]))
     with pytest.raises(InputError, match="grid: no image has maps of occlusion"):
         grid(example({"cam": np.zeros((5, 2, 3), np.float32)}))
+
+
+def test_a_contrast_of_magnitudes_has_one_sign():
+    maps = np.array([[[0.0, 2.0]], [[1.0, 0.0]]], dtype=np.float32)
+    image = example({"saliency": maps}, labels=np.array([0, 0]), against=np.array([-1, 1]))
+    slopes = ShownMethod.of("saliency", Saliency())
+    assert slopes.magnitudes
+    assert not any(image.signed(place, slopes) for place in (0, 1))
+    parts = ShownMethod.of("input_x_gradient", InputXGradient())
+    assert not parts.magnitudes
+    assert all(image.signed(place, parts) for place in (0, 1))
+    assert [image.signed(place, CAM) for place in (0, 1)] == [False, True]

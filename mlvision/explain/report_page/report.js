@@ -221,7 +221,7 @@ window.mlvisionReport = (() => {
   }
 
   function paintCard(card) {
-    const [method, signed, specific] = report.methods[state.method];
+    const [method, signed, specific, , , magnitudes] = report.methods[state.method];
     const part = card.data && card.data.methods[state.method], { row } = card;
     card.key.hidden = state.alone || !card.tiles.length;
     if (card.error) card.key.replaceChildren(make("small", { className: "note", textContent: card.error }));
@@ -247,8 +247,8 @@ window.mlvisionReport = (() => {
         const limit = state.alone ? part.own[n] : part.limit, [h, w] = part.size;
         const big = Math.max(1, h / canvas.height, w / canvas.width);
         if (big > 1) { canvas.height = Math.ceil(canvas.height * big); canvas.width = Math.ceil(canvas.width * big); }
-        // A contrast has two signs whatever the method: what speaks against a − b speaks for b.
-        const both = signed || !!row[RIVALS][n];
+        // What speaks against a − b speaks for b; magnitudes do not say which way.
+        const both = signed || (!magnitudes && !!row[RIVALS][n]);
         drawMap(canvas, part, n, limit, both);
         if (state.alone || both !== signed) fillKey(tile.key, limit, both, "");
         const peak = part.peaks[n], low = both && part.lows[n];
@@ -320,7 +320,7 @@ window.mlvisionReport = (() => {
   }
 
   function controls() {
-    const [name, signed, specific, description, averaged] = report.methods[state.method];
+    const [name, signed, specific, description, averaged, magnitudes] = report.methods[state.method];
     $("method").value = state.method;
     $("label").value = state.label;
     $("sort").value = state.sort;
@@ -336,8 +336,10 @@ window.mlvisionReport = (() => {
     for (const box of document.querySelectorAll("#outcomes input")) box.checked = !state.outcomes || state.outcomes.includes(box.value);
     const note = [make("strong", { textContent: name }), description ? ` ${description} ` : " "];
     if (!specific) note.push(make("span", { className: "note", textContent: "not label-specific: one map for all labels of an image" }), " ");
-    note.push(signed ? "Blue: evidence against the label, red: for it. " : "Violet to yellow: evidence for the label; what speaks against it is not drawn. ");
-    if (report.hasContrasts) note.push("A contrast a \u2212 b: red for a, blue for b. ");
+    note.push(signed ? "Blue: evidence against the label, red: for it. "
+      : magnitudes ? "Violet to yellow: how much a pixel could change the score, not which way. "
+        : "Violet to yellow: evidence for the label; what speaks against it is not drawn. ");
+    if (report.hasContrasts && !magnitudes) note.push("A contrast a \u2212 b: red for a, blue for b. ");
     note.push(state.alone ? "" : "Colours end at the 99th percentile over all labels of an image. ");
     if (averaged) note.push(`Averaged for display from ${averaged} cells. `);
     $("method-note").replaceChildren(...note);
