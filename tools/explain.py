@@ -212,7 +212,7 @@ def explain_run(argv: list[str]) -> Path:
         write_report(folder / "report", ReportData(title, run.classes, shown, images, options.threshold, summary))
         if options.measure:
             tables = {name: join(parts) for name, parts in columns.items()}
-            write_pairs(folder / "metrics.csv", tables)
+            write_pairs(folder / "metrics.csv", tables, [record.key for record in manifest.records], run.classes)
             means = {name: measured_means(table) for name, table in tables.items()}
             environment = describe_environment(run.precision.device)
             write_json(folder / "metrics.json", {**summary, "environment": environment, "means": means})
@@ -375,7 +375,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
     with writing(out) as folder:
         write_json(folder / "comparison.json", result)
         (folder / "comparison.md").write_text(table + "\n")
-        write_pairs(folder / "pairs.csv", comparison.tables)
+        write_pairs(folder / "pairs.csv", comparison.tables, [record.key for record in manifest.records], run.classes)
     print(table)
     print(f"written to {out}: comparison.json, comparison.md, pairs.csv")
     return result

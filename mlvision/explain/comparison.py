@@ -48,12 +48,13 @@ CASES = {
 
 def label_means(columns: dict[str, np.ndarray], name: str, which: np.ndarray) -> tuple[float, int]:
     """The mean over labels of a measure's mean over each label's pairs, and how many pairs it was defined for."""
-    values, labels = columns[name][which].astype(np.float64), columns["label"][which]
+    values = columns[name][which].astype(np.float64)
+    labels = np.stack([columns["label"][which], columns["against"][which]], axis=1)  # a contrast is a label of its own
     defined = np.isfinite(values)
     if not defined.any():
         return float("nan"), 0
     values, labels = values[defined], labels[defined]
-    means = [values[labels == label].mean() for label in np.unique(labels)]
+    means = [values[(labels == label).all(1)].mean() for label in np.unique(labels, axis=0)]
     return float(np.mean(means)), int(defined.sum())
 
 
@@ -99,15 +100,31 @@ def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     }
 
 
-def write_pairs(path: Path, tables: Mapping[str, dict[str, np.ndarray]]) -> None:
-    """A CSV with a row for each explained label of each method."""
+def write_pairs(
+    path: Path, tables: Mapping[str, dict[str, np.ndarray]], keys: Sequence[str], classes: Sequence[str]
+) -> None:
+    """A CSV with a row for each explained label of each method: of contrasts, `against` is their second label.
+
+    Args:
+        keys: of all images of the manifest, whose rows the tables give.
+        classes: all class names.
+    """
+    words = {
+        "image": lambda row: keys[row],
+        "label": lambda label: classes[label],
+        "against": lambda label: "" if label < 0 else classes[label],
+        "outcome": lambda outcome: "unknown" if outcome < 0 else OUTCOMES[outcome],
+    }
     names = list(dict.fromkeys(key for table in tables.values() for key in table))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", *names])
         for method, table in tables.items():
             for row in range(len(table["image"])):
-                writer.writerow([method, *(table[name][row] if name in table else "" for name in names)])
+                cells = {name: table[name][row] if name in table else "" for name in names}
+                writer.writerow(
+                    [method, *(words[name](cell) if name in words else cell for name, cell in cells.items())]
+                )
 
 
 class Comparison:

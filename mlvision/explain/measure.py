@@ -32,7 +32,7 @@ COVER_GRID = (56, 56)  # on which annotated areas are compared with maps
 SMALL = 0.15  # of the image: on larger objects any map that is hot in the middle hits
 CUT = 0.2  # of the patches are removed for the cross-label drops
 # Columns that say which pair it is, and with those of its size and cost all that are no measures of the explanation.
-PAIR = {"image", "label", "outcome", "score", "num_present", "flat"}
+PAIR = {"image", "label", "against", "outcome", "score", "num_present", "flat"}
 FACTS = PAIR | {"area", "seconds", "forwards"}
 
 
@@ -192,10 +192,13 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
     seconds = _now(judged.pixels.device) - started
     maps = explanation.maps[image, place].cpu()
     labels = judged.selection.labels[image, place]
-    present = judged.targets[image] == 1
+    present, against = judged.targets[image] == 1, judged.selection.against
     columns = {
         "image": judged.rows.cpu()[image.cpu()].numpy(),
         "label": labels.cpu().numpy(),
+        "against": torch.full_like(labels, -1).cpu().numpy()
+        if against is None
+        else against[image, place].cpu().numpy(),
         "outcome": outcomes(judged.scores, judged.targets, judged.threshold)[image, labels].cpu().numpy(),
         "score": judged.scores[image, labels].cpu().numpy(),
         "num_present": present.sum(1).cpu().numpy(),

@@ -159,9 +159,15 @@ def test_outcomes_are_kept_apart():
 
 
 def test_labels_count_the_same_however_many_pairs_they_have():
-    columns = {"label": np.array([0, 0, 0, 1, 2]), "x": np.array([1.0, 1, 1, 4, np.nan])}
+    columns = {
+        "label": np.array([0, 0, 0, 1, 2]),
+        "against": np.full(5, -1),
+        "x": np.array([1.0, 1, 1, 4, np.nan]),
+    }
     everything = np.ones(5, dtype=bool)
     assert label_means(columns, "x", everything) == (2.5, 4)
+    contrast = columns | {"against": np.array([-1, -1, 2, -1, -1]), "x": np.array([1.0, 1, 7, 4, np.nan])}
+    assert label_means(contrast, "x", everything) == (4.0, 4)
     assert np.isnan(label_means(columns, "x", columns["label"] == 2)[0])
 
 

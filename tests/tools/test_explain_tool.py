@@ -60,6 +60,11 @@ def test_maps_pages_measures_and_report_are_written(run_folder, tmp_path):
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert len(rows) == 2 * num_pairs
     assert {row["method"] for row in rows} == {"grad_cam", "occlusion"}
+    stored = [np.load(path) for path in sorted((out / "maps" / "grad_cam").iterdir())]
+    named = [(str(one["key"]), name) for one in stored for name in one["names"]]
+    assert sorted((row["image"], row["label"]) for row in rows if row["method"] == "grad_cam") == sorted(named)
+    assert {row["outcome"] for row in rows} <= {"TP", "FN"}
+    assert {row["against"] for row in rows} == {""}
     means = json.loads((out / "metrics.json").read_text())["means"]
     assert set(means["occlusion"]) == {"clear", "competing", "FP", "FN"}
 
