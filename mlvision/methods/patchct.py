@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Shaped
@@ -49,18 +49,6 @@ class PatchCTConfig(MethodConfig):
         check_fields(self, "method.", rules)
 
 
-class Level(NamedTuple):
-    """The patches of one of the backbone's maps, in the space of the text.
-
-    Attributes:
-        patches: `[B, N, D]`, rows of the map one after the other.
-        grid: (h, w) of the patches.
-    """
-
-    patches: Float[Tensor, "B N D"]
-    grid: tuple[int, int]
-
-
 class PatchCT(Method):
     """Classification by the names of the labels, and the cost of transport between patches and the labels that are there.
 
@@ -93,14 +81,12 @@ class PatchCT(Method):
         self.attention = ClassAttention(classifier.backbone) if learns and config.patch_weights == "attention" else None
 
     def forward(self, batch: Batch) -> StepOutput:
-        joint, levels, patch_weights = self._join(batch.images)
+        levels, patch_weights = self._join(batch.images)
         with torch.autocast(batch.images.device.type, enabled=False):
-            class_loss = self.loss(self.text.logits(joint), batch.targets)
+            class_loss = self.loss(self.text.logits(levels[-1]), batch.targets)
             if not self.config.alpha:
                 return StepOutput(class_loss)
-            costs = [
-                self._transport(level.patches, joint, batch.targets, patch_weights).cost.mean() for level in levels
-            ]
+            costs = [self._transport(level, batch.targets, patch_weights).cost.mean() for level in levels]
             cost = torch.stack(costs).mean()
             logs = {"class_loss": class_loss.detach(), "transport": cost.detach(), "tau": self.text.tau.detach()}
             return StepOutput(class_loss + self.config.alpha * cost, logs)
@@ -110,19 +96,19 @@ class PatchCT(Method):
 
         As the cost is, it is the mean over levels, on the finest grid of them.
         """
-        joint, levels, patch_weights = self._join(images)
+        levels, patch_weights = self._join(images)
         with torch.autocast(images.device.type, enabled=False):
-            every = joint.patches.new_ones(len(joint.patches), len(joint.labels))
+            every = levels[-1].patches.new_ones(len(images), len(levels[-1].labels))
             plans = [
-                self._transport(level.patches, joint, every, patch_weights).backward_plan.mT.unflatten(2, level.grid)
+                self._transport(level, every, patch_weights).backward_plan.mT.unflatten(2, level.grid)
                 for level in levels
             ]
             height, width = max(level.grid for level in levels)
             densities = [resample(plan * plan[0, 0].numel(), (height, width)) for plan in plans]
             return LabelMap(torch.stack(densities).mean(0) / (height * width), None, "mass")
 
-    def _join(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[Joint, list[Level], Float[Tensor, "B N"] | None]:
-        """Image, patches and labels in one space; the patches of every level, the last one last; what each patch weighs."""
+    def _join(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[list[Joint], Float[Tensor, "B N"] | None]:
+        """Image, patches and labels in one space, with the patches of each level, the last one last; what a patch weighs."""
         backbone, normalised = self.classifier.backbone, self.normalise(images)
         with self.attention.watching() if self.attention else nullcontext():
             features, maps = backbone.with_levels(normalised, len(self.earlier) + 1)
@@ -131,14 +117,13 @@ class PatchCT(Method):
             joint = self.text.join(features)
             dtype = joint.patches.dtype
             earlier = [
-                Level(project(level.flatten(2).mT.to(dtype)), (level.shape[2], level.shape[3]))
+                joint._replace(patches=project(level.flatten(2).mT.to(dtype)), grid=(level.shape[2], level.shape[3]))
                 for project, level in zip(self.earlier, maps, strict=True)
             ]
-        return joint, [*earlier, Level(joint.patches, joint.grid)], weights
+        return [*earlier, joint], weights
 
     def _transport(
         self,
-        patches: Float[Tensor, "B N D"],
         joint: Joint,
         label_weights: Float[Tensor, "B C"],
         patch_weights: Float[Tensor, "B N"] | None,
@@ -146,7 +131,7 @@ class PatchCT(Method):
         config, tau = self.config, self.text.tau
         navigator = None if self.navigator is None else partial(self.navigator, tau=tau)
         return conditional_transport(
-            patches,
+            joint.patches,
             joint.labels,
             label_weights,
             patch_weights,
