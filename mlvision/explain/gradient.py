@@ -83,7 +83,7 @@ class Saliency:
     ) -> Float[Tensor, "B L H W"]:
         score = self._score(subject, pixels)
         labels = selection.labels
-        against = torch.full_like(labels, -1) if selection.against is None else selection.against
+        against = selection.rivals
         maps = pixels.new_zeros(*labels.shape, *pixels.shape[2:])
         batch_size = self.batch_size or _batch_size(pixels)
         for places in selection.valid.nonzero().split(max(1, self._at_once(batch_size))):

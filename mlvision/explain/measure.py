@@ -192,13 +192,11 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
     seconds = _now(judged.pixels.device) - started
     maps = explanation.maps[image, place].cpu()
     labels = judged.selection.labels[image, place]
-    present, against = judged.targets[image] == 1, judged.selection.against
+    present = judged.targets[image] == 1
     columns = {
         "image": judged.rows.cpu()[image.cpu()].numpy(),
         "label": labels.cpu().numpy(),
-        "against": torch.full_like(labels, -1).cpu().numpy()
-        if against is None
-        else against[image, place].cpu().numpy(),
+        "against": judged.selection.rivals[image, place].cpu().numpy(),
         "outcome": outcomes(judged.scores, judged.targets, judged.threshold)[image, labels].cpu().numpy(),
         "score": judged.scores[image, labels].cpu().numpy(),
         "num_present": present.sum(1).cpu().numpy(),

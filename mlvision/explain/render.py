@@ -34,9 +34,9 @@ class ShownMethod:
     """How a method's maps are to be read.
 
     Attributes:
-        signed: evidence against a label is drawn too; else only the positive part of the maps is. Contrasts are always
-            drawn with both signs: what speaks against `a - b` speaks for b.
-        magnitudes: the maps say how much, not which way; so do those of contrasts, which have one sign then.
+        signed: evidence against a label is drawn too; else only the positive part of the maps is. Contrasts are drawn
+            with both signs even so: what speaks against `a - b` speaks for b.
+        magnitudes: the maps say how much, not which way, those of contrasts too: nothing has two signs.
         label_specific: False where an image has one map whatever the label.
         description: one line.
     """

@@ -40,6 +40,11 @@ class Selection:
     def valid(self) -> Bool[Tensor, "B L"]:
         return self.labels >= 0
 
+    @property
+    def rivals(self) -> Int64[Tensor, "B L"]:
+        """`against`, -1 everywhere where there are no contrasts."""
+        return torch.full_like(self.labels, -1) if self.against is None else self.against
+
     def to(self, device: torch.device | str) -> "Selection":
         return Selection(self.labels.to(device), None if self.against is None else self.against.to(device))
 
