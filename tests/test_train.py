@@ -299,6 +299,8 @@ def truncate_image(root):
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
         (None, ["method.loss=asl", "method.gamma_neg=-1.0"], "gamma_neg -1.0"),
+        (None, ["method.loss=focal", "method.gamma=nan"], "gamma nan: expected an exponent of at least 0"),
+        (None, ["optim.lr=inf"], "optim.lr: expected a number above 0"),
         (None, ["seed=-1"], "seed: expected 0 or more"),
         (None, ["bootstrap=1"], "bootstrap: expected 0, or at least 2"),
         (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),

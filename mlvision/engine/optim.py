@@ -41,7 +41,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name, is_valid, expected in (
-            ("lr", self.lr > 0, "a number above 0"),
+            ("lr", 0 < self.lr < math.inf, "a number above 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),

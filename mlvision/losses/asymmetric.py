@@ -39,7 +39,7 @@ def asymmetric_loss(
         reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
 
     Raises:
-        InputError: Shapes do not fit, a negative gamma, a clip out of range, or no such reduction.
+        InputError: Shapes do not fit, a gamma that is negative or NaN, a clip out of range, or no such reduction.
 
     Source: Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, equations 4, 5 and 7.
 
@@ -47,7 +47,7 @@ def asymmetric_loss(
     with a logit below -18.4 could never be learnt. Weights are held constant by detaching them, not by the global
     gradient switch. The authors sum over the batch (reduction="sum").
     """
-    if gamma_neg < 0 or gamma_pos < 0:
+    if not (gamma_neg >= 0 and gamma_pos >= 0):
         raise InputError(f"gamma_neg {gamma_neg}, gamma_pos {gamma_pos}: expected exponents of at least 0")
     # Below 1e-6 the largest p_m rounds to 1 in float32, where log(1 - p_m) is infinite.
     if clip != 0 and not 1e-6 <= clip < 1:

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from mlvision.errors import InputError
 from mlvision.losses.asymmetric import asymmetric_loss
 
 
@@ -24,6 +25,8 @@ def focal_loss(
 
     DEVIATION: without their balance alpha between present and absent labels, which `class_weights` does not replace.
     """
+    if not gamma >= 0:
+        raise InputError(f"gamma {gamma}: expected an exponent of at least 0")
     return asymmetric_loss(
         logits, targets, gamma_neg=gamma, gamma_pos=gamma, clip=0.0, class_weights=class_weights, reduction=reduction
     )
