@@ -115,7 +115,7 @@ def report(
             write_record(run, metrics)
             written.append("record.json")
         else:
-            print("this run has not been trained to its end: no record.json is written for it")
+            print("no record.json is written: checkpoints/last.pt does not say that this run was trained to its end")
     print(metrics["protocol"])
     for weights, summary in results.items():
         shown = f"mAP (plain) {summary['mAP']:.4f}  CF1 {summary['CF1']:.4f}  OF1 {summary['OF1']:.4f}"

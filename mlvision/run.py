@@ -26,6 +26,7 @@ from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
 from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
+from mlvision.data.text_files import read_json
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
@@ -508,7 +509,7 @@ def start_folder(run: Run, folder: Path) -> None:
 
 def note_resumption(run: Run, folder: Path) -> None:
     """Add this machine and code to environment.json: a run may go on with others than it began with."""
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = read_written(folder / "environment.json")
     environment.setdefault("resumed", []).append(describe_environment(run.precision.device))
     write_json(folder / "environment.json", environment)
 
@@ -584,7 +585,10 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
     if role == "train":
         return
     with open(run.folder / "images.csv", newline="") as file:
-        trained = {row["key"] for row in csv.DictReader(file) if row["split"] == "train"}
+        rows = csv.DictReader(file)
+        if rows.fieldnames != ["split", "key"]:
+            raise InputError(f"{file.name}: expected the columns split and key, got {rows.fieldnames}")
+        trained = {row["key"] for row in rows if row["split"] == "train"}
     shared = [record.key for record in manifest.records if record.key in trained]
     if shared:
         raise InputError(
@@ -596,19 +600,21 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
 def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:
     """Put one split's metrics into the run's metrics.json, beside those of other splits."""
     path = run.folder / "metrics.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_written(path) if path.is_file() else {}
     write_json(path, known | {role: metrics})
 
 
 def is_trained(folder: Path, config: Config) -> bool:
-    """Whether the run in `folder` has come to its end."""
+    """Whether the run in `folder` has come to its end; false where its last checkpoint is not there to say so."""
+    if not (folder / LAST).is_file():
+        return False
     saved = load_checkpoint(folder / LAST)
     return config.checkpoint.ends(saved["epoch"], config.optim.epochs, saved.get("best_epoch", 0))
 
 
 def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
     """Write record.json: the small file that stands for a finished run in docs/results/ and makes its tables."""
-    environment = json.loads((run.folder / "environment.json").read_text())
+    environment = read_written(run.folder / "environment.json")
     record = {
         "name": run.config.name,
         "config": to_plain(run.config),
@@ -618,6 +624,18 @@ def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
         "environment": environment,
     }
     write_json(run.folder / "record.json", record)
+
+
+def read_written(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged.
+    """
+    values = read_json(str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected names and values, as it was written")
+    return values
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -429,6 +429,25 @@ def test_a_damaged_run_is_named(trained, tmp_path, damage, message):
         load_run(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("environment.json", '{"command": "pyth', "environment.json, line 1"),
+        ("metrics.json", "[]", "metrics.json: expected names and values"),
+        ("images.csv", "key\nimages/train/000000.jpg\n", "images.csv: expected the columns split and key"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(trained, smoke_arguments, tmp_path, name, content, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        eval_script.main([str(folder)])
+    if name == "environment.json":
+        with pytest.raises(InputError, match=message):
+            train_script.main([*smoke_arguments, "log.tensorboard=true", f"out={folder}", "resume=auto"])
+
+
 def test_a_run_of_other_classes_is_not_resumed(trained, smoke_arguments, scenes_root, tmp_path):
     root, folder = tmp_path / "set", tmp_path / "run"
     shutil.copytree(scenes_root, root)
@@ -476,6 +495,16 @@ def test_an_unfinished_run_leaves_no_record(smoke_arguments, tmp_path, monkeypat
     eval_script.main([str(tmp_path / "r")])
     assert (tmp_path / "r/metrics.json").is_file()
     assert not (tmp_path / "r/record.json").exists()
+
+
+def test_a_run_handed_on_without_its_last_checkpoint_is_evaluated(trained, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    for name in ("checkpoints/last.pt", "record.json"):
+        (folder / name).unlink()
+    assert eval_script.main([str(folder)])["ema"] == trained[1]["ema"]
+    assert "no record.json is written" in capsys.readouterr().out
+    assert not (folder / "record.json").exists()
 
 
 def test_a_folder_of_other_things_is_not_written_to(smoke_arguments, tmp_path):
