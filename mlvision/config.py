@@ -29,7 +29,7 @@ from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
-from mlvision.errors import InputError, describe_os_error
+from mlvision.errors import InputError, check_fields, describe_os_error
 from mlvision.methods import METHODS, MethodConfig
 from mlvision.models import HEADS, BackboneConfig, HeadConfig
 
@@ -67,6 +67,14 @@ class Config:
     ddp: DdpConfig = field(default_factory=DdpConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("seed", self.seed >= 0, "0 or more"),
+            ("threads", self.threads >= 0, "0 (torch's own choice) or more"),
+            ("bootstrap", self.bootstrap == 0 or self.bootstrap >= 2, "0, or at least 2 resamplings"),
+        )
+        check_fields(self, "", rules)
 
 
 def _default(base: type) -> Any:

@@ -235,12 +235,6 @@ def resolve(config: Config) -> Config:
         InputError: a device or precision that is not there.
     """
     device = resolve_device(config.device)
-    if config.seed < 0:
-        raise InputError(f"seed: expected 0 or more, got {config.seed}")
-    if config.bootstrap < 0 or config.bootstrap == 1:
-        raise InputError(f"bootstrap: expected 0, or at least 2 resamplings, got {config.bootstrap}")
-    if config.threads < 0:
-        raise InputError(f"threads: expected 0 (torch's own choice) or more, got {config.threads}")
     if config.threads:
         torch.set_num_threads(config.threads)
     return dataclasses.replace(

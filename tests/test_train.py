@@ -507,6 +507,16 @@ def test_a_run_handed_on_without_its_last_checkpoint_is_evaluated(trained, tmp_p
     assert not (folder / "record.json").exists()
 
 
+def test_options_of_evaluation_are_checked_before_it_begins(trained, monkeypatch):
+    monkeypatch.setattr(eval_script, "predict", lambda *_: pytest.fail("evaluation has begun"))
+    for option, message in (
+        ("bootstrap=1", "bootstrap: expected 0, or at least 2"),
+        ("threads=-1", "threads: expected 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            eval_script.main([str(trained[0]), option])
+
+
 def test_a_folder_of_other_things_is_not_written_to(smoke_arguments, tmp_path):
     (tmp_path / "metrics.csv").write_text("mine")
     with pytest.raises(InputError, match="holds no run but other files"):
