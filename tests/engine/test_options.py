@@ -1,6 +1,8 @@
 """Options of the engine, each by the effect that it is there for."""
 
+import contextlib
 import csv
+import os
 
 import pytest
 import timm
@@ -133,10 +135,16 @@ def test_the_option_chooses_the_order(smoke_arguments):
         rows("loader.sampling=balanced")
 
 
-def test_deterministic_algorithms_are_switched_on_and_off(smoke_arguments):
+def test_deterministic_algorithms_are_switched_on_and_off(smoke_arguments, monkeypatch):
+    """An operation whose result depends on the order in which it writes is refused; GPU libraries are told as well."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    twice, values = torch.zeros(2, dtype=torch.int64), torch.tensor([1.0, 2.0])
     for on in (True, False):
         build_run(parse_options(Config, [*smoke_arguments, f"deterministic={on}"], prog="", description=""))
-        assert torch.are_deterministic_algorithms_enabled() == on
+        assert torch.backends.cudnn.deterministic == on
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="deterministic") if on else contextlib.nullcontext():
+            torch.zeros(3).put_(twice, values)
 
 
 def test_a_compiled_backbone_learns_the_same_and_is_saved_under_the_same_names(smoke_arguments, tmp_path):
