@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlvision.errors import InputError
-from mlvision.metrics import average_precision, bootstrap_interval
+from mlvision.metrics import average_precision, bootstrap_interval, mean_average_precision
 
 
 def test_the_interval_of_a_mean_is_the_textbook_one():
@@ -36,6 +36,20 @@ def test_map_of_images_and_not_of_entries_is_resampled():
     pairs = {(*s, *t) for s, t in zip(scores.tolist(), targets.tolist(), strict=True)}
     for s, t in rows:
         assert {(*a, *b) for a, b in zip(s.tolist(), t.tolist(), strict=True)} <= pairs
+
+
+def test_rare_classes_do_not_push_the_interval_off_its_value():
+    """Images that come twice lift rare classes' average precision: by more than the interval is wide."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random((200, 40)) < np.geomspace(0.003, 0.02, 40)).astype(np.float32)
+    scores = rng.normal(size=targets.shape).astype(np.float32)
+    found = bootstrap_interval(scores, targets, num_samples=200)
+    rows = np.random.default_rng(0).integers(200, size=(200, 200))
+    measured = [mean_average_precision(average_precision(scores[r], targets[r]))[0] for r in rows]
+    assert np.quantile(measured, 0.025) > found.value
+    assert found.low < found.value < found.high
+    low, high = np.quantile(measured, [0.025, 0.975])
+    assert found.high - found.low == pytest.approx(high - low)
 
 
 def test_what_cannot_be_resampled_is_refused():
