@@ -536,7 +536,7 @@ def train(options: BenchmarkOptions) -> Iterator[Row]:
     methods: dict[str, tuple[Callable[..., Method], HeadConfig, MethodConfig, str]] = {
         "baseline": (Baseline, LinearHeadConfig(), BaselineConfig(), "0.95"),
         "ReLabel": (Relabel, LinearHeadConfig(), RelabelConfig(), "0.85"),
-        "PatchCT": (PatchCT, TextHeadConfig(), PatchCTConfig(), "0.80"),
+        "PatchCT": (PatchCT, TextHeadConfig(), PatchCTConfig(alpha=0.1), "0.80"),
     }
     for setting in TRAIN_SETTINGS[precision.device.type]:
         torch.manual_seed(0)
@@ -594,7 +594,7 @@ def patchct(options: BenchmarkOptions) -> Iterator[Row]:
     named = build_classifier(backbone, TextHeadConfig(), num_classes, image_size=side, **text)
     preprocessing = linear.backbone.preprocessing
     baseline = training_step(Baseline(BaselineConfig(loss="asl"), linear, preprocessing), batch, options)
-    ours = training_step(PatchCT(PatchCTConfig(), named, preprocessing), batch, options)
+    ours = training_step(PatchCT(PatchCTConfig(alpha=0.1), named, preprocessing), batch, options)
     yield Row(
         what=f"PatchCT step, ResNet-18, {side} px, B={num_images}, C={num_classes}",
         peer="the baseline's step",

@@ -24,7 +24,7 @@ def build(backbone="test_vit", **options) -> PatchCT:
     classifier = build_classifier(
         BackboneConfig(backbone), TextHeadConfig(), C, image_size=SIDE, label_embeddings=LABELS
     )
-    return PatchCT(PatchCTConfig(**options), classifier, PREPROCESSING).eval()
+    return PatchCT(PatchCTConfig(**{"alpha": 0.1, **options}), classifier, PREPROCESSING).eval()
 
 
 def make_batch() -> Batch:
