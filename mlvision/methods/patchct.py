@@ -23,7 +23,7 @@ from mlvision.types import Batch, LabelMap, StepOutput
 @dataclass(frozen=True)
 class PatchCTConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "patchct"
-    alpha: Annotated[float, "weight of the transport, a mean over images (0.1 in the published configs); 0: the classifier alone"] = 0.0
+    alpha: Annotated[float, "weight of the transport; 0: the classifier alone (published configs: 0.1)"] = 0.0
     loss: Annotated[str, "of the classifier, summed over classes, mean over images: asl or bce"] = "asl"
     gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
     gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
