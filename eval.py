@@ -27,7 +27,7 @@ from mlvision.metrics import (
     real_accuracy,
 )
 from mlvision.metrics.figures import draw_precision_recall
-from mlvision.run import LoadedRun, is_trained, load_run, read_for, write_metrics, write_record
+from mlvision.run import LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
 
 USAGE = f"""usage: python eval.py RUN [key=value ...]
 
@@ -59,6 +59,9 @@ def prepare(path: str, overrides: list[str]) -> tuple[LoadedRun, Manifest, list[
         raise InputError(f"'{path}': expected a run folder or a checkpoint first, then key=value")
     run = load_run(path, overrides=overrides)
     manifest, bad = read_for(run, run.config.data.split)
+    for name in ("environment.json", "metrics.json"):  # read again when all is predicted: too late to learn of damage
+        if (run.folder / name).is_file():
+            read_written(run.folder / name)
     return run, manifest, bad
 
 

@@ -437,10 +437,11 @@ def test_a_damaged_run_is_named(trained, tmp_path, damage, message):
         ("images.csv", "key\nimages/train/000000.jpg\n", "images.csv: expected the columns split and key"),
     ],
 )
-def test_a_damaged_file_of_a_run_is_named(trained, smoke_arguments, tmp_path, name, content, message):
+def test_a_damaged_file_of_a_run_is_named(trained, smoke_arguments, tmp_path, monkeypatch, name, content, message):
     folder = tmp_path / "copy"
     shutil.copytree(trained[0], folder)
     (folder / name).write_text(content)
+    monkeypatch.setattr(eval_script, "predict", lambda *_: pytest.fail("found after the evaluation, not before"))
     with pytest.raises(InputError, match=message):
         eval_script.main([str(folder)])
     if name == "environment.json":

@@ -180,8 +180,8 @@ def carve_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
     num_val = round(fraction * len(manifest))
     if not 0 < num_val < len(manifest):
         raise InputError(
-            f"val_fraction={fraction} of the {len(manifest)} images of split {manifest.split!r} gives {num_val} images "
-            "to validation: both parts need at least one"
+            f"data.val_fraction: {fraction} of the {len(manifest)} images of split {manifest.split!r} gives {num_val} "
+            "images to validation: both parts need at least one"
         )
     draw = [hashlib.sha256(f"{seed} {record.key}".encode()).digest() for record in manifest.records]
     permutation = sorted(range(len(manifest)), key=draw.__getitem__)

@@ -35,6 +35,9 @@ class RunLog:
     """The writers of one run folder; `position` and `cut` let a resumed run go on as if never interrupted.
 
     A run that is not resumed starts with empty files, whatever one that never reached its first checkpoint left there.
+
+    Raises:
+        InputError: a run to resume has lost its metrics.csv.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, resume: bool = False):
@@ -43,10 +46,12 @@ class RunLog:
         self._use_tensorboard = tensorboard
         self._writer = None
         self._purge_step: int | None = None
+        path = folder / "metrics.csv"
+        if resume and not path.is_file():
+            raise InputError(f"{path}: not there, but the checkpoint to go on from was saved with it")
+        self._csv = open(path, "ab" if resume else "wb")
         if not resume:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self._csv = open(folder / "metrics.csv", "ab" if resume else "wb")
-        if self._csv.tell() == 0:
             self._csv.write(_HEADER.encode())
 
     def position(self) -> int:

@@ -99,7 +99,7 @@ def test_class_names_must_differ():
 def test_carving_parts_the_images(num, fraction, seed):
     whole = manifest(numbered(num))
     if not 0 < round(fraction * num) < num:
-        with pytest.raises(InputError, match="val_fraction="):
+        with pytest.raises(InputError, match="data.val_fraction: "):
             carve_validation(whole, fraction, seed)
         return
 
@@ -134,7 +134,7 @@ def test_carving_says_so_in_the_protocol_and_the_split():
 
 @pytest.mark.parametrize(("num", "fraction"), [(10, 0.0), (10, 0.04), (10, 0.96), (10, 1.0), (1, 0.5), (10, -0.2)])
 def test_carving_refuses_an_empty_part(num, fraction):
-    with pytest.raises(InputError, match=f"val_fraction={fraction} of the {num} images of split 'train'"):
+    with pytest.raises(InputError, match=f"data.val_fraction: {fraction} of the {num} images of split 'train'"):
         carve_validation(manifest(numbered(num)), fraction, 0)
 
 

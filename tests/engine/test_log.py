@@ -54,6 +54,12 @@ def test_a_shortened_file_is_refused(tmp_path):
         log.cut(1000, step=5)
 
 
+def test_a_lost_file_is_refused_and_not_begun_anew(tmp_path):
+    with pytest.raises(InputError, match=r"metrics.csv: not there"):
+        RunLog(tmp_path, tensorboard=False, resume=True)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
 def test_tensorboard_after_a_kill_shows_each_step_once(tmp_path):
     """What was written after the checkpoint is purged, what was written before it is on the disk though nobody closed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
