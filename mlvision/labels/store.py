@@ -251,8 +251,10 @@ class LabelMapWriter:
             InputError: another store is there (names the first difference), or rank 0 made none in time.
         """
         path = Path(path)
-        if rank == 0 and not (path / META).is_file():
-            _create(path, meta)
+        if rank == 0:
+            if not (path / META).is_file():
+                _create(path, meta)
+            _remove_partial(path)
         deadline = time.monotonic() + timeout
         while not (path / META).is_file():
             if time.monotonic() > deadline:
@@ -381,8 +383,7 @@ def _damaged(name: str, part: np.ndarray, num_classes: int) -> np.ndarray:
 
 def _create(path: Path, meta: StoreMeta) -> None:
     """An empty store, prepared beside its place and moved there whole; of several that try at once, one succeeds."""
-    prefix = f"{path.name}.partial-"
-    partial = path.with_name(prefix + uuid.uuid4().hex)
+    partial = path.with_name(_partial_prefix(path) + uuid.uuid4().hex)
     try:
         partial.mkdir(parents=True)
         for name, (shape, dtype) in meta.layout().items():
@@ -398,9 +399,16 @@ def _create(path: Path, meta: StoreMeta) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         if not (path / META).is_file():
             raise InputError(f"{path}: the store could not be made there ({error.strerror})") from error
-    # What killed runs left. Safe now only: no other process can still move its own to a path that is taken.
+
+
+def _partial_prefix(path: Path) -> str:
+    return f"{path.name}.partial-"
+
+
+def _remove_partial(path: Path) -> None:
+    """Remove what killed processes left of a store that is there now: none can still be moved to a path that is taken."""
     for folder in path.parent.iterdir():
-        if folder.name.startswith(prefix):
+        if folder.name.startswith(_partial_prefix(path)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
