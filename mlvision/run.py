@@ -413,8 +413,8 @@ def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
             "compares with names (head.name=text) can be given more"
         )
     embeddings = extend_label_embeddings(head.label_embeddings, run.classes, names, head.config.text)
-    head.label_embeddings = embeddings
-    head.num_classes = classifier.num_classes = len(embeddings)
+    head.add_labels(embeddings)
+    classifier.num_classes = head.num_classes
     return dataclasses.replace(run, classes=(*run.classes, *names))
 
 

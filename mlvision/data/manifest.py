@@ -1,6 +1,7 @@
 """The Manifest: what every reader returns, and the operations on it that need no image."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -120,6 +121,14 @@ class Manifest:
         """`[N, C]` float32: 1 present, 0 absent, NaN unknown."""
         rows = [self.target(index) for index in range(len(self))]
         return np.stack(rows) if rows else np.zeros((0, len(self.classes)), dtype=np.float32)
+
+    def label_counts(self) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
+        """In how many images each class is present, and in how many it is known, without making the table."""
+        present, unknown = (
+            np.bincount(np.fromiter(itertools.chain.from_iterable(column), np.int64), minlength=len(self.classes))
+            for column in ((r.labels for r in self.records), (r.unknown for r in self.records))
+        )
+        return present, len(self) - unknown
 
     def target(self, index: int) -> Float32[np.ndarray, " C"]:
         """One row of `targets`, without making the table: it would be gigabytes for millions of images."""

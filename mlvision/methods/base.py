@@ -7,7 +7,6 @@ only what stands here.
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -78,11 +77,10 @@ class Method(nn.Module):
     def prepare(self, manifest: Manifest) -> None:
         """See the training manifest once, before the first step; what is kept of it is in the state.
 
-        A head that can start at the share of labels that are present does.
+        A head without a trained classifier starts at each class's share of the images.
         """
-        start_at = getattr(self.classifier.head, "start_at", None)
-        if start_at is not None:
-            start_at(float(np.nanmean(manifest.targets)))
+        if not self.classifier.head.pretrained:
+            self.classifier.head.start_at(starting_logits(manifest, self.activation))
 
     def check_label_map(self, label_map: LabelMap) -> None:
         """See one map of the training images before the first step, where the method needs them.
@@ -110,3 +108,18 @@ class Method(nn.Module):
 
     def after_step(self, output: StepOutput) -> None:
         """Called after each optimizer step."""
+
+
+def starting_logits(manifest: Manifest, activation: str) -> Float[Tensor, " C"]:
+    """What a classifier that sees nothing should say: the log-odds of each class's share of the images (sigmoid), or the
+    logarithm of its share of the labels (softmax).
+
+    Images in which a class is unknown do not count for it. A class in none or in all of n images counts as in half an
+    image of them, or as missing in half a one; a class that is unknown in all images has the mean share of the others.
+    """
+    present, known = (torch.from_numpy(counts).double() for counts in manifest.label_counts())
+    least = 0.5 / known
+    share = (present / known).maximum(least).minimum(1 - least)
+    share = share.where(known > 0, share[known > 0].mean() if known.any() else 0.5)
+    logits = (share / share.sum()).log() if activation == "softmax" else share.logit()
+    return logits.float()

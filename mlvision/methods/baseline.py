@@ -65,7 +65,7 @@ class Baseline(Method):
     def prepare(self, manifest: Manifest) -> None:
         super().prepare(manifest)
         if self.weigh_classes:
-            positives = torch.from_numpy(manifest.targets == 1).sum(0).clamp(min=1)
+            positives = torch.from_numpy(manifest.label_counts()[0]).clamp(min=1)
             weights = positives.to(self.class_weights).rsqrt()
             self.class_weights.copy_(weights / weights.mean())
 

@@ -7,13 +7,15 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from mlvision.data.manifest import Manifest
 from mlvision.errors import InputError, check_fields
 from mlvision.labels import pool_probabilities
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
-from mlvision.methods.base import Method, MethodConfig
+from mlvision.methods.base import Method, MethodConfig, starting_logits
 from mlvision.models import Classifier, Preprocessing
+from mlvision.models.heads import set_bias
 from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
 
 # target: the operators of the image's label and of a cell's
@@ -81,6 +83,10 @@ class TokenLabeling(Method):
         self.tokens = nn.Conv2d(backbone.map_features, classifier.num_classes, 1)
         nn.init.normal_(self.tokens.weight, std=0.01)
         nn.init.zeros_(self.tokens.get_parameter("bias"))
+
+    def prepare(self, manifest: Manifest) -> None:
+        super().prepare(manifest)
+        set_bias(self.tokens.get_parameter("bias"), starting_logits(manifest, self.activation))
 
     def forward(self, batch: Batch) -> StepOutput:
         config = self.config

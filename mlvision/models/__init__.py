@@ -18,11 +18,11 @@ from mlvision.models.backbone import (
 )
 from mlvision.models.classifier import Classifier
 from mlvision.models.dense import AveragedTeacher, DenseTeacher, Teacher, build_teacher, check_identity
-from mlvision.models.heads import CsraHead, CsraHeadConfig, HeadConfig, LinearHead, LinearHeadConfig
+from mlvision.models.heads import CsraHead, CsraHeadConfig, Head, HeadConfig, LinearHead, LinearHeadConfig
 from mlvision.models.queries import MLDecoderHead, MLDecoderHeadConfig, Query2LabelHead, Query2LabelHeadConfig
 from mlvision.models.weights import LoadReport
 
-HEADS: dict[str, tuple[type[HeadConfig], type[nn.Module]]] = {
+HEADS: dict[str, tuple[type[HeadConfig], type[Head]]] = {
     "linear": (LinearHeadConfig, LinearHead),
     "csra": (CsraHeadConfig, CsraHead),
     "ml_decoder": (MLDecoderHeadConfig, MLDecoderHead),
@@ -39,7 +39,7 @@ def build_head(
     map_features: int | None = None,
     label_embeddings: Float[Tensor, "C D"] | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Head:
     """Build a head from its config, or from its name in HEADS and the fields of its config.
 
     Args:
@@ -85,7 +85,8 @@ def build_classifier(
     built = build_head(
         head, backbone.num_features, num_classes, map_features=backbone.map_features, label_embeddings=label_embeddings
     )
-    load_weights(backbone, model, _linear_of(built))
+    report = load_weights(backbone, model, _linear_of(built))
+    built.pretrained = report is not None and report.has_classifier
     return Classifier(backbone, built)
 
 
@@ -105,6 +106,7 @@ __all__ = [
     "CsraHead",
     "CsraHeadConfig",
     "DenseTeacher",
+    "Head",
     "HeadConfig",
     "LinearHead",
     "LinearHeadConfig",

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
-from mlvision.models.heads import HeadConfig
+from mlvision.models.heads import Head, HeadConfig, set_bias
 from mlvision.models.text import TextConfig
 from mlvision.types import Features, HeadOutput
 
@@ -47,7 +47,7 @@ class Joint(NamedTuple):
     grid: tuple[int, int]
 
 
-class TextHead(nn.Module):
+class TextHead(Head):
     """Logits by how near the image's embedding is to that of each label's name: scale * cos + bias.
 
     One linear layer takes the pooled features, and each cell of the map, to the space of the text. The image's embedding is
@@ -63,8 +63,8 @@ class TextHead(nn.Module):
     Source: for the residual adapter and the CLIP-like read-out Li et al., "PatchCT", ICCV 2023, figure 2.
 
     DEVIATION: one projection serves pooled features and cells where their widths are the same, so that what trains the
-    image's embedding also places the patches. A bias, which a sigmoid of cosines needs, starts where the mean score is the
-    share of labels that are present (`start_at`).
+    image's embedding also places the patches. There is a bias per class, which a sigmoid of cosines needs; a class that is
+    added by its name gets the mean of the others (`add_labels`).
     """
 
     map_kind = "mass"
@@ -104,12 +104,18 @@ class TextHead(nn.Module):
             nn.init.zeros_(last.bias)
             self.adapter = nn.Sequential(nn.Linear(width, max(1, width // 4)), nn.GELU(), last)
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
-        self.bias = nn.Parameter(torch.tensor(0.0))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
         self.log_tau = nn.Parameter(torch.tensor(math.log(config.tau)), requires_grad=config.region_share > 0)
 
-    def start_at(self, share: float) -> None:
-        """Let the mean score start at the share of labels that are present, before training."""
-        nn.init.constant_(self.bias, math.log(share / (1 - share)) if 0 < share < 1 else 0.0)
+    def start_at(self, logits: Float[Tensor, " C"]) -> None:
+        set_bias(self.bias, logits)
+
+    def add_labels(self, label_embeddings: Float[Tensor, "M D"]) -> None:
+        """Take these embeddings in place of the head's own C, which are the first of them."""
+        further = len(label_embeddings) - self.num_classes
+        self.bias = nn.Parameter(torch.cat([self.bias, self.bias.mean().expand(further)]).detach())
+        self.label_embeddings = label_embeddings
+        self.num_classes = len(label_embeddings)
 
     @property
     def tau(self) -> Float[Tensor, ""]:

@@ -20,17 +20,43 @@ class HeadConfig:
     name: Annotated[str, "which head: a key of HEADS"]
 
 
+class Head(nn.Module):
+    """Features in, one logit per class out.
+
+    Attributes:
+        num_classes: C.
+        map_kind: the kind of the maps that `forward` returns, a key of `types.KINDS`; None: it returns none.
+        pretrained: its classifier came with the weights of the backbone, so it keeps the biases that it has.
+    """
+
+    num_classes: int
+    map_kind: str | None = None
+    pretrained: bool = False
+
+    def forward(self, features: Features) -> HeadOutput:
+        raise NotImplementedError
+
+    def start_at(self, logits: Float[Tensor, " C"]) -> None:
+        """Set the biases, before training, so that features of 0 give these logits.
+
+        Methods call it with each class's share of the training images. A head whose biases start at 0 calls every class
+        half-present wherever it sees nothing. A few hundred steps of training do not move them, because the weights make
+        up for them in the image as a whole; the cells of a label map then hold 0.5 for every class that is not there.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class LinearHeadConfig(HeadConfig):
     name: Annotated[str, "which head: a key of HEADS"] = "linear"
     dropout: Annotated[float, "probability of dropping a pooled feature in training"] = 0.0
 
 
-class LinearHead(nn.Module):
+class LinearHead(Head):
     """One linear layer on the pooled features.
 
-    It starts near zero (normal, std 0.01; zero bias), so every label starts near probability 0.5 whatever the scale of
-    the features.
+    Its weights start near zero (normal, std 0.01), so every label starts near the probability of its bias whatever the
+    scale of the features.
 
     Args:
         in_features: width of the pooled features.
@@ -47,6 +73,9 @@ class LinearHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
+    def start_at(self, logits: Float[Tensor, " C"]) -> None:
+        set_bias(self.linear.bias, logits)
+
     def forward(self, features: Features) -> HeadOutput:
         """Logits `[B, C]`; the embedding is the pooled features, before dropout.
 
@@ -55,6 +84,12 @@ class LinearHead(nn.Module):
         with torch.autocast(features.pooled.device.type, enabled=False):
             pooled = features.pooled.to(self.linear.weight.dtype)
             return HeadOutput(self.linear(self.dropout(pooled)), embedding=pooled)
+
+
+def set_bias(bias: Tensor, logits: Float[Tensor, " C"]) -> None:
+    """Write logits into a parameter, whatever its dtype and device."""
+    with torch.no_grad():
+        bias.copy_(logits)
 
 
 # By the number of heads, each head's temperature; infinity takes the highest cell, and is 99 in the published code.
@@ -76,14 +111,14 @@ class CsraHeadConfig(HeadConfig):
     num_heads: Annotated[int, "classifiers that are summed, each of its own temperature: 1, 2, 4, 6 or 8"] = 1
 
 
-class CsraHead(nn.Module):
+class CsraHead(Head):
     """Class-specific residual attention: a class's mean over the cells, plus a share of where it is strongest.
 
         s[n] = x[n] . w / |w|
-        logit = sum over the heads: mean_n s[n] + lam * sum_n s[n] softmax_n(T s)[n]
+        logit = b + sum over the heads: mean_n s[n] + lam * sum_n s[n] softmax_n(T s)[n]
 
-    Each head has weights w of its own for every class and its own temperature T; there is no bias. The maps are the scores s
-    of each class, as the mean over the heads: with lam = 0 their mean over the cells is the logit divided by the heads.
+    Each head has weights w of its own for every class and its own temperature T. The maps are the sum of b and the scores s
+    of all heads: with lam = 0 their mean over the cells is the logit.
 
     Args:
         in_features: width of the pooled features, which are not read but handed on as the embedding.
@@ -94,6 +129,8 @@ class CsraHead(nn.Module):
 
     Source: Zhu & Wu, "Residual Attention: A Simple but Effective Method for Multi-Label Recognition", ICCV 2021, and its
     published code.
+
+    DEVIATION: the published head has no bias, so a cell without features scores 0.5 for every class; see `Head.start_at`.
     """
 
     map_kind = "logit"
@@ -110,6 +147,10 @@ class CsraHead(nn.Module):
         width = map_features or in_features
         self.weight = nn.Parameter(torch.empty(config.num_heads, num_classes, width))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def start_at(self, logits: Float[Tensor, " C"]) -> None:
+        set_bias(self.bias, logits)
 
     def forward(self, features: Features) -> HeadOutput:
         """Logits `[B, C]` and maps `[B, C, h, w]` in the weights' own precision also under autocast, as in LinearHead."""
@@ -118,8 +159,9 @@ class CsraHead(nn.Module):
             scores = torch.einsum("kcd,bdn->bkcn", F.normalize(self.weight, dim=-1), cells)
             heads = zip(scores.unbind(1), self.temperatures, strict=True)
             attended = torch.stack([_attended(of_head, temperature) for of_head, temperature in heads])
-            logits = scores.mean(3).sum(1) + self.lam * attended.sum(0)
-            return HeadOutput(logits, scores.mean(1).unflatten(2, features.map.shape[2:]), features.pooled)
+            logits = scores.mean(3).sum(1) + self.lam * attended.sum(0) + self.bias
+            maps = scores.sum(1) + self.bias[:, None]
+            return HeadOutput(logits, maps.unflatten(2, features.map.shape[2:]), features.pooled)
 
 
 def _attended(scores: Float[Tensor, "B C N"], temperature: float) -> Float[Tensor, "B C"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mlvision.errors import check_fields
-from mlvision.models.heads import HeadConfig
+from mlvision.models.heads import Head, HeadConfig, set_bias
 from mlvision.types import Features, HeadOutput
 
 
@@ -161,7 +161,7 @@ class GroupLinear(nn.Module):
         return maps.repeat_interleave(self.per_query, 1)[:, : self.num_classes]
 
 
-class QueryHead(nn.Module):
+class QueryHead(Head):
     """A head whose queries read the map. The maps are what each class's query attends to, and sum to 1 over the cells.
 
     `embed` reads out one embedding a query, the rest a logit a class.
@@ -173,6 +173,9 @@ class QueryHead(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.read_out = GroupLinear(num_classes, max_queries, width)
+
+    def start_at(self, logits: Float[Tensor, " C"]) -> None:
+        set_bias(self.read_out.bias, logits)
 
     def embed(self, features: Features) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B Q h w"]]:
         """What each query has read, and how much of it in which cell: the mean over the heads of the last layer."""

@@ -52,6 +52,7 @@ class LoadReport:
         missing: the model's tensors that the file lacks; they keep their initial values.
         unexpected: the file's tensors that the model has no place for.
         classifier: what became of the file's classifier, in words; empty where it has none.
+        has_classifier: whether the head took weights and bias of it.
     """
 
     source: str
@@ -59,6 +60,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     classifier: str = ""
+    has_classifier: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {self.loaded} tensors loaded"]
@@ -106,7 +108,7 @@ def load_state(
         len(known),
         tuple(result.missing_keys),
         tuple(result.unexpected_keys),
-        _load_classifier(classifier, linear, further),
+        *_load_classifier(classifier, linear, further),
     )
 
 
@@ -215,29 +217,31 @@ def _adapt_first_layer(model: TimmModel, state: dict[str, Tensor]) -> None:
             state[f"{name}.weight"] = adapt_input_conv(wanted.shape[1], weight)
 
 
-def _load_classifier(classifier: Mapping[str, Tensor], linear: nn.Linear | None, further: list[str]) -> str:
-    """Copy the file's classifier where it fits, and say what was done."""
+def _load_classifier(
+    classifier: Mapping[str, Tensor], linear: nn.Linear | None, further: list[str]
+) -> tuple[str, bool]:
+    """Copy the file's classifier if it fits; returns what was done, and whether the bias was set as well."""
     weights = [value for key, value in classifier.items() if key.endswith("weight")]
     biases = [value for key, value in classifier.items() if key.endswith("bias")]
     if not weights:
-        return ""
+        return "", False
     count = len(weights[0])
     if linear is None:
-        return f"its classifier of {count} classes is left out"
+        return f"its classifier of {count} classes is left out", False
     if len(weights) > 1:
-        return f"its {len(weights)} classifiers of {count} classes are left out: the head has one"
+        return f"its {len(weights)} classifiers of {count} classes are left out: the head has one", False
     if further:
-        return f"its classifier of {count} classes is left out: it has further layers ({_some(tuple(further))})"
+        return f"its classifier of {count} classes is left out: it has further layers ({_some(tuple(further))})", False
     if count != linear.out_features:
-        return f"its classifier is left out: it has {count} classes, the head has {linear.out_features}"
+        return f"its classifier is left out: it has {count} classes, the head has {linear.out_features}", False
     if linear.bias is None and any(bias.any() for bias in biases):
-        return f"its classifier is left out: it has {count} classes and a bias, the head's projection has none"
+        return f"its classifier is left out: it has {count} classes and a bias, the head's projection has none", False
     with torch.no_grad():
         linear.weight.copy_(weights[0].flatten(1))  # some timm classifiers are 1x1 convolutions
         if linear.bias is None:  # timm gives CLIP's projection a bias of zeros
-            return f"its projection to width {count} is loaded"
+            return f"its projection to width {count} is loaded", False
         linear.bias.copy_(biases[0] if biases else torch.zeros_like(linear.bias))
-    return f"its classifier of {count} classes is loaded"
+    return f"its classifier of {count} classes is loaded", True
 
 
 def _lite_to_timm(state: Mapping[str, Tensor], depths: list[int]) -> dict[str, Tensor]:

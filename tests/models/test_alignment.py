@@ -74,11 +74,15 @@ def test_a_map_of_another_width_has_a_projection_of_its_own():
     assert head(features(map_width=9)).maps.shape == (4, 3, 2, 5)
 
 
-def test_the_mean_score_starts_at_the_share_of_present_labels():
-    head = build()
-    torch.nn.init.zeros_(head.project.weight)
-    head.start_at(0.05)
-    assert head(features()).logits.sigmoid().mean().item() == pytest.approx(0.05, abs=1e-5)
+def test_a_label_that_is_added_starts_at_the_mean_bias_of_the_others():
+    head, given = build(), features()
+    head.start_at(torch.tensor([-4.0, 1.0, 0.0]))
+    before = head(given)
+    head.add_labels(torch.cat([head.label_embeddings, LABELS[:1]]))
+    after = head(given)
+    assert head.num_classes == 4
+    assert torch.equal(after.logits[:, :3], before.logits)
+    torch.testing.assert_close(after.logits[:, 3], before.logits[:, 0] + 3)  # the same name, at -1 instead of -4
 
 
 def test_learnt_labels_are_trained_and_named_ones_are_not():

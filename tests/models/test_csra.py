@@ -30,9 +30,11 @@ def test_it_equals_the_equation(features, num_heads):
     head = head_of(4, num_heads=num_heads, lam=0.3)
     with torch.no_grad():
         head.weight.mul_(torch.rand(num_heads, 4, 1, dtype=torch.float64) + 0.5)  # lengths do not matter
+        head.bias.normal_()
         output = head(features)
+    weight, bias = head.weight.detach().numpy(), head.bias.detach().numpy()
     for image in range(2):
-        logits, maps = csra_of_one(features.map[image].numpy(), head.weight.detach().numpy(), PUBLISHED[num_heads], 0.3)
+        logits, maps = csra_of_one(features.map[image].numpy(), weight, bias, PUBLISHED[num_heads], 0.3)
         np.testing.assert_allclose(output.logits[image], logits, atol=1e-12)
         np.testing.assert_allclose(output.maps[image], maps, atol=1e-12)
     assert output.embedding is features.pooled
@@ -51,8 +53,10 @@ def test_one_head_by_hand():
 
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_without_attention_it_is_the_mean_of_the_map(features, num_heads):
-    output = head_of(3, num_heads=num_heads, lam=0.0)(features)
-    torch.testing.assert_close(output.logits, num_heads * output.maps.mean((2, 3)))
+    head = head_of(3, num_heads=num_heads, lam=0.0)
+    head.start_at(torch.tensor([-3.0, 0.5, 2.0]))
+    output = head(features)
+    torch.testing.assert_close(output.logits, output.maps.mean((2, 3)))
 
 
 def test_the_last_head_takes_the_highest_cell_to_which_a_hot_softmax_tends(features):
@@ -84,7 +88,7 @@ def test_every_parameter_gets_a_gradient_and_the_gradient_is_right(features):
     head(features).logits.square().sum().backward()
     for key, parameter in head.named_parameters():
         assert parameter.grad.isfinite().all(), key
-        assert (parameter.grad.abs().amax(2) > 1e-8).all(), key
+        assert (parameter.grad.abs().amax(-1) > 1e-8).all(), key
     cells = features.map.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: head(Features(x, features.pooled)).logits, (cells,))
 

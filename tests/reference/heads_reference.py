@@ -8,10 +8,10 @@ import math
 import numpy as np
 
 
-def csra_of_one(cells, weights, temperatures, lam):
-    """Logits `[C]` and mean scores `[C, h, w]`; weights `[heads, C, D]`."""
+def csra_of_one(cells, weights, bias, temperatures, lam):
+    """Logits `[C]` and the scores of all heads `[C, h, w]`; weights `[heads, C, D]`."""
     num_heads, num_classes, _ = weights.shape
-    logits = np.zeros(num_classes)
+    logits = bias.copy()
     maps = np.zeros((num_classes, *cells.shape[1:]))
     for head, c in np.ndindex(num_heads, num_classes):
         w = weights[head, c]
@@ -23,8 +23,8 @@ def csra_of_one(cells, weights, temperatures, lam):
             attended = sum(s * math.exp(temperatures[head] * s) / total for s in scores.values())
         logits[c] += sum(scores.values()) / len(scores) + lam * attended
         for place, s in scores.items():
-            maps[(c, *place)] += s / num_heads
-    return logits, maps
+            maps[(c, *place)] += s
+    return logits, maps + bias[:, None, None]
 
 
 def ml_decoder_of_one(cells, state, num_heads, num_classes):

@@ -1,0 +1,152 @@
+"""Where classifiers start: each class at its share of the images, in every head, unless trained weights say otherwise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mlvision.data.manifest import Manifest, Record
+from mlvision.engine.optim import OptimConfig, parameter_groups
+from mlvision.methods import (
+    Baseline,
+    BaselineConfig,
+    PatchCT,
+    PatchCTConfig,
+    Relabel,
+    RelabelConfig,
+    TokenLabeling,
+    TokenLabelingConfig,
+)
+from mlvision.methods.base import starting_logits
+from mlvision.models import HEADS, Preprocessing, build_classifier, build_head
+from mlvision.models.backbone import BackboneConfig
+from mlvision.types import Features
+
+# Of eight images: the first class in two, the second in none, the third in one of the four in which it is known, the fourth
+# in all, and of the fifth nothing is known.
+MANIFEST = Manifest(
+    ("two", "none", "quarter", "all", "unknown"),
+    tuple(
+        Record(
+            f"{i}.png",
+            f"{i}.png",
+            labels=tuple(c for c, present in enumerate((i < 2, False, i == 5, True)) if present),
+            unknown=(2, 4) if i < 4 else (4,),
+        )
+        for i in range(8)
+    ),
+    "train",
+)
+SHARES = [2 / 8, 1 / 16, 1 / 4, 15 / 16]
+SHARES.append(sum(SHARES) / 4)
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9)
+
+
+def logit(share):
+    return math.log(share / (1 - share))
+
+
+def test_the_counts_are_those_of_the_table():
+    present, known = MANIFEST.label_counts()
+    assert present.tolist() == np.nansum(MANIFEST.targets, axis=0).tolist() == [2, 0, 1, 8, 0]
+    assert known.tolist() == np.isfinite(MANIFEST.targets).sum(0).tolist() == [8, 8, 4, 8, 0]
+
+
+def test_shares_by_hand():
+    torch.testing.assert_close(starting_logits(MANIFEST, "sigmoid"), torch.tensor([logit(s) for s in SHARES]))
+    priors = torch.tensor(SHARES) / sum(SHARES)
+    torch.testing.assert_close(starting_logits(MANIFEST, "softmax"), priors.log())
+
+
+@pytest.mark.parametrize("unknown", [(), (0,)])
+def test_no_split_is_too_poor(unknown):
+    one = Manifest(("only",), (Record("a.png", "a.png", labels=(), unknown=unknown),), "train")
+    assert starting_logits(one, "sigmoid").tolist() == [0.0]
+    assert starting_logits(one, "softmax").tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_calls_a_class_as_probable_as_its_share_where_it_sees_nothing(name):
+    """Cells without features have the share in the maps of logits too; maps of attention hold no logits."""
+    torch.manual_seed(0)
+    options = {"width": 16, "feedforward": 16, "num_heads": 2} if name in ("ml_decoder", "query2label") else {}
+    embeddings = {"label_embeddings": torch.randn(5, 12)} if name == "text" else {}
+    head = build_head(name, 8, 5, **options, **embeddings).eval()
+    logits = starting_logits(MANIFEST, "sigmoid")
+    head.start_at(logits)
+    nothing = Features(torch.zeros(2, 8, 3, 4), torch.zeros(2, 8))
+    with torch.no_grad():
+        output = head(nothing)
+        if name in ("ml_decoder", "query2label"):  # what a query brings itself is read out too
+            head.read_out.weight.zero_()
+            output = head(nothing)
+    torch.testing.assert_close(output.logits, logits.expand(2, -1))
+    if head.map_kind == "logit":
+        torch.testing.assert_close(output.maps, logits[:, None, None].expand(2, -1, 3, 4))
+
+
+def build(method="baseline", head="linear", checkpoint="", **options):
+    torch.manual_seed(0)
+    sizes = {"width": 16, "feedforward": 16, "num_heads": 2} if head in ("ml_decoder", "query2label") else {}
+    model = BackboneConfig("test_resnet", checkpoint=checkpoint)
+    embeddings = torch.randn(5, 12) if head == "text" else None
+    classifier = build_classifier(model, HEADS[head][0](**sizes), 5, image_size=32, label_embeddings=embeddings)
+    types = {
+        "baseline": (Baseline, BaselineConfig),
+        "patchct": (PatchCT, PatchCTConfig),
+        "relabel": (Relabel, RelabelConfig),
+        "token_labeling": (TokenLabeling, TokenLabelingConfig),
+    }
+    of_method, of_config = types[method]
+    return of_method(of_config(**options), classifier, PREPROCESSING)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "activation"),
+    [
+        ("baseline", {}, "sigmoid"),
+        ("baseline", {"loss": "asl"}, "sigmoid"),
+        ("baseline", {"loss": "softmax"}, "softmax"),
+        ("relabel", {}, "sigmoid"),
+        ("relabel", {"target": "softmax"}, "softmax"),
+        ("token_labeling", {"target": "multilabel"}, "sigmoid"),
+        ("token_labeling", {"target": "softmax"}, "softmax"),
+    ],
+)
+def test_every_method_prepares_its_head(method, options, activation):
+    built = build(method, **options)
+    built.prepare(MANIFEST)
+    expected = starting_logits(MANIFEST, activation)
+    torch.testing.assert_close(built.classifier.head.linear.bias, expected)
+    if method == "token_labeling":
+        torch.testing.assert_close(built.tokens.bias, expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_biases_have_no_weight_decay(head):
+    built = build("patchct" if head == "text" else "baseline", head)
+    groups = parameter_groups(built.parameter_groups(), OptimConfig(weight_decay=0.3))
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    biases = {name: p for name, p in built.named_parameters() if name.endswith("bias")}
+    assert any(name.startswith("classifier.head.") for name in biases)
+    assert {decays[id(p)] for p in biases.values()} == {0.0}
+
+
+def test_a_classifier_that_came_with_the_weights_keeps_its_bias(tmp_path):
+    trained = build()
+    nn.init.normal_(trained.classifier.head.linear.bias)
+    torch.save(trained.state_dict(), tmp_path / "run.pt")
+    again = build(checkpoint=str(tmp_path / "run.pt"))
+    again.prepare(MANIFEST)
+    assert torch.equal(again.classifier.head.linear.bias, trained.classifier.head.linear.bias)
+
+
+def test_a_head_that_replaces_another_classifier_starts_at_the_shares(tmp_path):
+    """The file's classifier is of other classes, so it is left out and the new one is not trained."""
+    other = build_classifier(BackboneConfig("test_resnet"), HEADS["linear"][0](), 9, image_size=32)
+    torch.save(Baseline(BaselineConfig(), other, PREPROCESSING).state_dict(), tmp_path / "run.pt")
+    built = build(checkpoint=str(tmp_path / "run.pt"))
+    built.prepare(MANIFEST)
+    torch.testing.assert_close(built.classifier.head.linear.bias, starting_logits(MANIFEST, "sigmoid"))
