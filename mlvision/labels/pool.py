@@ -42,9 +42,10 @@ def pool_label_map(
         label_map: of the full images, in the order of the views.
         output_size: S: 1 for one value a view, more for a grid over it (with the view's flip and turns).
         operator: how the cells of a box (or bin) become one value. mean_logit and mean_probability: their mean, by the
-            weights of RoIAlign; each takes a map of that kind. max: the highest of the cells that have a weight.
-            log_sum_exp: `log(sum w exp(r v)) / r`, between the mean (small r) and the maximum (large r). top_q: the mean
-            of the highest share of the cells that have a weight.
+            weights of RoIAlign; each takes a map of that kind. The others weigh a cell by the area of it that is shown,
+            because RoIAlign's points also reach cells up to half a cell beyond the box, which would count in full. max: the
+            highest of the cells that are shown. log_sum_exp: `log(sum w exp(r v)) / r`, between the mean (small r) and the
+            maximum (large r). top_q: the mean of the highest share of the cells that are shown.
         sharpness: r of log_sum_exp.
         top_share: the share of top_q, above 0 to 1; at least one cell.
         hole: `[B, 4]` x1, y1, x2, y2 in [0, 1] of the full image: a part of each box that something covers, as in CutMix.
@@ -59,12 +60,13 @@ def pool_label_map(
     values, precision = label_map.values, torch.promote_types(label_map.values.dtype, torch.float32)
     fill = label_map.fills(precision)
     grid, extent = (values.shape[2], values.shape[3]), label_map.extent
-    if hole is None:
-        weights = _roi_align(boxes_in_grid(view.boxes, grid, extent), grid, output_size)
-    elif output_size == 1:
-        weights = _visible(boxes_in_grid(view.boxes, grid, extent), boxes_in_grid(hole, grid, extent), grid)
-    else:
+    if hole is not None and output_size != 1:
         raise InputError(f"hole: expected output_size=1 with it, got {output_size}")
+    boxes = boxes_in_grid(view.boxes, grid, extent)
+    if hole is None and operator.startswith("mean_"):
+        weights = _roi_align(boxes, grid, output_size)
+    else:
+        weights = _areas(boxes, grid, output_size, None if hole is None else boxes_in_grid(hole, grid, extent))
     weights = weights.to(precision)
 
     def pool(images: slice) -> Tensor:
@@ -161,18 +163,33 @@ def _roi_align(boxes: Float[Tensor, "B 4"], grid: tuple[int, int], output_size: 
     return torch.einsum("bph,bqw->bpqhw", rows, columns).flatten(3).flatten(1, 2)
 
 
-def _visible(
-    boxes: Float[Tensor, "B 4"], holes: Float[Tensor, "B 4"], grid: tuple[int, int]
-) -> Float64[Tensor, "B 1 P"]:
-    """Each cell's share of the area that is in its box and not in the hole; all 0 where nothing is left."""
-    holes = torch.cat([holes[:, :2].maximum(boxes[:, :2]), holes[:, 2:].minimum(boxes[:, 2:])], dim=1)
-    inside, covered = (
-        torch.einsum("bh,bw->bhw", overlaps(b[:, 1], b[:, 3], grid[0]), overlaps(b[:, 0], b[:, 2], grid[1])).flatten(1)
-        for b in (boxes.double(), holes.double())
-    )
-    left = inside - covered
-    left = left.where(left > 1e-9, 0)  # what rounding leaves of a cell that is wholly covered
-    return (left / left.sum(1, keepdim=True).clamp(min=1e-9))[:, None]
+def _areas(
+    boxes: Float[Tensor, "B 4"], grid: tuple[int, int], output_size: int, holes: Float[Tensor, "B 4"] | None
+) -> Float64[Tensor, "B Q P"]:
+    """Each cell's share of the area of each bin that no hole covers; all 0 where nothing is left.
+
+    A cell of which less than 1e-4 is shown counts 0: what rounding leaves of one that a box ends at, or that a hole covers.
+    """
+
+    def inside(boxes: Float64[Tensor, "B 4"]) -> Float64[Tensor, "B Q P"]:
+        x1, y1, x2, y2 = boxes.unbind(1)
+        rows, columns = _bin_overlaps(y1, y2, grid[0], output_size), _bin_overlaps(x1, x2, grid[1], output_size)
+        return torch.einsum("bph,bqw->bpqhw", rows, columns).flatten(3).flatten(1, 2)
+
+    left = inside(boxes.double())
+    if holes is not None:
+        holes = torch.cat([holes[:, :2].maximum(boxes[:, :2]), holes[:, 2:].minimum(boxes[:, 2:])], dim=1)
+        left = left - inside(holes.double())
+    left = left.where(left > 1e-4 * left.sum(2, keepdim=True).clamp(max=1), 0)
+    return left / left.sum(2, keepdim=True).clamp(min=1e-9)
+
+
+def _bin_overlaps(
+    low: Float64[Tensor, " B"], high: Float64[Tensor, " B"], num_cells: int, num_bins: int
+) -> Float64[Tensor, "B S n"]:
+    """How much of each cell lies in each of the equal bins between `low` and `high`, along one axis."""
+    edges = low[:, None] + (high - low)[:, None] * torch.arange(num_bins + 1, device=low.device) / num_bins
+    return overlaps(edges[:, :-1].flatten(), edges[:, 1:].flatten(), num_cells).unflatten(0, (-1, num_bins))
 
 
 def _in_parts(pool: Callable[[slice], Tensor], num_images: int, size: int, most: int) -> Tensor:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from reference.label_maps_reference import dense_map, pool
+from reference.label_maps_reference import bin_areas, dense_map, pool
 from torchvision.ops import roi_align
 
 from mlvision.errors import InputError
@@ -146,11 +146,51 @@ def test_operators_are_their_definitions(operator, layout, output_size):
     np.testing.assert_allclose(found.reshape(expected.shape), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("operator", ["max", "log_sum_exp", "top_q"])
+def test_a_cell_that_the_view_does_not_show_counts_nothing(operator):
+    """RoIAlign's points reach the cell to the right of this view, whose centre is nearer than half a cell."""
+    label_map = LabelMap(torch.tensor([[[[0.0, 1.0]]]]), None, "probability")
+    view = CropBox(torch.tensor([[0.15, 0, 0.5, 1]]))
+    assert pool_label_map(label_map, view, 1, operator="mean_probability") > 0.01
+    assert pool_label_map(label_map, view, 1, operator=operator).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("output_size", [1, 3])
+@pytest.mark.parametrize("layout", ["all classes", "some labels", "best of each cell"])
+def test_the_maximum_is_there_just_where_the_view_shows_the_cell(layout, output_size):
+    """One hot cell, and boxes of pixels that often end at a border of cells, in single precision, as crops have them."""
+    rows, columns, pixels = 6, 7, (96, 112)  # 16 x 16 pixels a cell
+    noise = np.random.default_rng(0)
+    for _ in range(60):
+        row, column = noise.integers(rows), noise.integers(columns)
+        values = torch.zeros(1, 1, rows, columns)
+        values[0, 0, row, column] = 1
+        ids = {"all classes": None, "some labels": torch.zeros(1, 1, dtype=torch.long)}.get(
+            layout, torch.zeros(1, 1, rows, columns, dtype=torch.long)
+        )
+        step = noise.choice([1, 16])
+        y1, y2 = sorted(step * noise.choice(pixels[0] // step + 1, 2, replace=False))
+        x1, x2 = sorted(step * noise.choice(pixels[1] // step + 1, 2, replace=False))
+        corners = torch.tensor([[x1, y1, x2, y2]]).float() / torch.tensor([pixels[1], pixels[0]] * 2)
+        pooled = pool_label_map(
+            LabelMap(values, ids, "probability"), CropBox(corners), 1, operator="max", output_size=output_size
+        )
+        tall, wide = (y2 - y1) / output_size, (x2 - x1) / output_size
+        expected = [
+            float(y1 + p * tall < 16 * (row + 1) - 1e-3 and y1 + (p + 1) * tall > 16 * row + 1e-3
+                  and x1 + q * wide < 16 * (column + 1) - 1e-3 and x1 + (q + 1) * wide > 16 * column + 1e-3)
+            for p in range(output_size) for q in range(output_size)
+        ]  # fmt: skip
+        assert pooled.flatten().tolist() == expected, (row, column, x1, y1, x2, y2)
+
+
 def test_log_sum_exp_lies_between_mean_and_maximum():
     label_map = top_k_map(4, 30, (5, 6), "probability")
-    view = CropBox(some_boxes(4))
+    boxes = some_boxes(4)
+    view = CropBox(boxes)
     pooled = [pool_label_map(label_map, view, 30, operator="log_sum_exp", sharpness=r) for r in (1e-5, 1.0, 50.0, 5e3)]
-    mean = pool_label_map(label_map, view, 30, operator="mean_probability")
+    areas = torch.from_numpy(np.stack([bin_areas((5, 6), box, 1)[0, 0] for box in boxes.tolist()]))
+    mean = torch.einsum("bchw,bhw->bc", dense_of(label_map, 30), areas)
     maximum = pool_label_map(label_map, view, 30, operator="max")
     torch.testing.assert_close(pooled[0], mean, rtol=0, atol=1e-4)
     torch.testing.assert_close(pooled[-1], maximum, rtol=0, atol=3e-3)

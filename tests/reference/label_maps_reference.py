@@ -49,9 +49,24 @@ def bin_weights(grid, box, output_size):
     return weights
 
 
+def bin_areas(grid, box, output_size):
+    """`[S, S, h, w]`: each cell's share of the area of each bin of a box x1, y1, x2, y2 in [0, 1]."""
+    height, width = grid
+    x1, y1, x2, y2 = box
+    tall, wide = (y2 - y1) / output_size, (x2 - x1) / output_size
+    areas = np.zeros((output_size, output_size, height, width))
+    for p, q, row, column in np.ndindex(*areas.shape):
+        top, left = y1 + p * tall, x1 + q * wide
+        down = min((row + 1) / height, top + tall) - max(row / height, top)
+        across = min((column + 1) / width, left + wide) - max(column / width, left)
+        areas[p, q, row, column] = max(down, 0) * max(across, 0) / (tall * wide)
+    return areas
+
+
 def pool(dense, box, operator, output_size=1, sharpness=10.0, top_share=0.25):
     """`[C, S, S]` of one dense map `[C, h, w]`."""
-    weights = bin_weights(dense.shape[1:], box, output_size)
+    weigh = bin_weights if operator.startswith("mean_") else bin_areas
+    weights = weigh(dense.shape[1:], box, output_size)
     pooled = np.zeros((len(dense), output_size, output_size))
     for c, p, q in np.ndindex(*pooled.shape):
         w, v = weights[p, q].ravel(), dense[c].ravel()
