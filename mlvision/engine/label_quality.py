@@ -24,12 +24,14 @@ from mlvision.metrics import mass_in_box, pointing_game
 from mlvision.metrics.quality_tables import (
     agreement,
     area_bins,
+    background,
     by_object_size,
     calibration,
     known_mean,
     localisation,
     over_crops,
     per_class,
+    verdict,
 )
 from mlvision.models.dense import Teacher
 from mlvision.types import Batch, CropBox, LabelMap
@@ -90,16 +92,18 @@ def judge_label_maps(
         "shown_from_share_of_area": VISIBLE,
         **over_crops(tables, store.meta.activation == "softmax", config.view.scale),
     }
-    return {
+    quality = {
         **describe(store, manifest, judged_by, len(rows), config),
         "agreement": agreement(tables),
         "object_sizes": by_object_size(tables),
         "crops": crops,
         "calibration": calibration(tables),
+        "background": background(tables),
         "localisation": localisation(tables),
         "classes": per_class(tables, judged_by.classes),
         "exact": answers,
     }
+    return {**quality, "verdict": verdict(quality)}
 
 
 def check_kind(store: LabelMapStore, num_classes: int) -> None:
@@ -159,6 +163,7 @@ def _collect_rows(
         stored = torch.zeros(targets.shape, dtype=torch.bool).scatter(1, flat, True).numpy()
     whole = given.extent if given.extent is not None else whole_images(probable.values)
     part = {"targets": targets, "stored": stored, "pairs": _localise(probable, records)}
+    part["background"] = _emptiest(probable, num_classes).numpy()
     part |= {f"whole/{name}": values for name, values in pooled(given, probable, whole, num_classes).items()}
 
     shown_by, part["size"] = _shown_labels(records, targets)
@@ -177,6 +182,19 @@ def read_maps(store: LabelMapStore, rows: Sequence[int] | np.ndarray | Tensor, n
     """Maps of the data's classes; of oracle maps the cover, without that of crowds."""
     maps = store.read(rows)
     return replace(maps, values=maps.values[:, :num_classes]) if maps.ids is None else maps
+
+
+def _emptiest(probable: LabelMap, num_classes: int) -> Float[Tensor, " B"]:
+    """The sum over the classes in the cell of each image whose most probable class is the least."""
+    values, fill = probable.values.float(), probable.fills(torch.float32)
+    if probable.ids is None:
+        total, highest = values.sum(1), values.amax(1)
+    else:
+        ids = probable.ids if probable.ids.ndim == 4 else probable.ids[:, :, None, None]
+        stored = (ids >= 0).expand_as(values)
+        total = values.where(stored, 0).sum(1) + (num_classes - stored.sum(1)) * fill
+        highest = values.where(stored, 0).amax(1).maximum(fill)
+    return total.flatten(1).gather(1, highest.flatten(1).argmin(1, keepdim=True)).squeeze(1)
 
 
 def pooled(

@@ -1,5 +1,6 @@
 """The report on label maps: a summary in words, and a page of figures. Both know only what `judge_label_maps` found."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def summarise(quality: dict[str, Any]) -> str:
     lines.append(f"entropy ({crops['entropy_of']}): {ends[0]} in the smallest crops, {ends[1]} in the largest")
     found = quality["calibration"]
     lines.append(f"calibration of the maximum: ECE {found['ece']:.4f} over {found['entries']:,} labels of images")
+    found = quality["background"]
+    lines.append(
+        f"background: the emptiest cell expects {found['expected_labels']:.2f} labels, an image has {found['labels']:.2f}"
+    )
     found = quality["localisation"]
     if found:
         lines.append(
@@ -60,6 +65,7 @@ def summarise(quality: dict[str, Any]) -> str:
         lines.append(
             f"approximate: the mean of the maps differs from the teacher's logits by {maps['approximate']:.3g}"
         )
+    lines += [f"WARNING: {fault}" for fault in quality["verdict"]] or ["verdict: no fault found"]
     return "\n".join(lines)
 
 
@@ -81,7 +87,10 @@ def draw_quality(path: Path, quality: dict[str, Any]) -> None:
     title = (
         f"{quality['store']}: {_source(quality)}\n{quality['num_images']:,} images of '{quality['split']}', judged by "
     )
-    figure.suptitle(literal(f"{title}'{quality['labels_split']}'"), fontsize=13, color=INK)
+    warnings = "".join("\n" + textwrap.fill(f"WARNING: {fault}", 180) for fault in quality["verdict"])
+    figure.suptitle(
+        literal(f"{title}'{quality['labels_split']}'{warnings}"), fontsize=13, color=WORST if warnings else INK
+    )
     upper, lower = figure.subfigures(2, 1, squeeze=False).flat
     panels = [
         (_draw_agreement, quality["agreement"]),

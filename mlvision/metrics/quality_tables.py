@@ -2,9 +2,10 @@
 
 The tables, of N images and M crops (those of an image adjacent), C classes: `targets` `[N, C]`; `stored` `[N, C]`: whether
 any cell stores the class; `whole/<operator>` `[N, C]` and `crop/<operator>` `[M, C]`: pooled probabilities; `area` `[M]`;
-`shown` `[M, C]`: what the crop shows, NaN where that is unknown; `size` `[N, C]`: the share of the image that the class's
-objects cover, 0 for none, NaN where no objects are annotated; `pairs` `[P, 5]`, a row for each label of an image that has
-boxes: class, pointing game, its chance, share of the mass in the boxes, its chance.
+`shown` `[M, C]`: what the crop shows, NaN where that is unknown; `background` `[N]`: the sum over the classes of the
+probabilities in each image's emptiest cell, the one whose most probable class is the least probable; `size` `[N, C]`: the
+share of the image that the class's objects cover, 0 for none, NaN where no objects are annotated; `pairs` `[P, 5]`, a row
+for each label of an image that has boxes: class, pointing game, its chance, share of the mass in the boxes, its chance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from mlvision.metrics.calibration import expected_calibration_error, reliability
 
 NUM_AREA_BINS = 5
 NUM_SIZE_BINS = 3
+BACKGROUND_LIMIT = 1.5  # times the labels of an image, from which cells that show nothing are called too high
 _PAIR_COLUMNS = ("pointing_game", "pointing_game_chance", "mass_in_box", "mass_in_box_chance")
 
 
@@ -131,6 +133,31 @@ def calibration(tables: dict[str, np.ndarray]) -> dict[str, Any]:
         "entries": sum(columns["count"]),
         "bins": bins,
     }
+
+
+def background(tables: dict[str, np.ndarray]) -> dict[str, float]:
+    """How many labels the emptiest cell of an image expects, and how many an image has: sums of the classes' means.
+
+    A cell that shows nothing should be worth no more than each class's share of the images. The classifier of a teacher that
+    started with a bias of 0 is worth 0.5 there for every class, while its answer to the whole image is right.
+    """
+    shares = [known_mean(column)[0] for column in tables["targets"].T]
+    return {"expected_labels": float(tables["background"].mean()), "labels": float(np.nansum(shares))}
+
+
+def verdict(quality: dict[str, Any]) -> list[str]:
+    """What speaks against training on the maps, in words; nothing where nothing does."""
+    faults = []
+    empty, place = quality["background"], quality["localisation"]
+    if empty["expected_labels"] > BACKGROUND_LIMIT * empty["labels"]:
+        faults.append(
+            f"the emptiest cell of an image expects {empty['expected_labels']:.2f} labels, an image has "
+            f"{empty['labels']:.2f}: cells that show nothing call absent classes present. Targets of the maximum will be "
+            "wrong; train a teacher whose head starts at the classes' shares"
+        )
+    if place and (place["lift"] <= 1 or place["pointing_game"] <= place["pointing_game_chance"]):
+        faults.append("maps are worse than chance at place: do not train on them")
+    return faults
 
 
 def localisation(tables: dict[str, np.ndarray]) -> dict[str, Any] | None:

@@ -101,6 +101,38 @@ def test_maps_of_the_boxes_are_perfect(manifest, config, tmp_path):
     )
 
 
+def half_present_everywhere(manifest):
+    """What a teacher with a bias of 0 says: objects are seen as nothing, every class is half-present around them."""
+    maps = np.full((len(manifest), len(manifest.classes), *GRID), -4.0)
+    for i, record in enumerate(manifest.records):
+        covered = np.zeros(GRID, dtype=bool)
+        y, x = ((np.arange(n) + 0.5) / n for n in GRID)
+        for x1, y1, x2, y2 in record.boxes.xyxy:
+            covered |= np.outer((y1 <= y) & (y <= y2), (x1 <= x) & (x <= x2))
+        maps[i, :, ~covered] = 0
+        maps[i, record.boxes.labels[0], covered] = 3
+    return maps
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_maps_whose_background_is_half_of_everything_are_not_to_be_trained_on(manifest, config, tmp_path, top_k):
+    maps = half_present_everywhere(manifest)
+    options = {"kind": "logit", "activation": "sigmoid", "top_k": top_k}
+    quality = judge(make_store(tmp_path / "bad", manifest, maps, **options), manifest, config)
+    assert quality["background"]["expected_labels"] == pytest.approx(0.5 * len(manifest.classes), rel=1e-3)
+    assert quality["background"]["labels"] == pytest.approx(np.nansum(manifest.targets) / len(manifest), rel=1e-6)
+    assert [fault.split(":")[0] for fault in quality["verdict"]] == [
+        f"the emptiest cell of an image expects {0.5 * len(manifest.classes):.2f} labels, an image has "
+        f"{quality['background']['labels']:.2f}",
+        "maps are worse than chance at place",
+    ]
+    share = np.nanmean(manifest.targets, axis=0).clip(0.01, 0.99)
+    maps = np.where(maps == 0, np.log(share / (1 - share))[:, None, None], maps)
+    quality = judge(make_store(tmp_path / "good", manifest, maps, **options), manifest, config)
+    assert not any("emptiest" in fault for fault in quality["verdict"])
+    assert quality["background"]["expected_labels"] == pytest.approx(quality["background"]["labels"], rel=0.1)
+
+
 def test_maps_of_other_labels_score_chance(manifest, config, tmp_path):
     perfect = box_maps(manifest)
     of_labels = perfect[perfect.any(axis=(2, 3))]

@@ -69,6 +69,8 @@ def quality():
                 {"count": 321, "confidence": 0.8, "frequency": 0.7},
             ],
         },
+        "background": {"expected_labels": 1.234, "labels": 2.345},
+        "verdict": [],
         "localisation": {
             "pointing_game": 0.71,
             "pointing_game_chance": 0.31,
@@ -196,8 +198,20 @@ def test_the_summary_by_hand(quality):
     assert lines[11:] == [
         "entropy (mean_logit, nats): 0.600 in the smallest crops, 1.200 in the largest",
         "calibration of the maximum: ECE 0.0123 over 4,321 labels of images",
+        "background: the emptiest cell expects 1.23 labels, an image has 2.35",
         "localisation, 2,345 labels with boxes: pointing game 0.7100 (chance 0.3100), mass in box 0.5200 = 2.08 x chance",
         "KL(exact || pooled), 16 crops at 96x128 px, nats: 0.0456; against the whole image's label 0.0789",
+        "verdict: no fault found",
     ]
-    quality["maps"]["approximate"] = 0.0321
-    assert summarise(quality).endswith("approximate: the mean of the maps differs from the teacher's logits by 0.0321")
+    quality["maps"]["approximate"], quality["verdict"] = 0.0321, ["one fault", "another"]
+    assert summarise(quality).splitlines()[-3:] == [
+        "approximate: the mean of the maps differs from the teacher's logits by 0.0321",
+        "WARNING: one fault",
+        "WARNING: another",
+    ]
+
+
+def test_the_page_warns(quality, draw):
+    assert "WARNING" not in draw(quality)[0].figure.get_figure(root=True).get_suptitle()
+    quality["verdict"] = ["one fault"]
+    assert draw(quality)[0].figure.get_figure(root=True).get_suptitle().endswith("\nWARNING: one fault")

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 
-from mlvision.metrics.quality_tables import area_bins, by_object_size, top1_hits
+from mlvision.metrics.quality_tables import area_bins, background, by_object_size, top1_hits, verdict
 
 
 def test_top1_by_hand():
@@ -32,3 +32,23 @@ def test_labels_of_other_sizes_are_left_out():
     assert middle["mAP"]["max"] == (1 / 1 + 2 / 3) / 2
     assert large["mAP"]["max"] == 1
     assert by_object_size({"size": np.full((9, 1), math.nan), "targets": targets, "whole/max": scores}) is None
+
+
+def test_the_labels_that_empty_cells_expect():
+    """Two classes: one in two of three images, the other in one of the two in which it is known."""
+    targets = np.array([[1, 0], [1, math.nan], [0, 1]])
+    found = background({"targets": targets, "background": np.array([0.2, 0.4, 0.9])})
+    assert found == {"expected_labels": 0.5, "labels": 2 / 3 + 1 / 2}
+
+
+def test_the_verdict_names_what_speaks_against_the_maps():
+    quiet, loud = ({"expected_labels": expected, "labels": 2.0} for expected in (3.0, 3.01))
+    good = {"lift": 1.1, "pointing_game": 0.3, "pointing_game_chance": 0.2}
+    assert verdict({"background": quiet, "localisation": good}) == []
+    assert verdict({"background": quiet, "localisation": None}) == []
+    (fault,) = verdict({"background": loud, "localisation": good})
+    assert fault.startswith("the emptiest cell of an image expects 3.01 labels, an image has 2.00")
+    for worse in ({"lift": 0.99}, {"pointing_game": 0.2}):
+        assert verdict({"background": quiet, "localisation": good | worse}) == [
+            "maps are worse than chance at place: do not train on them"
+        ]
