@@ -98,7 +98,7 @@ def report(
     of_checkpoint = Path(path).is_file()
     name = f"{role}_{Path(path).stem}" if of_checkpoint else role
     table_file, figure_file = run.folder / f"per_class_{name}.csv", run.folder / f"precision_recall_{name}.png"
-    with open(table_file, "w", newline="") as file:
+    with open(table_file, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
         writer.writerows(table)

@@ -172,7 +172,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise InputError(f"{path}: no such config file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.read_text().strip() else {}
+        values: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.read_text(encoding="utf-8").strip() else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -212,7 +212,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 def save_options(config: Any, path: Path) -> None:
     """Write a config dataclass as YAML, every option spelled out."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    partial.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(path)
 
 

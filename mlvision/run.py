@@ -486,9 +486,9 @@ def start_folder(run: Run, folder: Path) -> None:
     bad_images.csv where images were skipped, and the embeddings of the labels' names where the head compares with them."""
     folder.mkdir(parents=True, exist_ok=True)
     if run.bad_images:
-        with open(folder / "bad_images.csv", "w", newline="") as file:
+        with open(folder / "bad_images.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
-    with open(folder / "images.csv", "w", newline="") as file:
+    with open(folder / "images.csv", "w", encoding="utf-8", newline="") as file:
         rows = [(role, record.key) for role, m in (("train", run.train), ("val", run.val)) for record in m.records]
         csv.writer(file).writerows([("split", "key"), *rows])
     environment = describe_environment(run.precision.device)
@@ -536,7 +536,7 @@ def _git_commit() -> str:
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=root, capture_output=True, text=True, check=True,
+            cwd=root, capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -552,7 +552,7 @@ def _version(package: str) -> str:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return f"{', '.join(sorted(names)) or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
@@ -578,7 +578,7 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
     """
     if role == "train":
         return
-    with open(run.folder / "images.csv", newline="") as file:
+    with open(run.folder / "images.csv", encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames != ["split", "key"]:
             raise InputError(f"{file.name}: expected the columns split and key, got {rows.fieldnames}")
@@ -635,7 +635,7 @@ def read_written(path: Path) -> dict[str, Any]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write strict JSON, NaN as null, whole or not at all; infinity would be a fault and is refused."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

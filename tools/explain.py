@@ -374,7 +374,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
     table = f"{protocol}.\n\n{markdown([result])}"
     with writing(out) as folder:
         write_json(folder / "comparison.json", result)
-        (folder / "comparison.md").write_text(table + "\n")
+        (folder / "comparison.md").write_text(table + "\n", encoding="utf-8")
         write_pairs(folder / "pairs.csv", comparison.tables, [record.key for record in manifest.records], run.classes)
     print(table)
     print(f"written to {out}: comparison.json, comparison.md, pairs.csv")

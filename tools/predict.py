@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     # Written batch by batch into a partial file, so memory stays flat and a failure leaves no half table.
     partial = out.with_name(out.name + ".partial")
     try:
-        with open(partial, "w", newline="") as file, torch.inference_mode():
+        with open(partial, "w", encoding="utf-8", newline="") as file, torch.inference_mode():
             writer = csv.writer(file)
             writer.writerow(["image", "labels", *run.classes])
             for batch in loader:

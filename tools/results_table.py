@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
     records, readme = Path(options.records), Path(options.readme)
     text = render(records, Path(options.grids))
     if options.readme:
-        readme.write_text(fill_readme(readme.read_text(), records))
-    Path(options.out).write_text(text)
+        readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), records), encoding="utf-8")
+    Path(options.out).write_text(text, encoding="utf-8")
     print(f"written: {options.out}" + (f" and the table of {readme}" if options.readme else ""))
 
 
@@ -88,7 +88,7 @@ def comparisons(folder: Path) -> str:
     of_data: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: not a comparison of tools/explain.py ({error})") from None
         if not {"protocol", "methods", "model", "options", "environment"} <= result.keys():
@@ -122,7 +122,7 @@ def alike(result: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def bounds_of(grid: Path) -> list[str]:
-    return yaml.safe_load(grid.read_text()).get("bounds", []) if grid.is_file() else []
+    return yaml.safe_load(grid.read_text(encoding="utf-8")).get("bounds", []) if grid.is_file() else []
 
 
 def fill_readme(text: str, folder: Path) -> str:
@@ -168,7 +168,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such record; eval.py writes it")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         chosen = chosen_metrics(record)
         used = (*(chosen[name] for name in COLUMNS), record["parameters"], record["metrics"]["protocol"])
         used += (record["config"]["seed"], record["environment"]["commit"], record["environment"]["machine"])

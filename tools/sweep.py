@@ -133,7 +133,7 @@ def is_finished(record: Path, run: Planned) -> bool:
     if not record.is_file():
         return False
     try:
-        content = json.loads(record.read_text())
+        content = json.loads(record.read_text(encoding="utf-8"))
         recorded, maps = build_options(Config, content["config"]), content.get("environment", {}).get("label_maps")
     except (json.JSONDecodeError, KeyError, TypeError, InputError) as error:
         raise InputError(f"{record}: not a record of this version ({error}); remove it to run it again") from None

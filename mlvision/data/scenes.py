@@ -202,7 +202,7 @@ def _already_written(config: ScenesConfig, out: Path) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / _IDENTITY_FILE).read_text())
+        found = json.loads((out / _IDENTITY_FILE).read_text(encoding="utf-8"))
         differing = [key for key, value in config.identity.items() if found.get(key) != value]
     except (OSError, ValueError, AttributeError):
         raise InputError(f"{out} holds something else than a set of scenes: expected a new or empty folder") from None
@@ -224,7 +224,7 @@ def _write_all(config: ScenesConfig, folder: Path) -> None:
             _write_instances(config, folder, "train_single", split, largest)
             kept, unknown = zip(*(_keep_some(config, i, some) for i, some in enumerate(objects)), strict=True)
             _write_instances(config, folder, "train_partial", split, kept, unknown)
-    (folder / _IDENTITY_FILE).write_text(json.dumps(config.identity, indent=1) + "\n")
+    (folder / _IDENTITY_FILE).write_text(json.dumps(config.identity, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_images(config: ScenesConfig, split: str, count: int, folder: Path) -> list[list[dict[str, Any]]]:
@@ -298,4 +298,4 @@ def _write_instances(
         "categories": [{"id": i + 1, "name": c, "supercategory": "glyph"} for i, c in enumerate(config.classes)],
     }
     path = folder / "annotations" / f"instances_{name}.json"
-    path.write_text(json.dumps(content, separators=(",", ":")))
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")

@@ -76,7 +76,9 @@ def session() -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_PATIENCE)
     with contextlib.ExitStack() as stack:
         if not is_main():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
+            )
         yield
     dist.destroy_process_group()  # not after an exception: it may wait for ranks that are no more
 

@@ -116,7 +116,7 @@ def write_pairs(
         "outcome": lambda outcome: "unknown" if outcome < 0 else OUTCOMES[outcome],
     }
     names = list(dict.fromkeys(key for table in tables.values() for key in table))
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", *names])
         for method, table in tables.items():

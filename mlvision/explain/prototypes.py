@@ -92,7 +92,7 @@ def find_prototypes(subject: Subject, batches: Iterable[Batch], num: int) -> Pro
 
 def write_prototypes(path: Path, found: Prototypes, labels: Sequence[int], manifest: Manifest) -> None:
     """A CSV with a row for each patch of each label, the nearest first."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "rank", "image", "row", "column", "rows", "columns", "nearness", "target"))
         for label in labels:

@@ -390,7 +390,7 @@ def _create(path: Path, meta: StoreMeta) -> None:
             file = partial / f"{name}.npy"
             np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)  # holes: no blocks yet
             _sync(file)
-        (partial / META).write_text(json.dumps(meta.to_json(), indent=2) + "\n")
+        (partial / META).write_text(json.dumps(meta.to_json(), indent=2) + "\n", encoding="utf-8")
         _sync(partial / META)
         _sync(partial)
         os.rename(partial, path)
@@ -416,7 +416,7 @@ def _read_meta(path: Path) -> StoreMeta:
     if not (path / META).is_file():
         raise InputError(f"{path}: no label-map store ({META} is missing)")
     try:
-        content = json.loads((path / META).read_text())
+        content = json.loads((path / META).read_text(encoding="utf-8"))
         version = content.pop("format"), content.pop("format_version")
         if version != (FORMAT, FORMAT_VERSION):
             raise InputError(f"{path / META}: format {version}, but this code reads {(FORMAT, FORMAT_VERSION)}")
