@@ -15,6 +15,7 @@ from mlvision.data.images import drop_unreadable, folder_manifest
 from mlvision.data.loader import LoaderConfig, eval_loader
 from mlvision.errors import InputError
 from mlvision.run import add_classes, check_images, load_run
+from mlvision.types import reaches
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def main(argv: list[str]) -> None:
             for batch in loader:
                 with run.precision.autocast():
                     logits = run.method.predict(batch.images.to(run.precision.device))
-                scores = run.method.scores(logits.float()).cpu().tolist()
-                for row, found in zip(batch.index.tolist(), scores, strict=True):
-                    labels = [name for name, s in zip(run.classes, found, strict=True) if s >= options.threshold]
+                scores = run.method.scores(logits.float()).cpu()
+                predicted = reaches(scores, options.threshold).tolist()
+                for row, found, decisions in zip(batch.index.tolist(), scores.tolist(), predicted, strict=True):
+                    labels = [name for name, decision in zip(run.classes, decisions, strict=True) if decision]
                     writer.writerow([manifest.records[row].key, ";".join(labels), *(f"{s:.6f}" for s in found)])
         partial.replace(out)
     finally:

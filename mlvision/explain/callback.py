@@ -15,6 +15,7 @@ from mlvision.explain.cam import GradCam
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.selection import from_mask
 from mlvision.explain.subject import undisturbed
+from mlvision.types import reaches
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class CamGrids:
         images = self._images.to(device)
         with torch.no_grad(), undisturbed(model):
             scores = model.scores(model.predict(images)).cpu()  # pyright: ignore[reportCallIssue]
-        labels = from_mask((self._targets == 1) | (scores >= self._threshold)).labels
+        labels = from_mask((self._targets == 1) | reaches(scores, self._threshold)).labels
         found = explain(model, images, self._explainer, labels)
         rows = [
             ExplainedImage(

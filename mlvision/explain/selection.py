@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.types import to_scores
+from mlvision.types import reaches, to_scores
 
 SELECTIONS = ("all", "predicted", "ground_truth", "errors", "relevant")
 OUTCOMES = ("TP", "FP", "FN", "TN")
@@ -143,7 +143,7 @@ def outcomes(
     scores: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], threshold: float | Float[Tensor, " C"]
 ) -> Int64[Tensor, "B C"]:
     """The place in OUTCOMES of each decision; -1 where the target is unknown."""
-    said, true = scores >= threshold, targets == 1
+    said, true = reaches(scores, threshold), targets == 1
     outcome = torch.where(said, torch.where(true, 0, 1), torch.where(true, 2, 3))
     return outcome.where(targets.isfinite(), -1)
 
@@ -168,16 +168,15 @@ def _by_rule(
             f"labels: expected {', '.join(SELECTIONS)}, top<k> or a list of labels, got '{rule}'"
             + _nearest(rule, SELECTIONS)
         )
-    scores = to_scores(logits, activation)
-    threshold = threshold.to(logits.device) if isinstance(threshold, Tensor) else threshold
+    predicted = reaches(to_scores(logits, activation), threshold)
     if rule == "predicted":
-        return from_mask(scores >= threshold)
+        return from_mask(predicted)
     if targets is None:
         raise InputError(f"labels: {rule} needs the images' labels, and none were given (targets=)")
     targets = targets.to(logits.device)
     if targets.shape != logits.shape:
         raise InputError(f"targets: expected {tuple(logits.shape)}, got {tuple(targets.shape)}")
-    wrong = targets != (scores >= threshold).to(targets)
+    wrong = targets != predicted.to(targets)
     masks = {"ground_truth": targets == 1, "errors": wrong, "relevant": wrong | (targets == 1)}
     return from_mask(masks[rule] & targets.isfinite())
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Shaped
 
 from mlvision.errors import InputError
 from mlvision.metrics.inputs import ArrayT, check_scores, check_targets, same_kind, to_array
+from mlvision.types import reaches
 
 
 class FMeasures(NamedTuple):
@@ -48,7 +49,7 @@ def decide(scores: Float[ArrayT, "N C"], *, threshold: float | None, top_k: int 
 
     Args:
         scores: Probabilities, or logits with a threshold on logits.
-        threshold: `score >= threshold` in the dtype of the scores (a float32 score of 0.7 passes 0.7), or None.
+        threshold: `score >= threshold` in the dtype of the scores (see `reaches`), or None.
         top_k: At most this many labels an image, the best ones; exactly this many without a threshold. Of equal scores
             the lower class index wins. All classes are eligible, also where an image's label is unknown; a k above
             the number of classes takes all.
@@ -62,7 +63,7 @@ def decide(scores: Float[ArrayT, "N C"], *, threshold: float | None, top_k: int 
         raise InputError(f"top_k {top_k}: expected at least 1")
     s = to_array(scores)
     check_scores(s)
-    decisions = np.ones(s.shape, dtype=bool) if threshold is None else s >= threshold
+    decisions = np.ones(s.shape, dtype=bool) if threshold is None else to_array(reaches(scores, threshold))
     if top_k is not None and top_k < s.shape[1]:
         kth_best = np.partition(s, -top_k, axis=1)[:, -top_k, None]
         better, tied = s > kth_best, s == kth_best

@@ -1,7 +1,6 @@
 """The door into this room: tensors or arrays in, checked NumPy arrays inside, the caller's kind out."""
 
 import math
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,8 +8,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from mlvision.errors import InputError
-
-ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
+from mlvision.types import ArrayT
 
 
 def to_array(values: Shaped[np.ndarray | Tensor, "..."]) -> Shaped[np.ndarray, "..."]:

@@ -45,6 +45,16 @@ def test_thresholds_may_differ_by_class_and_scores_follow_the_activation():
     assert select("predicted", LOGITS, activation="softmax").labels.tolist() == [[0], [2]]  # 0.78 and 0.92 alone
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.7, torch.tensor([0.7, 0.3], dtype=torch.float64)])
+def test_a_score_at_its_threshold_is_predicted_in_every_precision(dtype, threshold):
+    scores = torch.tensor([[0.7, 0.29]], dtype=dtype)
+    assert outcomes(scores, torch.ones(1, 2), threshold).tolist() == [[0, 2]]
+    logits = torch.tensor([[0.7, 0.29]], dtype=torch.float64).logit().to(dtype)
+    at = logits.sigmoid().double()[0]  # what the logits' own precision makes of 0.7 and 0.29
+    assert select("predicted", logits, threshold=at).labels.tolist() == [[0, 1]]
+
+
 def test_a_contrast_is_the_difference_of_two_logits():
     chosen = select([("ship", "car"), "tree"], LOGITS, classes=CLASSES)
     torch.testing.assert_close(chosen.scores(LOGITS), torch.tensor([[1.5, -3.0], [-4.0, 0.2]]))

@@ -10,7 +10,8 @@ from sklearn.metrics import precision_recall_fscore_support
 from torchmetrics.functional.classification import multilabel_f1_score
 
 from mlvision.errors import InputError
-from mlvision.metrics import class_measures, decide, f_measures
+from mlvision.metrics import class_measures, decide, f_measures, multilabel_summary
+from mlvision.types import reaches
 
 NAN = math.nan
 RULES = [(0.5, None), (0.5, 2), (None, 2), (None, 1), (0.25, 9)]
@@ -100,6 +101,32 @@ def test_the_threshold_itself_is_a_yes_in_the_dtype_of_the_scores():
     scores = np.array([[0.7, 0.69999, 0.70001]], dtype=np.float32)  # float32 0.7 is below the double 0.7
     assert decide(scores, threshold=0.7).tolist() == [[True, False, True]]
     assert decide(np.zeros((1, 2)), threshold=0.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 0.9, 0.05])
+def test_a_threshold_is_reached_by_itself_in_every_precision(dtype, threshold):
+    """As `torch.tensor(t, dtype)` is what a score of t becomes; the numbers next to it are decided by their order."""
+    at = torch.tensor(threshold, dtype=dtype)
+    ends = torch.tensor([-1.0, 2.0], dtype=dtype)
+    scores = torch.stack([torch.nextafter(at, ends[0]), at, torch.nextafter(at, ends[1])])[None]
+    assert decide(scores, threshold=threshold).tolist() == [[False, True, True]]
+    assert decide(scores, threshold=threshold, top_k=1).tolist() == [[False, False, True]]
+    each = torch.tensor([threshold, threshold, 1.0], dtype=torch.float64)
+    assert reaches(scores, each).tolist() == [[False, True, False]]
+    if dtype != torch.bfloat16:  # NumPy has none
+        assert reaches(scores.numpy(), each.numpy()).tolist() == [[False, True, False]]
+
+
+def test_whole_numbers_are_compared_as_they_are():
+    assert reaches(np.array([[0, 1]]), 0.5).tolist() == [[False, True]]
+    assert reaches(torch.tensor([[0, 1]]), 0.5).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_summary_of_logits_counts_what_lies_at_the_threshold(dtype):
+    logits = torch.tensor([[math.log(0.7 / 0.3), -1.0]], dtype=dtype)
+    assert multilabel_summary(logits, torch.tensor([[1.0, 0.0]]), threshold=0.7)["OR"] == 1
 
 
 def test_top_k_breaks_ties_by_class_index_and_counts_exactly():

@@ -1,6 +1,7 @@
 import csv
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,6 +42,23 @@ def test_every_image_of_a_folder_gets_its_scores(run_folder, scenes_root, tmp_pa
             expected = run.method.predict(run.preprocess([Image.open(images / key)])).sigmoid()[0]
         assert [float(row[name]) for name in run.classes] == pytest.approx(expected.tolist(), abs=1e-4)
         assert row["labels"] == ";".join(name for name in run.classes if float(row[name]) >= 0.3)
+
+
+def test_a_score_at_the_threshold_is_a_label(run_folder, scenes_root, tmp_path):
+    """The shortest decimal of a float32 score may be above it as a double."""
+    shutil.copytree(scenes_root / "images/test", tmp_path / "photos")
+    run = load_run(run_folder, device="cpu")
+    images = [Image.open(path) for path in sorted((tmp_path / "photos").iterdir())]
+    with torch.inference_mode():
+        scores = run.method.scores(run.method.predict(run.preprocess(images))).numpy()
+    row, column = next(zip(*np.nonzero(scores.astype(str).astype(float) > scores), strict=True))
+    out = tmp_path / "at.csv"
+    predict.main(
+        [str(run_folder), f"images={tmp_path / 'photos'}", f"out={out}", "num_workers=0", "device=cpu",
+         f"threshold={scores[row, column]}"]
+    )  # fmt: skip
+    predicted = list(csv.DictReader(open(out, newline="")))[row]["labels"].split(";")
+    assert run.classes[column] in predicted
 
 
 def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, tmp_path):
