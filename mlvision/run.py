@@ -1,5 +1,6 @@
 """Wires the rooms into a run: what train.py, eval.py, the tools and notebooks stand on."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -400,12 +401,14 @@ def load_run(
 
 
 def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
-    """The run with further classes by their names, whose logits come last: of a head that compares images with names.
+    """A copy of the run with further classes by their names, whose logits come last: of a head that compares images with
+    names.
 
     Raises:
         InputError: another head, no text encoder to embed the names, or as `extend_label_embeddings`.
     """
-    classifier = run.method.classifier
+    method = copy.deepcopy(run.method)
+    classifier = method.classifier
     head = classifier.head
     if not isinstance(head, TextHead):
         raise InputError(
@@ -415,7 +418,7 @@ def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
     embeddings = extend_label_embeddings(head.label_embeddings, run.classes, names, head.config.text)
     head.add_labels(embeddings)
     classifier.num_classes = head.num_classes
-    return dataclasses.replace(run, classes=(*run.classes, *names))
+    return dataclasses.replace(run, method=method, classes=(*run.classes, *names))
 
 
 def choose_folder(config: Config) -> tuple[Path, bool]:

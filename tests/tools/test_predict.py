@@ -10,6 +10,7 @@ import train as train_script
 from mlvision import load_run
 from mlvision.data import build_manifest
 from mlvision.errors import InputError
+from mlvision.run import add_classes
 from tools import predict
 
 
@@ -123,6 +124,26 @@ def test_a_class_is_added_by_its_name_to_a_model_that_reads_names(text_run, scen
         head, image = run.method.classifier.head, run.method.classify(batch).embedding
         logit = head.log_scale.exp() * torch.cosine_similarity(image, word[None]) + head.bias
     assert float(more[1][-1]) == pytest.approx(logit.sigmoid().item(), abs=1e-4)
+
+
+def test_the_run_that_classes_are_added_to_stays_as_it_is(text_run):
+    run = load_run(text_run / "run", device="cpu")
+    num_classes, images = len(run.classes), torch.zeros(1, 3, 48, 48)
+    state = {name: tensor.clone() for name, tensor in run.method.state_dict().items()}
+    embeddings = run.method.classifier.head.label_embeddings.clone()
+    with torch.no_grad():
+        before = run.method.predict(images)
+        more = add_classes(run, ["lighthouse"])
+        twice = add_classes(run, ["lighthouse"])  # from the same run again, so the name is no class of it
+        assert torch.equal(run.method.predict(images), before)
+        assert torch.equal(more.method.predict(images), twice.method.predict(images))
+        assert torch.equal(more.method.predict(images)[:, :-1], before)
+    assert (len(run.classes), len(more.classes)) == (num_classes, num_classes + 1)
+    assert run.method.classifier.num_classes == run.method.classifier.head.num_classes == num_classes
+    assert torch.equal(run.method.classifier.head.label_embeddings, embeddings)
+    with torch.no_grad():
+        next(more.method.parameters()).add_(1)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in run.method.state_dict().items())
 
 
 def test_a_trained_text_run_needs_no_encoder(text_run, tmp_path):
