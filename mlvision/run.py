@@ -10,13 +10,14 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -46,6 +47,7 @@ from mlvision.models.text import (
     load_label_embeddings,
     save_label_embeddings,
 )
+from mlvision.models.weights import first_line
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
@@ -95,16 +97,34 @@ class LoadedRun:
     view: EvalView
     weights: str
 
-    def preprocess(self, images: Sequence[Image.Image]) -> UInt8[Tensor, "B 3 H W"]:
-        """PIL images as the uint8 batch that `method.predict` takes, resized as at evaluation.
+    def preprocess(self, images: Any) -> UInt8[Tensor, "B 3 H W"]:
+        """PIL images, or one, as the uint8 batch that `method.predict` takes, resized as at evaluation.
 
         Raises:
-            InputError: the run was trained on other bands than red, green and blue.
+            InputError: the run was trained on other bands than red, green and blue; no image, or something that is not a
+                readable PIL image.
         """
         if self.config.model.in_chans != 3:
             raise InputError(f"{self.folder}: takes images of {self.config.model.in_chans} channels, pictures have 3")
-        batch = torch.stack([self.view(rgb_array(image)).image for image in images])
-        return batch.to(self.precision.device)
+        views = [self.view(_pixels_of(image)).image for image in _as_list(images)]
+        if not views:
+            raise InputError("images: expected at least one PIL image, got none")
+        return torch.stack(views).to(self.precision.device)
+
+
+def _as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, Iterable) and not isinstance(images, str) else [images]
+
+
+def _pixels_of(image: Any) -> UInt8[np.ndarray, "H W 3"]:
+    if not isinstance(image, Image.Image):
+        what = f"the {type(image).__name__} {image!r}" if isinstance(image, str | Path) else type(image).__name__
+        raise InputError(f"images: expected PIL images (PIL.Image.open reads a file), got {what}")
+    try:
+        return rgb_array(image)
+    except (OSError, SyntaxError, ValueError) as error:  # PIL reads a file's pixels only now
+        name = getattr(image, "filename", "") or "a PIL image"
+        raise InputError(f"{name}: cannot be read: {first_line(error)}") from error
 
 
 def build_run(config: Config) -> Run:

@@ -62,6 +62,29 @@ def test_a_score_at_the_threshold_is_a_label(run_folder, scenes_root, tmp_path):
     assert run.classes[column] in predicted
 
 
+def test_one_pil_image_or_several_are_preprocessed_and_nothing_else(run_folder, tmp_path):
+    run = load_run(run_folder, device="cpu")
+    picture = Image.linear_gradient("L").convert("RGB")
+    assert torch.equal(run.preprocess(picture), run.preprocess([picture]))
+    assert torch.equal(run.preprocess(image for image in [picture, picture])[1:], run.preprocess((picture,)))
+    picture.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-200])
+    for given, message in [
+        (["a.jpg"], "expected PIL images .* got the str 'a.jpg'"),
+        ("a.jpg", "got the str 'a.jpg'"),
+        (tmp_path / "a.jpg", "got the PosixPath"),
+        ([np.zeros((4, 4, 3), np.uint8)], "got ndarray"),
+        (torch.zeros(2, 3, 4, 4), "got Tensor"),
+        ([[picture]], "got list"),
+        ([], "at least one PIL image"),
+        (None, "got NoneType"),
+        ([Image.new("F", (4, 4))], "a PIL image: cannot be read: pixels of mode F"),
+        ([picture, Image.open(tmp_path / "cut.png")], "cut.png: cannot be read"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run.preprocess(given)
+
+
 def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, tmp_path):
     images = tmp_path / "photos"
     images.mkdir()
