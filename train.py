@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
         run.val_loader,
         run_dir=folder,
         classes=run.train.classes,
-        keys=[record.key for record in run.train.records],
+        keys=run.train.keys,
         data_hashes=run.data_hashes,
         precision=run.precision,
         optim=run.config.optim,

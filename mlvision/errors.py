@@ -1,6 +1,8 @@
 """The one error type that means "what the user gave is wrong", and the check of option ranges that raises it."""
 
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -14,6 +16,22 @@ class InputError(ValueError):
     """
 
     on_every_rank = False
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+
+
+def shown(value: Any) -> str:
+    """A value out of a file for an error message: its repr, in which whatever is long is cut."""
+    return _SHORT.repr(value)
+
+
+def listed(names: Sequence[Any], most: int = 40) -> str:
+    """Names for an error message, apart by commas; of more than `most` the first ones and how many are left out."""
+    texts = [name if len(name) <= 120 else f"{name[:117]}..." for name in map(str, names[:most])]
+    return ", ".join(texts) + (f" and {len(names) - most:,} others" if len(names) > most else "")
 
 
 def describe_os_error(error: OSError) -> str:

@@ -512,7 +512,7 @@ def start_folder(run: Run, folder: Path) -> None:
         with open(folder / "bad_images.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
     with open(folder / "images.csv", "w", encoding="utf-8", newline="") as file:
-        rows = [(role, record.key) for role, m in (("train", run.train), ("val", run.val)) for record in m.records]
+        rows = [(role, key) for role, m in (("train", run.train), ("val", run.val)) for key in m.keys]
         csv.writer(file).writerows([("split", "key"), *rows])
     environment = describe_environment(run.precision.device)
     if run.label_maps:
@@ -606,7 +606,7 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
         if rows.fieldnames != ["split", "key"]:
             raise InputError(f"{file.name}: expected the columns split and key, got {rows.fieldnames}")
         trained = {row["key"] for row in rows if row["split"] == "train"}
-    shared = [record.key for record in manifest.records if record.key in trained]
+    shared = [key for key in manifest.keys if key in trained]
     if shared:
         raise InputError(
             f"data.{role}: {len(shared)} images of '{manifest.split}' were in the training split of {run.folder}: "

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from mlvision.config import Config, describe_options, parse_options, run_command
 from mlvision.data import DataConfig, read_split
 from mlvision.data.loader import ImageDataset, LoaderConfig, eval_loader, evenly
-from mlvision.data.manifest import Boxes, Manifest, check_same_classes
+from mlvision.data.manifest import Manifest, check_same_classes
+from mlvision.data.records import Boxes
 from mlvision.data.transforms import EvalView
 from mlvision.engine.checkpoint import check_classes
 from mlvision.engine.distributed import is_main, on_every_rank
@@ -234,7 +235,7 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
         given = ", ".join(f"{name}={getattr(options, name)}" for name in ("out", "axes", "reference"))
         raise InputError(f"expected out= and one of axes= and reference=, got {given}")
     manifest, _ = read_images(options)
-    keys, num_classes = [record.key for record in manifest.records], len(manifest.classes)
+    keys, num_classes = manifest.keys, len(manifest.classes)
     axes = options.axes or axes_by(options.reference, root, manifest, options.fill)
     first = next(import_published(root, keys, num_classes, axes=axes, fill=options.fill)).values  # all files are there
     meta = StoreMeta(
@@ -451,14 +452,14 @@ def judging_manifest(manifest: Manifest, options: ReportOptions) -> Manifest:
         return manifest
     other = read_split(options.data, options.labels_split)
     check_same_classes(manifest, other)
-    place = {record.key: row for row, record in enumerate(other.records)}
-    missing = [record.key for record in manifest.records if record.key not in place]
+    place = {key: row for row, key in enumerate(other.keys)}
+    missing = [key for key in manifest.keys if key not in place]
     if missing:
         raise InputError(
             f"labels_split: '{other.split}' lacks {len(missing):,} of the {len(manifest):,} images of '{manifest.split}', "
             f"the first is {missing[0]}"
         )
-    return other.select(place[record.key] for record in manifest.records)
+    return other.select(place[key] for key in manifest.keys)
 
 
 def made_by(store: LabelMapStore, manifest: Manifest, options: ReportOptions) -> Teacher:

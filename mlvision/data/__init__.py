@@ -9,9 +9,10 @@ from mlvision.data.bigearthnet import BigEarthNetConfig, read_bigearthnet
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.imagenet import ImagenetConfig, read_imagenet
-from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record
+from mlvision.data.manifest import DataConfig, Manifest
 from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.nuswide import NuswideConfig, read_nuswide
+from mlvision.data.records import Boxes, Record
 from mlvision.data.sen12ms import Sen12msConfig, read_sen12ms
 from mlvision.data.vg500 import Vg500Config, read_vg500
 from mlvision.data.voc import VocConfig, read_voc

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
+from mlvision.data.records import Boxes, Record
 from mlvision.data.text_files import find_split_file, read_json
 from mlvision.errors import InputError
 

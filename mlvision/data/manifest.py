@@ -4,16 +4,21 @@ import hashlib
 import itertools
 import json
 import os
+import posixpath
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32
 
-from mlvision.data.bands import BandStack
-from mlvision.errors import InputError
+from mlvision.data.records import UNWRITABLE, Record, Records
+from mlvision.errors import InputError, listed, shown
+
+# The longest class name: a longer one is a whole text that a wrong column or separator made a name.
+LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -39,76 +44,57 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """The annotated objects of one image, as columns of n rows.
-
-    Attributes:
-        xyxy: `[n, 4]` in [0, 1] of the image, divided by the width and height that the annotation states, x first.
-        labels: `[n]` class indices.
-        crowd: `[n]`, True for a region that stands for many objects.
-        difficult: `[n]`, True where the annotators marked the object as hard to see.
-        segmentation: n entries: None, a list of polygons (each `[m, 2]` x, y in [0, 1] of the image), or a COCO RLE
-            dict `{"size": [height, width], "counts": ...}` on the annotation's pixel grid.
-    """
-
-    xyxy: Float32[np.ndarray, "n 4"]
-    labels: Int64[np.ndarray, " n"]
-    crowd: Bool[np.ndarray, " n"]
-    difficult: Bool[np.ndarray, " n"]
-    segmentation: tuple[Any, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image and what is known of it.
-
-    Attributes:
-        key: path relative to the data set's root, with `/`: the image's name everywhere.
-        path: path of the file.
-        labels: class indices that are present, ascending.
-        unknown: class indices of which nothing is known, ascending.
-        difficult: class indices that only difficult objects show, ascending.
-        boxes: annotated objects, where the data set has them.
-        size: (width, height) that the annotation states, or None.
-        bands: how the image is put together, where it is not one picture file at `path`.
-    """
-
-    key: str
-    path: str
-    labels: tuple[int, ...]
-    unknown: tuple[int, ...] = ()
-    difficult: tuple[int, ...] = ()
-    boxes: Boxes | None = None
-    size: tuple[int, int] | None = None
-    bands: BandStack | None = None
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The images of one split, their labels, and how they were read.
 
     Attributes:
         classes: class names in a fixed order; column c of every target and score is `classes[c]`.
-        records: one entry an image, in a fixed order; `Batch.index` counts these.
+        records: one entry per image, in a fixed order; `Batch.index` counts these. Any sequence of records is kept as
+            `Records`.
         split: the split's name.
         protocol: how images and labels were chosen, in words; printed beside every metric.
     """
 
     classes: tuple[str, ...]
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     split: str
     protocol: str = ""
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
-            twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
-            raise InputError(f"class names must differ from each other; these occur twice: {', '.join(twice)}")
+            twice = sorted(name for name, number in Counter(self.classes).items() if number > 1)
+            raise InputError(f"class names must differ from each other; these occur twice: {listed(twice)}")
+        for c, name in enumerate(self.classes):
+            if not name.strip() or UNWRITABLE.search(name):
+                raise InputError(
+                    f"split {self.split!r}: class {c} is called {shown(name)}: expected a name in one line, without "
+                    "control characters; rename it in the data set"
+                )
+            if len(name) > LONGEST_NAME:
+                raise InputError(
+                    f"split {self.split!r}: class {c} has a name of {len(name):,} characters, {shown(name)}: expected at "
+                    f"most {LONGEST_NAME}"
+                )
+        if not isinstance(self.records, Records):
+            object.__setattr__(self, "records", Records(self.records))
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of every record."""
+        return self._columns.keys
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of every record."""
+        return self._columns.paths
+
+    @property
+    def _columns(self) -> Records:
+        assert isinstance(self.records, Records)
+        return self.records
 
     @property
     def num_channels(self) -> int:
@@ -119,8 +105,10 @@ class Manifest:
     @cached_property
     def targets(self) -> Float32[np.ndarray, "N C"]:
         """`[N, C]` float32: 1 present, 0 absent, NaN unknown."""
-        rows = [self.target(index) for index in range(len(self))]
-        return np.stack(rows) if rows else np.zeros((0, len(self.classes)), dtype=np.float32)
+        table = np.zeros((len(self), len(self.classes)), dtype=np.float32)
+        for index, row in enumerate(table):
+            self._fill(row, index)
+        return table
 
     def label_counts(self) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
         """In how many images each class is present, and in how many it is known, without making the table."""
@@ -133,16 +121,20 @@ class Manifest:
     def target(self, index: int) -> Float32[np.ndarray, " C"]:
         """One row of `targets`, without making the table: it would be gigabytes for millions of images."""
         row = np.zeros(len(self.classes), dtype=np.float32)
-        row[list(self.records[index].labels)] = 1
-        row[list(self.records[index].unknown)] = np.nan
+        self._fill(row, index)
         return row
+
+    def _fill(self, row: Float32[np.ndarray, " C"], index: int) -> None:
+        row[self._columns.labels(index)] = 1
+        row[self._columns.unknown(index)] = np.nan
 
     @cached_property
     def hash(self) -> str:
         """sha256 of the record list (keys, labels, unknowns): the same images, labels and order."""
         digest = hashlib.sha256()
-        for record in self.records:
-            digest.update(json.dumps([record.key, record.labels, record.unknown]).encode() + b"\n")
+        for index, key in enumerate(self.keys):
+            row = [key, self._columns.labels(index).tolist(), self._columns.unknown(index).tolist()]
+            digest.update(json.dumps(row).encode() + b"\n")
         return digest.hexdigest()
 
     @cached_property
@@ -152,8 +144,7 @@ class Manifest:
 
     def select(self, indices: Iterable[int], split: str | None = None) -> "Manifest":
         """The records at `indices`, in that order."""
-        records = tuple(self.records[i] for i in indices)
-        return replace(self, records=records, split=self.split if split is None else split)
+        return replace(self, records=self._columns.take(indices), split=self.split if split is None else split)
 
 
 def object_areas(manifest: Manifest) -> Float32[np.ndarray, "N C"] | None:
@@ -192,7 +183,7 @@ def carve_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
             f"data.val_fraction: {fraction} of the {len(manifest)} images of split {manifest.split!r} gives {num_val} "
             "images to validation: both parts need at least one"
         )
-    draw = [hashlib.sha256(f"{seed} {record.key}".encode()).digest() for record in manifest.records]
+    draw = [hashlib.sha256(f"{seed} {key}".encode()).digest() for key in manifest.keys]
     permutation = sorted(range(len(manifest)), key=draw.__getitem__)
     note = f"{num_val:,} of {len(manifest):,} images carved out for validation (seed {seed})"
     manifest = replace(manifest, protocol=f"{manifest.protocol}; {note}" if manifest.protocol else note)
@@ -217,26 +208,25 @@ def hide_labels(manifest: Manifest, known: float, seed: int) -> Manifest:
         raise InputError(f"data.known_labels: expected a share above 0, at most 1, got {known}")
     if known == 1:
         return manifest
-    records = []
-    for record in manifest.records:
-        digest = hashlib.shake_256(f"{seed} {record.key}".encode()).digest(4 * len(manifest.classes))
+    labels, unknown = [], []
+    columns = manifest._columns
+    for index, key in enumerate(manifest.keys):
+        digest = hashlib.shake_256(f"{seed} {key}".encode()).digest(4 * len(manifest.classes))
         draw = np.frombuffer(digest, dtype="<u4") / 2**32
-        unknown = set(np.flatnonzero(draw >= known).tolist())
-        labels = tuple(label for label in record.labels if label not in unknown)
-        records.append(replace(record, labels=labels, unknown=tuple(sorted(unknown.union(record.unknown)))))
+        hidden = set(np.flatnonzero(draw >= known).tolist())
+        labels.append(tuple(label for label in columns.labels(index).tolist() if label not in hidden))
+        unknown.append(tuple(sorted(hidden.union(columns.unknown(index).tolist()))))
     note = f"each label known with probability {known:g} (seed {seed})"
     protocol = f"{manifest.protocol}; {note}" if manifest.protocol else note
-    return replace(manifest, records=tuple(records), protocol=protocol)
+    return replace(manifest, records=columns.relabel(labels, unknown), protocol=protocol)
 
 
 def check_disjoint(a: Manifest, b: Manifest) -> None:
     """Refuses two manifests that share an image, by its key or by the path of its file."""
-    keys = {record.key for record in a.records}
-    paths = {os.path.abspath(record.path) for record in a.records}
-    shared = [r.key for r in b.records if r.key in keys or os.path.abspath(r.path) in paths]
+    keys, paths = set(a.keys), set(map(os.path.abspath, a.paths))
+    shared = [key for key, path in zip(b.keys, b.paths, strict=True) if key in keys or os.path.abspath(path) in paths]
     if shared:
-        names = ", ".join(shared[:5]) + (", ..." if len(shared) > 5 else "")
-        raise InputError(f"splits {a.split!r} and {b.split!r} share {len(shared):,} images: {names}")
+        raise InputError(f"splits {a.split!r} and {b.split!r} share {len(shared):,} images: {listed(shared, most=5)}")
 
 
 def check_same_classes(a: Manifest, b: Manifest) -> None:
@@ -257,6 +247,11 @@ def check_root(config: DataConfig, hint: str = "") -> str:
     if not os.path.isdir(config.root):
         raise InputError(f"data.root={config.root} is not a folder{hint}")
     return config.root
+
+
+def image_key(folder: str, name: str) -> str:
+    """The key of the image that a list calls `name`: one key for all the ways to write one path, `\\` for `/` as well."""
+    return posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
 
 
 def check_files(config: DataConfig, records: Sequence[Record], source: str) -> None:

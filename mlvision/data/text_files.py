@@ -3,10 +3,11 @@
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, shown
 
 
 def read_text(path: str) -> str:
@@ -24,7 +25,7 @@ def read_text(path: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
+        raise InputError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def read_lines(path: str) -> list[str]:
@@ -61,19 +62,34 @@ def check_distinct(entries: Sequence[str], path: str, what: str, place: str) -> 
     first: dict[str, int] = {}
     for number, entry in enumerate(entries, start=1):
         if first.setdefault(entry, number) != number:
-            raise InputError(f"{path}, {place} {number}: repeats the {what} {entry!r} of {place} {first[entry]}")
+            raise InputError(f"{path}, {place} {number}: repeats the {what} {shown(entry)} of {place} {first[entry]}")
 
 
 def read_json(path: str) -> Any:
     """The parsed file.
 
     Raises:
-        InputError: as `read_text`, or not JSON; names line and column.
+        InputError: as `read_text`, not JSON (names line and column), or an object that has a key twice.
     """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+            raise InputError(f"{path}: an object has the key {shown(twice)} twice: expected each key once")
+        return entries
+
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text, object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: lists or objects are nested too deeply to be read") from error
+    except InputError:
+        raise
+    except ValueError as error:  # a number of more digits than Python converts
+        raise InputError(f"{path}: a number is too long to be read") from error
 
 
 def find_split_file(root: str, template: str, split: str, what: str) -> str:

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from mlvision.data.manifest import Boxes, DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
+from mlvision.data.records import Boxes, Record
 from mlvision.data.text_files import find_split_file, read_names, read_text
 from mlvision.errors import InputError
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlvision.data import DataConfig
@@ -95,6 +95,7 @@ def test_class_names_must_differ():
         Manifest(("cat", "dog", "cat"), (), "train")
 
 
+@settings(deadline=None)
 @given(st.integers(2, 120), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_carving_parts_the_images(num, fraction, seed):
     whole = manifest(numbered(num))
@@ -143,7 +144,7 @@ def test_shared_images_are_refused_by_key_and_by_path():
     check_disjoint(train, manifest(["other.jpg"], "test", folder="a"))
     with pytest.raises(InputError, match=r"'train' and 'test' share 2 images: 0003.jpg, 0005.jpg$"):
         check_disjoint(train, manifest(["x.jpg", "0003.jpg", "0005.jpg"], "test", folder="b"))
-    with pytest.raises(InputError, match=r"share 7 images: 0000.jpg, .*, 0004.jpg, \.\.\.$"):
+    with pytest.raises(InputError, match=r"share 7 images: 0000.jpg, .*, 0004.jpg and 2 others$"):
         check_disjoint(train, manifest(numbered(7), "test", folder="b"))
     same_file = Manifest(train.classes, (Record("by another name", "b/../a/0003.jpg", ()),), "test")
     with pytest.raises(InputError, match="share 1 images: by another name"):

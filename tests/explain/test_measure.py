@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from mlvision.data.manifest import Boxes, Record
+from mlvision.data.records import Boxes, Record
 from mlvision.errors import InputError
 from mlvision.explain import Subject, build_explainer
 from mlvision.explain.comparison import cases, label_means

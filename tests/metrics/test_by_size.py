@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mlvision.data.manifest import Boxes, Manifest, Record, object_areas
+from mlvision.data.manifest import Manifest, object_areas
+from mlvision.data.records import Boxes, Record
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision_by_size
 

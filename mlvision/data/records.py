@@ -1,0 +1,298 @@
+"""Records: images and what is known of them, kept as columns.
+
+A tuple of objects would cost kilobytes per image, in every loader process again: reading an object writes its reference
+count, which copies the page that the processes shared. Arrays are shared for good, and give their objects on demand.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped
+
+from mlvision.data.bands import BandStack
+
+# What no CSV, log or terminal keeps in one piece: control characters, line separators, and halves of surrogate pairs.
+UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The annotated objects of one image, as columns of n rows.
+
+    Attributes:
+        xyxy: `[n, 4]` in [0, 1] of the image, divided by the width and height that the annotation states, x first.
+        labels: `[n]` class indices.
+        crowd: `[n]`, True for a region that stands for many objects.
+        difficult: `[n]`, True where the annotators marked the object as hard to see.
+        segmentation: n entries: None, a list of polygons (each `[m, 2]` x, y in [0, 1] of the image), or a COCO RLE
+            dict `{"size": [height, width], "counts": ...}` on the annotation's pixel grid.
+    """
+
+    xyxy: Float32[np.ndarray, "n 4"]
+    labels: Int64[np.ndarray, " n"]
+    crowd: Bool[np.ndarray, " n"]
+    difficult: Bool[np.ndarray, " n"]
+    segmentation: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is known of it.
+
+    Attributes:
+        key: path relative to the data set's root, with `/`: the image's name everywhere. A character that would break a
+            line of a table is written as its escape (`\\n`); `path` has the character itself.
+        path: path of the file.
+        labels: class indices that are present, ascending.
+        unknown: class indices of which nothing is known, ascending.
+        difficult: class indices that only difficult objects show, ascending.
+        boxes: annotated objects, where the data set has them.
+        size: (width, height) that the annotation states, or None.
+        bands: how the image is put together, where it is not one picture file at `path`.
+    """
+
+    key: str
+    path: str
+    labels: tuple[int, ...]
+    unknown: tuple[int, ...] = ()
+    difficult: tuple[int, ...] = ()
+    boxes: Boxes | None = None
+    size: tuple[int, int] | None = None
+    bands: BandStack | None = None
+
+    def __post_init__(self) -> None:
+        if UNWRITABLE.search(self.key):
+            key = UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), self.key)
+            object.__setattr__(self, "key", key)
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """The segmentation of M objects, as `Boxes.segmentation` has it.
+
+    Attributes:
+        points: `[K, 2]` the points of all polygons, one polygon after the other.
+        polygon_ends: `[Q]` where each polygon ends in `points`.
+        object_ends: `[M]` where each object's polygons end in `polygon_ends`; an object without polygons has none.
+        masks: the RLE dict of each object that has one, by the object's number.
+    """
+
+    points: Float32[np.ndarray, "K 2"]
+    polygon_ends: Int64[np.ndarray, " Q"]
+    object_ends: Int64[np.ndarray, " M"]
+    masks: Mapping[int, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, segmentations: Iterable[Any]) -> "Outlines":
+        points, lengths, numbers, masks = [], [], [], {}
+        for i, segmentation in enumerate(segmentations):
+            polygons = [] if segmentation is None or isinstance(segmentation, dict) else segmentation
+            if isinstance(segmentation, dict):
+                masks[i] = segmentation
+            points += polygons
+            lengths += [len(polygon) for polygon in polygons]
+            numbers.append(len(polygons))
+        joined = np.concatenate([np.zeros((0, 2), np.float32), *points]).astype(np.float32)
+        return cls(joined, _ends(lengths), _ends(numbers), masks)
+
+    def __getitem__(self, i: int) -> list[np.ndarray] | dict[str, Any] | None:
+        if i in self.masks:
+            return dict(self.masks[i])
+        start, stop = _start(self.object_ends, i), int(self.object_ends[i])
+        if start == stop:
+            return None
+        ends = self.polygon_ends[start:stop].tolist()
+        starts = [_start(self.polygon_ends, start), *ends[:-1]]
+        return [self.points[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The boxes of N images as columns of M objects, one image after the other.
+
+    Attributes:
+        ends: `[N]` where each image's objects end.
+        exists: `[N]` False for an image of whose objects nothing is stated, which has no `Boxes`.
+        xyxy, labels, crowd, difficult: `[M]` as in `Boxes`.
+        outlines: the objects' segmentation.
+    """
+
+    ends: Int64[np.ndarray, " N"]
+    exists: Bool[np.ndarray, " N"]
+    xyxy: Float32[np.ndarray, "M 4"]
+    labels: Shaped[np.ndarray, " M"]
+    crowd: Bool[np.ndarray, " M"]
+    difficult: Bool[np.ndarray, " M"]
+    outlines: Outlines
+
+    @classmethod
+    def of(cls, boxes: Sequence[Boxes | None]) -> "Objects":
+        stated = [one for one in boxes if one is not None]
+
+        def column(name: str, empty: np.ndarray) -> np.ndarray:
+            return np.concatenate([empty, *(getattr(one, name) for one in stated)])
+
+        return cls(
+            ends=_ends(0 if one is None else len(one) for one in boxes),
+            exists=np.array([one is not None for one in boxes], dtype=bool),
+            xyxy=column("xyxy", np.zeros((0, 4), np.float32)),
+            labels=column("labels", np.zeros(0, np.int64)).astype(np.int32),
+            crowd=column("crowd", np.zeros(0, bool)),
+            difficult=column("difficult", np.zeros(0, bool)),
+            outlines=Outlines.of(shape for one in stated for shape in one.segmentation),
+        )
+
+    def __getitem__(self, row: int) -> Boxes | None:
+        if not self.exists[row]:
+            return None
+        start, stop = _start(self.ends, row), int(self.ends[row])
+        return Boxes(
+            self.xyxy[start:stop],
+            self.labels[start:stop].astype(np.int64),
+            self.crowd[start:stop],
+            self.difficult[start:stop],
+            tuple(self.outlines[i] for i in range(start, stop)),
+        )
+
+
+class _Texts:
+    """One text for each image, as bytes of UTF-8 one after the other."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        self._bytes = b"".join(encoded)
+        self._ends = _ends(map(len, encoded))
+
+    def __getitem__(self, row: int) -> str:
+        return self._bytes[_start(self._ends, row) : self._ends[row]].decode()
+
+
+class _Labels:
+    """One tuple of class indices for each image; equal tuples are stored once."""
+
+    def __init__(self, rows: Iterable[tuple[int, ...]]) -> None:
+        tuples, self._which = _distinct(rows)
+        self._values = np.fromiter((c for labels in tuples for c in labels), dtype=np.int32)
+        self._ends = _ends(map(len, tuples))
+
+    def __getitem__(self, row: int) -> Shaped[np.ndarray, " n"]:
+        which = int(self._which[row])
+        return self._values[_start(self._ends, which) : self._ends[which]]
+
+
+class Records(Sequence[Record]):
+    """The records of a manifest; each object is made when it is asked for.
+
+    Args:
+        records: any records; what they hold is copied into columns.
+        objects: the boxes of these images if they are columns already; the records' own are None then.
+    """
+
+    def __init__(self, records: Iterable[Record], objects: Objects | None = None) -> None:
+        keys, paths, labels, unknown, difficult, boxes, sizes, bands = [], [], [], [], [], [], [], []
+        for record in records:
+            keys.append(record.key)
+            # Nearly all paths are a folder and the key: the folder is stored once.
+            is_joined = record.path.endswith(record.key)
+            paths.append((record.path[: len(record.path) - len(record.key)] if is_joined else record.path, is_joined))
+            labels.append(record.labels)
+            unknown.append(record.unknown)
+            difficult.append(record.difficult)
+            boxes.append(record.boxes)
+            sizes.append(record.size or (0, 0))
+            bands.append(record.bands)
+        self._keys = _Texts(keys)
+        self._paths, self._which_path = _distinct(paths)
+        self._labels, self._unknown, self._difficult = _Labels(labels), _Labels(unknown), _Labels(difficult)
+        self._objects = Objects.of(boxes) if objects is None else objects
+        self._sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+        self._bands, self._which_bands = _distinct(bands)
+        self._rows = np.arange(len(keys))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Records": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        row = int(self._rows[index])
+        key = self._keys[row]
+        width, height = self._sizes[row].tolist()
+        return Record(
+            key,
+            self._path(row, key),
+            tuple(self._labels[row].tolist()),
+            tuple(self._unknown[row].tolist()),
+            tuple(self._difficult[row].tolist()),
+            self._objects[row],
+            (width, height) if width else None,
+            self._bands[self._which_bands[row]],
+        )
+
+    def take(self, indices: Iterable[int]) -> "Records":
+        """The records at `indices`, in that order; the columns are shared."""
+        part = copy.copy(self)
+        part._rows = self._rows[np.fromiter(indices, dtype=np.int64)]
+        return part
+
+    def relabel(self, labels: Sequence[tuple[int, ...]], unknown: Sequence[tuple[int, ...]]) -> "Records":
+        """The same images of which something else is known; the other columns are shared."""
+        part = copy.copy(self)
+        part._labels, part._unknown = (self._stored(column) for column in (labels, unknown))
+        return part
+
+    def _stored(self, column: Sequence[tuple[int, ...]]) -> _Labels:
+        """A column in the order of what is stored; images that are none of these records have nothing in it."""
+        stored: list[tuple[int, ...]] = [()] * len(self._sizes)
+        for row, labels in zip(self._rows.tolist(), column, strict=True):
+            stored[row] = labels
+        return _Labels(stored)
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of every record; without making the records."""
+        return [self._keys[row] for row in self._rows.tolist()]
+
+    @property
+    def paths(self) -> list[str]:
+        """The path of every record; without making the records."""
+        return [self._path(row, self._keys[row]) for row in self._rows.tolist()]
+
+    def labels(self, index: int) -> Shaped[np.ndarray, " n"]:
+        """`labels` of one record; without making it."""
+        return self._labels[int(self._rows[index])]
+
+    def unknown(self, index: int) -> Shaped[np.ndarray, " n"]:
+        """`unknown` of one record; without making it."""
+        return self._unknown[int(self._rows[index])]
+
+    def _path(self, row: int, key: str) -> str:
+        text, is_joined = self._paths[self._which_path[row]]
+        return text + key if is_joined else text
+
+
+def _ends(lengths: Iterable[int]) -> Int64[np.ndarray, " n"]:
+    """Where pieces of these lengths end, one after the other."""
+    return np.cumsum(np.fromiter(lengths, dtype=np.int64), dtype=np.int64)
+
+
+def _start(ends: Int64[np.ndarray, " n"], i: int) -> int:
+    return int(ends[i - 1]) if i else 0
+
+
+def _distinct(values: Iterable[Any]) -> tuple[list[Any], Int32[np.ndarray, " n"]]:
+    """The values that differ from each other, and which of them each value is."""
+    place: dict[Any, int] = {}
+    which = np.fromiter((place.setdefault(value, len(place)) for value in values), dtype=np.int32)
+    return list(place), which
