@@ -126,6 +126,22 @@ def check_size(record: Record, image: Shaped[np.ndarray, "H W C"]) -> None:
         )
 
 
+def read_size(path: str) -> tuple[int, int]:
+    """Width and height of the upright image in a file; only the header is decoded.
+
+    Raises:
+        InputError: the file cannot be read, or is not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(read_bytes(path))) as image:
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsing stumbles over
+        raise InputError(f"{path}: its size cannot be read: {' '.join(str(error).split())}") from error
+
+
 def record_files(record: Record) -> list[str]:
     """The files that hold a record's image."""
     return [record.path] if record.bands is None else record.bands.files(record.path)
