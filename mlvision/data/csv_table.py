@@ -1,23 +1,33 @@
-"""A CSV file with one row an image: a column for each class, or one column of `a;b;c`."""
+"""A CSV file: a row per image with a column for each class or one column of `a;b;c`, or a row per image and label."""
 
 import csv
 import hashlib
 import io
+import math
 import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated
 
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.images import SUFFIXES
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.records import Record
 from mlvision.data.text_files import read_text
-from mlvision.errors import InputError
+from mlvision.errors import InputError, listed, shown
 
-# What a cell of a class's column may hold.
-_PRESENT, _ABSENT, _UNKNOWN = "1", "0", ("-1", "")
-_CELLS = frozenset((_PRESENT, _ABSENT, *_UNKNOWN))
+ROWS = ("image", "label")
+MEANINGS = ("present", "absent", "unknown")
+# What a cell of a class's column means, as `_normal` writes it; `data.cells` adds to these.
+CELLS = {
+    **dict.fromkeys(("1", "true", "yes"), "present"),
+    **dict.fromkeys(("0", "false", "no"), "absent"),
+    **dict.fromkeys(("-1", "nan", ""), "unknown"),
+}
+_DELIMITERS = (",", ";", "\t", "|")
+_DELIMITER_NAMES = {"tab": "\t", "\\t": "\t"}
 
 
 def file_number(key: str) -> int | None:
@@ -41,9 +51,16 @@ class CsvConfig(DataConfig):
     name: Annotated[str, "which reader: a key of DATASETS"] = "csv"
     file: Annotated[str, "the CSV file under root"] = "labels.csv"
     images: Annotated[str, "folder under root to which the image column is relative"] = "."
-    image_column: Annotated[str, "column of file names"] = "image"
+    delimiter: Annotated[str, "what stands between the columns, such as ; or tab; empty: recognised in the header"] = ""
+    rows: Annotated[str, "image: a row per image; label: a row per image and label, which label_column holds"] = "image"
+    image_column: Annotated[str, "column of file names; one without a suffix is looked up by its stem"] = "image"
     label_column: Annotated[str, "column that holds all labels of an image; empty: each class has its column"] = ""
     separator: Annotated[str, "what stands between the labels of label_column"] = ";"
+    cells: Annotated[
+        dict[str, str],
+        "class columns: text of a cell (`empty` for none) -> present, absent or unknown, besides 1 true yes, 0 false no, "
+        "-1 nan empty",
+    ] = field(default_factory=dict)
     ignore_columns: Annotated[list[str], "columns that are not classes"] = field(default_factory=list)
     classes: Annotated[list[str], "class list in order; empty: the header's order, or label_column's labels sorted"] = (
         field(default_factory=list)
@@ -58,35 +75,104 @@ class CsvConfig(DataConfig):
 def read_csv(config: CsvConfig, split: str) -> Manifest:
     """Reads one split.
 
-    A cell of a class's column holds 1 (present), 0 (absent), or -1 or nothing (unknown). In `label_column` a class
-    that is not named is absent, and without `classes` the class list is made from the rows of all splits, so that all
-    splits agree on it.
+    A cell of a class's column holds 1, true or yes (present), 0, false or no (absent), or -1, nan or nothing (unknown), in
+    capitals or not; a number may have a point (1.0), and `cells` says what others mean. In `label_column` a class that is
+    not named is absent, and without `classes` the class list is made from the rows of all splits, so that all splits
+    agree on it. A column without a name, such as an index that pandas wrote, is left out.
+
+    A file name without an image's suffix stands for the one image file of that stem; if files are not looked for
+    (`check_files`), it stays as it is.
 
     Raises:
         InputError: file, column, value or split is not as expected; the message names the line.
     """
-    source = os.path.join(check_root(config), config.file)
-    table = _read_table(source)
-    keys = [posixpath.normpath(posixpath.join(config.images, name)) for name in table.column(config.image_column)]
-    table.check_distinct(keys, config.image_column)
-    split_of, note = _read_splits(config, table, keys)
+    if config.rows not in ROWS:
+        raise InputError(f"data.rows={config.rows}: expected one of {', '.join(ROWS)}")
+    if config.rows == "label" and not config.label_column:
+        raise InputError("data.label_column is not set: data.rows=label needs the column that holds the label of a row")
+    root = check_root(config)
+    source = os.path.join(root, config.file)
+    table, notes = _read_table(source, config)
+    named = [image_key(config.images, name) for name in table.column(config.image_column)]
+    split_of, rule = _read_splits(config, table, named)
     if split not in split_of:
-        available = sorted({name for name in split_of if name is not None} | set(config.splits))
-        missing = "is empty" if split in available else "does not exist"
-        raise InputError(f"{source}: split {split!r} {missing}; splits: {', '.join(available)}")
+        raise _no_such_split(config, table, split, split_of)
+    rows_of = _group_rows(config, table, named, split_of)
     classes, labels, unknown = (_read_label_column if config.label_column else _read_class_columns)(config, table)
+    chosen = {key: rows for key, rows in rows_of.items() if split_of[rows[0]] == split}
+    keys = _find_by_stem(root, list(chosen), source) if config.check_files else list(chosen)
 
-    records = tuple(
-        Record(key, os.path.join(config.root, key), labels[i], unknown[i])
-        for i, key in enumerate(keys)
-        if split_of[i] == split
+    joined = [tuple(sorted({label for row in rows for label in labels[row]})) for rows in chosen.values()]
+    num_repeats = sum(len(labels[row]) for rows in chosen.values() for row in rows) - sum(map(len, joined))
+    manifest = Manifest(
+        classes,
+        tuple(
+            Record(key, os.path.join(root, key), of_image, unknown[rows[0]])
+            for key, rows, of_image in zip(keys, chosen.values(), joined, strict=True)
+        ),
+        split,
     )
-    check_files(config, records, source)
-    left_out = split_of.count(None)
-    protocol = f"{config.file}{note}, {len(records):,} of {len(keys):,} rows"
+    check_files(config, manifest.records, source)
+    left_out = sum(split_of[rows[0]] is None for rows in rows_of.values())
+    what = "rows" if config.rows == "image" else "images"
+    protocol = f"{config.file}{rule}, {len(keys):,} of {len(rows_of):,} {what}"
     if left_out:
-        protocol += f" ({left_out:,} rows belong to no split)"
-    return Manifest(classes, records, split, protocol)
+        protocol += f" ({left_out:,} {what} belong to no split)"
+    if num_repeats:
+        notes.append(f"{num_repeats:,} labels that stand twice for an image count once")
+    return replace(manifest, protocol=", ".join([protocol, *notes]))
+
+
+def _no_such_split(config: CsvConfig, table: "_Table", split: str, split_of: Sequence[str | None]) -> InputError:
+    names = sorted({name for name in split_of if name is not None} | set(config.splits))
+    message = f"{table.source}: split {shown(split)} {'is empty' if split in names else 'does not exist'}"
+    naming = [name for i, name in enumerate(table.header) if any(row[i].strip() == split for row in table.rows)]
+    hint = f"; column {naming[0]!r} holds it: set data.split_column={naming[0]}" if naming else ""
+    return InputError(f"{message}; splits: {listed(names)}{hint}")
+
+
+def _group_rows(
+    config: CsvConfig, table: "_Table", keys: Sequence[str], split_of: Sequence[str | None]
+) -> dict[str, list[int]]:
+    """The rows of each image, by its key; with `rows=image` it has one."""
+    rows_of: dict[str, list[int]] = {}
+    for row, key in enumerate(keys):
+        rows = rows_of.setdefault(key, [])
+        rows.append(row)
+        if len(rows) == 1:
+            continue
+        repeats = f"column {config.image_column!r} repeats {shown(key)} of line {table.lines[rows[0]]}"
+        if config.rows == "image":
+            hint = "; data.rows=label reads a row per image and label" if config.label_column else ""
+            raise table.error(row, repeats + hint)
+        if split_of[row] != split_of[rows[0]]:
+            raise table.error(row, f"{repeats} with another split: {split_of[row]} instead of {split_of[rows[0]]}")
+    return rows_of
+
+
+def _find_by_stem(root: str, keys: Sequence[str], source: str) -> list[str]:
+    """The keys; of one without an image's suffix, that of the only image file with its stem, if there is one."""
+    folders = {posixpath.dirname(key) for key in keys if not _is_image(key)}
+    files_of: dict[str, list[str]] = {}
+    names_there = set()
+    for folder in folders:
+        path = os.path.join(root, folder)
+        for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
+            key = posixpath.join(folder, name)
+            names_there.add(key)
+            if _is_image(name):
+                files_of.setdefault(posixpath.splitext(key)[0], []).append(key)
+    complete = []
+    for key in keys:
+        files = [key] if _is_image(key) or key in names_there else files_of.get(key, [key])
+        if len(files) > 1:
+            raise InputError(f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files)}")
+        complete.append(files[0])
+    return complete
+
+
+def _is_image(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -100,7 +186,7 @@ class _Table:
 
     def column_index(self, name: str) -> int:
         if name not in self.header:
-            raise InputError(f"{self.source}: no column {name!r}; columns: {', '.join(self.header)}")
+            raise InputError(f"{self.source}: no column {shown(name)}; columns: {listed(self.header)}")
         return self.header.index(name)
 
     def column(self, name: str) -> list[str]:
@@ -111,19 +197,14 @@ class _Table:
             raise self.error(cells.index(""), f"column {name!r} is empty")
         return cells
 
-    def check_distinct(self, values: Sequence[str], name: str) -> None:
-        first: dict[str, int] = {}
-        for row, value in enumerate(values):
-            if first.setdefault(value, row) != row:
-                raise self.error(row, f"column {name!r} repeats {value!r} of line {self.lines[first[value]]}")
-
     def error(self, row: int, message: str) -> InputError:
         return InputError(f"{self.source}, line {self.lines[row]}: {message}")
 
 
-def _read_table(source: str) -> _Table:
+def _read_table(source: str, config: CsvConfig) -> tuple[_Table, list[str]]:
+    """The table, and notes on what of the file is not in it."""
     text = read_text(source)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_delimiter(config, text))
     rows, lines = [], []
     try:
         for row in reader:
@@ -134,13 +215,37 @@ def _read_table(source: str) -> _Table:
         raise InputError(f"{source}, line {reader.line_num}: {error}") from error
     if len(rows) < 2:
         raise InputError(f"{source}: expected a header and at least one row")
-    header = [name.strip() for name in rows[0]]
-    if "" in header or len(set(header)) != len(header):
-        raise InputError(f"{source}, line {lines[0]}: column names must be distinct and not empty: {', '.join(header)}")
     for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(header):
-            raise InputError(f"{source}, line {line}: {len(row)} fields, the header has {len(header)}")
-    return _Table(source, header, rows[1:], lines[1:])
+        if len(row) != len(rows[0]):
+            raise InputError(f"{source}, line {line}: {len(row)} fields, the header has {len(rows[0])}")
+    header = [name.strip() for name in rows[0]]
+    nameless = [i for i, name in enumerate(header) if not name]
+    for i in reversed(nameless):
+        for row in (header, *rows):
+            del row[i]
+    if len(set(header)) != len(header):
+        raise InputError(f"{source}, line {lines[0]}: column names must differ from each other: {listed(header)}")
+    notes = [f"{len(nameless)} columns without a name left out"] if nameless else []
+    return _Table(source, header, rows[1:], lines[1:]), notes
+
+
+def _delimiter(config: CsvConfig, text: str) -> str:
+    """What stands between the columns: the option, or what makes the image column one of the most columns of the header."""
+    if config.delimiter:
+        delimiter = _DELIMITER_NAMES.get(config.delimiter, config.delimiter)
+        if len(delimiter) != 1 or delimiter in '"\r\n':
+            raise InputError(f"data.delimiter={shown(config.delimiter)}: expected one character, or tab")
+        return delimiter
+
+    def header(delimiter: str) -> list[str]:
+        reader = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter)
+        try:
+            return [name.strip() for name in next(reader, [])]
+        except csv.Error:
+            return []
+
+    fitting = [delimiter for delimiter in _DELIMITERS if config.image_column in header(delimiter)]
+    return max(fitting, key=lambda delimiter: len(header(delimiter)), default=",")
 
 
 def _read_splits(config: CsvConfig, table: _Table, keys: Sequence[str]) -> tuple[list[str | None], str]:
@@ -181,6 +286,28 @@ def _read_ranges(splits: Mapping[str, str]) -> dict[str, range]:
     return ranges
 
 
+def _normal(cell: str) -> str:
+    """A cell as `CELLS` has it: `1.0`, ` 1 ` and `1` are one, and so are `True` and `true`."""
+    text = cell.strip().lower()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if math.isnan(number):
+        return "nan"
+    return str(int(number)) if number in (-1, 0, 1) else text
+
+
+def _meanings(config: CsvConfig) -> dict[str, str]:
+    """What each text of a cell means."""
+    meanings = dict(CELLS)
+    for cell, meaning in config.cells.items():
+        if meaning not in MEANINGS:
+            raise InputError(f"data.cells.{cell}={shown(meaning)}: expected one of {', '.join(MEANINGS)}")
+        meanings["" if cell == "empty" else _normal(cell)] = meaning
+    return meanings
+
+
 _Labels = tuple[tuple[str, ...], list[tuple[int, ...]], list[tuple[int, ...]]]
 
 
@@ -194,37 +321,51 @@ def _read_class_columns(config: CsvConfig, table: _Table) -> _Labels:
         foreign = [name for name in columns if name not in config.classes]
         if foreign:
             raise InputError(
-                f"{table.source}, line 1: column {foreign[0]!r} is neither in data.classes nor in data.ignore_columns"
+                f"{table.source}, line 1: column {shown(foreign[0])} is neither in data.classes nor in data.ignore_columns"
             )
         columns = config.classes
     if not columns:
-        raise InputError(f"{table.source}: no column is left for a class; columns: {', '.join(table.header)}")
+        raise InputError(f"{table.source}: no column is left for a class; columns: {listed(table.header)}")
     indices = [table.column_index(name) for name in columns]
+    meanings = _meanings(config)
+    meaning_of = {cell: meanings.get(_normal(cell)) for cell in {row[i] for row in table.rows for i in indices}}
     labels, unknown = [], []
     for row, fields in enumerate(table.rows):
-        cells = [fields[i].strip() for i in indices]
-        if not _CELLS.issuperset(cells):
-            bad = next(c for c, cell in enumerate(cells) if cell not in _CELLS)
-            raise table.error(
-                row, f"column {columns[bad]!r} holds {cells[bad]!r}, expected 1, 0, or -1 or empty (unknown)"
-            )
-        labels.append(tuple(c for c, cell in enumerate(cells) if cell == _PRESENT))
-        unknown.append(tuple(c for c, cell in enumerate(cells) if cell in _UNKNOWN))
+        of_row = [meaning_of[fields[i]] for i in indices]
+        if None in of_row:
+            bad = of_row.index(None)
+            raise table.error(row, _no_meaning(config, columns[bad], fields[indices[bad]]))
+        labels.append(tuple(c for c, meaning in enumerate(of_row) if meaning == "present"))
+        unknown.append(tuple(c for c, meaning in enumerate(of_row) if meaning == "unknown"))
     return tuple(columns), labels, unknown
 
 
+def _no_meaning(config: CsvConfig, name: str, cell: str) -> str:
+    expected = "expected 1, 0, or -1 or empty (unknown)"
+    hint = f"data.cells says what others mean, data.ignore_columns=[{name}] that it is no class"
+    if cell.strip() in (config.train, config.val, config.test):
+        hint = f"if it names the split, set data.split_column={name}"
+    return f"column {shown(name)} holds {shown(cell.strip())}, {expected}; {hint}"
+
+
 def _read_label_column(config: CsvConfig, table: _Table) -> _Labels:
-    """As `_read_class_columns`, from the one column that holds all labels of an image; nothing is unknown."""
+    """As `_read_class_columns`, from the one column that holds the labels of a row; one may stand there twice.
+
+    Nothing is unknown. With `rows=label` a cell is one label, whatever it holds.
+    """
     if not config.separator:
         raise InputError("data.separator is empty: expected what stands between the labels, such as ;")
     index = table.column_index(config.label_column)
-    named = [{label.strip() for label in row[index].split(config.separator)} - {""} for row in table.rows]
+    cells = [row[index].split(config.separator) if config.rows == "image" else [row[index]] for row in table.rows]
+    named = [[label.strip() for label in cell if label.strip()] for cell in cells]
     classes = tuple(config.classes or sorted(set().union(*named)))
     if not classes:
         raise InputError(f"{table.source}: column {config.label_column!r} holds no label")
     class_of = {name: c for c, name in enumerate(classes)}
-    for row, labels in enumerate(named):
-        foreign = sorted(labels - class_of.keys())
+    labels = []
+    for row, names in enumerate(named):
+        foreign = [name for name in names if name not in class_of]
         if foreign:
-            raise table.error(row, f"label {foreign[0]!r} is not in the class list: {', '.join(classes)}")
-    return classes, [tuple(sorted(class_of[label] for label in labels)) for labels in named], [()] * len(named)
+            raise table.error(row, f"label {shown(foreign[0])} is not in the class list: {listed(classes)}")
+        labels.append(tuple(class_of[name] for name in names))
+    return classes, labels, [()] * len(labels)

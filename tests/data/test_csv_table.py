@@ -1,6 +1,8 @@
 """csv_table.py on small tables; the column layout is that of UC Merced multi-label and of ML-Decoder's data.csv."""
 
+import csv
 import hashlib
+import io
 
 import numpy as np
 import pytest
@@ -116,15 +118,15 @@ def test_hash_splits_by_the_key_alone(tmp_path):
 def test_byte_order_mark_quotes_windows_lines_and_blank_lines(tmp_path):
     (tmp_path / "a, b.jpg").touch()
     (tmp_path / "c.jpg").touch()
-    text = 'image,"cat, big","dog ""x""\nsecond line"\r\n\r\n"a, b.jpg","1",0\r\nc.jpg, 0 ,1\r\n'
+    text = 'image,"cat, big","dog ""x"""\r\n\r\n"a, b.jpg","1",0\r\nc.jpg, 0 ,1\r\n'
     table(tmp_path, text.encode("utf-8-sig"))
 
     manifest = read(tmp_path)
 
-    assert manifest.classes == ("cat, big", 'dog "x"\nsecond line')
+    assert manifest.classes == ("cat, big", 'dog "x"')
     assert manifest.targets.tolist() == [[1, 0], [0, 1]]
     table(tmp_path, (text + "c.jpg,0,0\r\n").encode())
-    with pytest.raises(InputError, match="line 6: column 'image' repeats 'c.jpg' of line 5"):
+    with pytest.raises(InputError, match="line 5: column 'image' repeats 'c.jpg' of line 4"):
         read(tmp_path)
 
 
@@ -140,7 +142,11 @@ RULE = {"split_rule": "file_number", "ignore_columns": ["scene"]}
         (MULTI_HOT.replace("0,0,0", "0,0"), {}, "line 5: 4 fields, the header has 5"),
         (MULTI_HOT.replace("forest11.jpg", ""), {"ignore_columns": ["scene"]}, "line 5: column 'image' is empty"),
         (MULTI_HOT.replace("forest11", "beach07"), {}, "line 5: column 'image' repeats 'beach07.jpg' of line 3"),
-        (MULTI_HOT.replace("owl", "cat"), {}, "line 1: column names must be distinct and not empty"),
+        (
+            MULTI_HOT.replace("owl", "cat"),
+            {},
+            "line 1: column names must differ from each other: image, scene, cat, dog, cat",
+        ),
         (MULTI_HOT + '"x.jpg,0\n', {}, "line 6: unexpected end of data"),
         ('image,cat\n"a"b.jpg,1\n', {}, "line 2: ',' expected after '\"'"),
         ("", {}, "expected a header and at least one row"),
@@ -164,6 +170,23 @@ RULE = {"split_rule": "file_number", "ignore_columns": ["scene"]}
         (MULTI_HOT, {**RULE, "splits": {"all": "0:9"}}, "data.splits.all=0:9: expected a range such as 0-49"),
         (MULTI_HOT, {**RULE, "splits": {"all": "9-0"}}, "data.splits.all=9-0: expected a range"),
         (MULTI_HOT, {**RULE, "splits": {"b": "5-9", "a": "0-5"}}, "data.splits: a .0-5. and b .5-9. overlap"),
+        (MULTI_HOT.replace("beach,", "train,"), {}, "line 2: column 'scene' holds 'train', .*data.split_column=scene"),
+        (
+            MULTI_HOT,
+            {"ignore_columns": ["scene"], "cells": {"1": "here"}},
+            "data.cells.1='here': expected one of present",
+        ),
+        (MULTI_HOT, {"delimiter": ",,"}, "data.delimiter=',,': expected one character, or tab"),
+        (MULTI_HOT, {"rows": "pair"}, "data.rows=pair: expected one of image, label"),
+        (MULTI_HOT, {"rows": "label"}, "data.label_column is not set: data.rows=label needs"),
+        (
+            LISTED.replace("c.jpg", "./a.jpg"),
+            {"label_column": "tags"},
+            "repeats 'a.jpg' of line 2; data.rows=label reads",
+        ),
+        (LISTED.replace("owl", "x" * 10_000), {"label_column": "tags"}, "class 2 has a name of 10,000 characters"),
+        ('image,"a\nb"\nx.jpg,1\n', {}, "class 0 is called 'a.nb': expected a name in one line"),
+        (MULTI_HOT.replace("beach,", "b" * 100_000 + ","), {}, "line 2: column 'scene' holds 'b*[.]{3}b*', expected 1"),
         (MULTI_HOT.replace("11", ""), {**RULE, "splits": {"all": "0-9"}}, "line 5: 'forest.jpg' holds no number"),
     ],
 )
@@ -184,7 +207,10 @@ def test_text_that_is_not_utf8_is_placed(tmp_path):
 
 def test_splits_that_are_not_there_are_listed(tmp_path):
     table(tmp_path, LISTED)
-    with pytest.raises(InputError, match="split 'train' does not exist; splits: all"):
+    with pytest.raises(
+        InputError,
+        match="split 'train' does not exist; splits: all; column 'part' holds it: set data.split_column=part",
+    ):
         read(tmp_path, "train", label_column="tags", ignore_columns=["part"])
     with pytest.raises(InputError, match="split 'val' does not exist; splits: test, train"):
         read(tmp_path, "val", label_column="tags", split_column="part")
@@ -200,3 +226,114 @@ def test_missing_file_and_images(tmp_path):
     (tmp_path / "forest02.jpg").unlink()
     with pytest.raises(InputError, match="labels.csv: 1 of its 4 image files are missing, the first is .*forest02.jpg"):
         read(tmp_path, ignore_columns=["scene"])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_recognised_or_given(tmp_path, delimiter):
+    # The cells hold further candidates: the header decides.
+    text = 'image,tags,part\na.jpg,"dog;cat",train\nb.jpg,"owl;dog",train\n'
+    rows = list(csv.reader(io.StringIO(text)))
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows(rows)
+    (tmp_path / "labels.csv").write_text(out.getvalue(), encoding="utf-8-sig")
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").touch()
+
+    given = {",": ",", ";": ";", "\t": "tab", "|": "|"}[delimiter]
+    for options in ({}, {"delimiter": given}):
+        manifest = read(tmp_path, "train", label_column="tags", split_column="part", **options)
+        assert manifest.classes == ("cat", "dog", "owl")
+        assert manifest.targets.tolist() == [[1, 1, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [(c, 1) for c in ("1", "1.0", "1.", " 1 ", "True", "TRUE", "yes", "Yes", "1e0", "+1")]
+    + [(c, 0) for c in ("0", "0.0", "-0.0", "False", "no", "NO", "0e5")]
+    + [(c, np.nan) for c in ("-1", "-1.0", "", " ", "nan", "NaN", "-nan")],
+)
+def test_cells_as_tables_have_them(tmp_path, cell, value):
+    manifest = read(table(tmp_path, f"image,cat,dog\na.jpg,{cell},1\n"))
+    np.testing.assert_array_equal(manifest.targets, [[value, 1]])
+
+
+def test_the_meaning_of_cells_is_an_option(tmp_path):
+    # CheXpert: an empty cell is not mentioned, -1 uncertain; others write x, or -1 for absent.
+    table(tmp_path, "image,cat,dog,owl\na.jpg,1.0,,-1.0\nb.jpg,x,0.0,\n")
+
+    manifest = read(tmp_path, cells={"empty": "absent", "x": "present"})
+    np.testing.assert_array_equal(manifest.targets, [[1, 0, np.nan], [1, 0, 0]])
+    manifest = read(tmp_path, cells={"-1": "absent", "X": "unknown"})
+    np.testing.assert_array_equal(manifest.targets, [[1, np.nan, 0], [np.nan, 0, np.nan]])
+
+
+def test_a_row_per_image_and_label(tmp_path):
+    table(
+        tmp_path,
+        "image,tag,part\na.jpg,dog,train\nc.jpg,owl,test\na.jpg,cat; big,train\na.jpg,dog,train\nb.jpg,,train\n",
+    )
+    options = {"label_column": "tag", "rows": "label", "split_column": "part"}
+
+    train, test = (read(tmp_path, split, **options) for split in ("train", "test"))
+
+    assert train.classes == test.classes == ("cat; big", "dog", "owl")
+    assert [(r.key, r.labels) for r in train.records] == [("a.jpg", (0, 1)), ("b.jpg", ())]
+    assert [(r.key, r.labels) for r in test.records] == [("c.jpg", (2,))]
+    assert train.protocol == (
+        "labels.csv, column part, 2 of 3 images, 1 labels that stand twice for an image count once"
+    )
+    table(tmp_path, LISTED.replace("c.jpg", "a.jpg"))
+    with pytest.raises(InputError, match="line 4: .* 'a.jpg' of line 2 with another split: test instead of train"):
+        read(tmp_path, "train", **(options | {"label_column": "tags"}))
+
+
+def test_a_label_twice_in_a_cell_is_said(tmp_path):
+    table(tmp_path, "image,tags\na.jpg,dog;cat;dog\nb.jpg,cat\n")
+    manifest = read(tmp_path, label_column="tags")
+    assert manifest.records[0].labels == (0, 1)
+    assert manifest.protocol == "labels.csv, 2 of 2 rows, 1 labels that stand twice for an image count once"
+
+
+def test_names_without_suffix_are_found_by_their_stem(tmp_path):
+    table(tmp_path, "image,cat\na.1,1\nsub/b,0\nc.jpg,1\nd,0\n")
+    for name in ("a.1", "sub/b", "d"):
+        (tmp_path / name).unlink()
+    for name in ("a.1.jpg", "sub/b.PNG", "sub/b.txt", "d"):  # d itself is there
+        (tmp_path / name).touch()
+
+    manifest = read(tmp_path)
+
+    assert [r.key for r in manifest.records] == ["a.1.jpg", "sub/b.PNG", "c.jpg", "d"]
+    assert manifest.records[1].path == str(tmp_path / "sub" / "b.PNG")
+    assert [r.key for r in read(tmp_path, check_files=False).records] == ["a.1", "sub/b", "c.jpg", "d"]
+    (tmp_path / "sub" / "b.jpeg").touch()
+    with pytest.raises(InputError, match="image 'sub/b' has no suffix, and several files fit: sub/b.PNG, sub/b.jpeg"):
+        read(tmp_path)
+    (tmp_path / "a.1.jpg").unlink()
+    (tmp_path / "sub" / "b.jpeg").unlink()
+    with pytest.raises(InputError, match="1 of its 4 image files are missing, the first is .*/a.1$"):
+        read(tmp_path)
+
+
+def test_columns_without_a_name_are_left_out(tmp_path):
+    (tmp_path / "labels.csv").write_text(",image,cat\n0,a.jpg,1\n1,b.jpg,0\n")  # an index that pandas wrote
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").touch()
+
+    manifest = read(tmp_path)
+
+    assert manifest.classes == ("cat",)
+    assert manifest.targets.tolist() == [[1], [0]]
+    assert manifest.protocol == "labels.csv, 2 of 2 rows, 1 columns without a name left out"
+
+
+def test_a_file_name_of_two_lines_is_escaped_in_the_key(tmp_path):
+    (tmp_path / "labels.csv").write_text('image,cat\n"a\nb.jpg",1\nc\\d.jpg,0\n')
+    (tmp_path / "a\nb.jpg").touch()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.jpg").touch()  # written on Windows
+
+    records = read(tmp_path).records
+
+    assert [r.key for r in records] == ["a\\nb.jpg", "c/d.jpg"]
+    assert [r.path for r in records] == [f"{tmp_path}/a\nb.jpg", f"{tmp_path}/c/d.jpg"]
