@@ -1,7 +1,6 @@
 """The Manifest: what every reader returns, and the operations on it that need no image."""
 
 import hashlib
-import itertools
 import json
 import os
 import posixpath
@@ -12,7 +11,7 @@ from functools import cached_property
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from mlvision.data.records import UNWRITABLE, Record, Records
 from mlvision.errors import InputError, listed, shown
@@ -112,10 +111,10 @@ class Manifest:
 
     def label_counts(self) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
         """In how many images each class is present, and in how many it is known, without making the table."""
-        present, unknown = (
-            np.bincount(np.fromiter(itertools.chain.from_iterable(column), np.int64), minlength=len(self.classes))
-            for column in ((r.labels for r in self.records), (r.unknown for r in self.records))
-        )
+        present, unknown = np.zeros((2, len(self.classes)), dtype=np.int64)
+        for row in range(len(self)):
+            present[self.records.labels(row)] += 1
+            unknown[self.records.unknown(row)] += 1
         return present, len(self) - unknown
 
     def target(self, index: int) -> Float32[np.ndarray, " C"]:
