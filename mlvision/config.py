@@ -237,8 +237,7 @@ def run_command(main: Callable[[list[str]], Any], *, several_processes: bool = F
         logging.basicConfig(format="%(message)s")
         logging.getLogger("mlvision").setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
         alone = several_processes or distributed.world_size() == 1
-        code = _run(main if alone else _refuse_several)
-    raise SystemExit(code)
+        raise SystemExit(_run(main if alone else _refuse_several))
 
 
 def _refuse_several(_argv: list[str]) -> NoReturn:

@@ -7,8 +7,11 @@ waits for a rank that has stopped, and rank 0 alone says it. In a single process
 Messages go through gloo on the CPU: they wait for no GPU. Gradients of models on GPUs go through NCCL.
 """
 
+import atexit
 import contextlib
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -60,6 +63,10 @@ def is_main() -> bool:
 def session() -> Iterator[None]:
     """While it lasts the processes that torchrun started know each other, and what ranks but 0 print is dropped.
 
+    Such a process ends with its session: with the code of a SystemExit, with 1 after the traceback of any other exception,
+    else with 0. It skips the interpreter's own end: a thread of gloo that still holds a tensor by then, which happens on
+    busy cores, asks for the lock of an interpreter that is gone and aborts the process, whatever its code was to be.
+
     Does nothing in a process that was started alone, or within another session.
     """
     if dist.is_initialized() or not is_launched():
@@ -76,11 +83,22 @@ def session() -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_PATIENCE)
     with contextlib.ExitStack() as stack:
         if not is_main():
-            stack.enter_context(
-                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
-            )
-        yield
-    dist.destroy_process_group()  # not after an exception: it may wait for ranks that are no more
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        try:
+            yield
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    if code == 0:
+        dist.destroy_process_group()  # not after a failure: it may wait for ranks that are no more
+    atexit._run_exitfuncs()  # such as multiprocessing's, which ends the loader's workers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
 
 
 def wait_for_all() -> None:
