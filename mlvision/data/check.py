@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mlvision.data import read_split
@@ -23,6 +21,7 @@ from mlvision.data.coco import CocoConfig
 from mlvision.data.images import decode_record, read_bytes, read_record, record_files
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_same_classes
 from mlvision.errors import InputError
+from mlvision.lettering import fitted, length, write
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def write_check(check: DataCheck, folder: Path, samples: int, seed: int) -> None
         for split, checked in check.splits.items()
         for kind, column in checked.class_counts().items()
     }
-    with open(folder / "check.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / "check.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *columns])
         writer.writerows(zip(check.classes, *columns.values(), strict=True))
@@ -291,7 +290,7 @@ def contact_sheet(check: DataCheck, samples: int, seed: int) -> Image.Image:
 
 def _title(text: str) -> Image.Image:
     band = Image.new("RGB", (_COLUMNS * (_TILE + _GAP) - _GAP, 30), "#e8e8e8")
-    ImageDraw.Draw(band).text((10, 15), text, fill=_INK, font=_font(17), anchor="lm")
+    write(ImageDraw.Draw(band), (10, 15), fitted(text, band.width - 20, 17), 17, _INK, anchor="lm")
     return band
 
 
@@ -315,11 +314,11 @@ def _caption(record: Record, classes: Sequence[str]) -> Image.Image:
     num_lines = words[-1][0] + 1
     caption = Image.new("RGB", (_TILE, (num_lines + 1) * _LINE + 4), _PAPER)
     draw = ImageDraw.Draw(caption)
-    draw.text((0, 12), _fit(record.key, _TILE, 11, keep_end=True), fill=_FAINT, font=_font(11), anchor="lm")
+    write(draw, (0, 12), fitted(record.key, _TILE, 11, keep_end=True), 11, _FAINT, anchor="lm")
     for line, x, text, colour in words:
         y = _LINE * (line + 1) + 11
         draw.rectangle((x, y - 5, x + 9, y + 4), fill=colour)
-        draw.text((x + 14, y), text, fill=_INK, font=_font(13), anchor="lm")
+        write(draw, (x + 14, y), text, 13, _INK, anchor="lm")
     return caption
 
 
@@ -327,8 +326,8 @@ def _flow(labels: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int, str, st
     """(line, x, text, colour) of each label, set in lines of a tile's width."""
     line = x = 0
     for text, colour in labels:
-        text = _fit(text, _TILE - 14, 13)
-        width = 14 + int(_font(13).getlength(text))
+        text = fitted(text, _TILE - 14, 13)
+        width = 14 + int(length(text, 13))
         if x and x + width > _TILE:
             line, x = line + 1, 0
         yield line, x, text, colour
@@ -355,31 +354,15 @@ def _picture(record: Record, classes: Sequence[str]) -> Image.Image:
         c = int(boxes.labels[i])
         colour = _colour(c)
         marks = [word for word, on in (("crowd", boxes.crowd[i]), ("difficult", boxes.difficult[i])) if on]
-        name = " ".join([classes[c], *marks])
+        name = fitted(" ".join([classes[c], *marks]), _TILE, 10)
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white")
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=2)
         # A name would hide a small object; the caption tells what its colour means.
-        width = int(_font(10).getlength(name)) + 6
+        width = int(length(name, 10)) + 6
         if width <= x2 - x1 and y2 - y1 >= 30:
             draw.rectangle((x1, y1, x1 + width, y1 + 13), fill=colour)
-            draw.text((x1 + 4, y1 + 7), name, fill="white", font=_font(10), anchor="lm")
+            write(draw, (x1 + 4, y1 + 7), name, 10, "white", anchor="lm")
     return image
-
-
-def _fit(text: str, width: int, font_size: int, keep_end: bool = False) -> str:
-    """The text, cut at one end to `width` pixels."""
-    font = _font(font_size)
-    cut = text
-    while len(cut) > 1 and font.getlength(cut if cut == text else cut + "...") > width:
-        cut = cut[1:] if keep_end else cut[:-1]
-    if cut == text:
-        return text
-    return f"...{cut}" if keep_end else f"{cut}..."
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _colour(c: int) -> str:

@@ -5,15 +5,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Integer, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mlvision.errors import InputError
 from mlvision.explain.selection import OUTCOMES, outcomes
+from mlvision.lettering import fitted, legible, length, short, write
 
 # Mistakes first: they are what a reader looks for.
 ORDER = ("FN", "FP", "TP", "TN", "unknown")
@@ -26,6 +26,7 @@ _AGAINST, _FOR = (21, 92, 214), (226, 44, 18)
 _STEPS = 255  # colours from 0 to the limit
 _INK, _MUTED, _PAPER = "#1d2126", "#5c6570", "#ffffff"
 _SIZE, GAP, _BORDER = 12, 10, 4  # pixels: text, space between tiles, border of a tile
+_NAME, _LINES = 40, 6  # the longest name within other words, in letters; the longest paragraph, in lines
 MINUS = "\u2212"
 
 
@@ -251,7 +252,7 @@ def draw_grid(
     if not method.label_specific:
         notes.append("not label-specific: one map for all labels of an image")
     blocks = [
-        draw_text(f"{title}  {method.name}".strip(), width, bold=True, size=16),
+        draw_text(" · ".join(filter(None, (title, method.name))), width, bold=True, size=16),
         draw_text("; ".join(notes), width),
     ]
     for image in images:
@@ -269,10 +270,11 @@ def _row(
 ) -> list[Image.Image]:
     """The blocks of one image: words over the whole width, then lines of tiles."""
     tile_px, columns, width = sizes
-    truth = [classes[c] for c in np.flatnonzero(image.targets == 1).tolist()]
+    truth = [short(classes[c], _NAME) for c in np.flatnonzero(image.targets == 1).tolist()]
     known = ", ".join(truth) or ("none" if (image.targets == 0).all() else "none known")
-    loss = "" if np.isnan(image.loss) else f"   loss {image.loss:.3f}"
-    words = draw_text(f"{image.key}{loss}   ground truth: {known}", width, bold=True)
+    loss = "" if np.isnan(image.loss) else f" · loss {image.loss:.3f}"
+    key = fitted(image.key, width / 2, _SIZE, bold=True, keep_end=True)
+    words = draw_text(f"{key}{loss} · ground truth: {known}", width, bold=True)
 
     native = image.maps[method.name][image.places]
     maps = dict(zip(image.places, shown_part(native, image, method), strict=True))
@@ -329,7 +331,6 @@ def draw_tile(
     extra: "Image.Image | str" = "",
 ) -> Image.Image:
     """A picture in its border with a caption below; `extra` is a colour bar, or words over the picture."""
-    font = _font(_SIZE)
     below = num_lines * (_SIZE + 4) + 4
     tile = Image.new("RGB", (width, picture.shape[0] + 2 * _BORDER + below), _PAPER)
     inner = Image.fromarray(picture)
@@ -341,11 +342,11 @@ def draw_tile(
     if isinstance(extra, Image.Image):
         tile.paste(extra, (0, y))
     elif extra:
-        draw.rectangle((_BORDER, _BORDER, _BORDER + font.getlength(extra) + 8, _BORDER + _SIZE + 8), fill=_INK)
-        draw.text((_BORDER + 4, _BORDER + 2), extra, fill=_PAPER, font=font)
+        draw.rectangle((_BORDER, _BORDER, _BORDER + length(extra, _SIZE) + 8, _BORDER + _SIZE + 8), fill=_INK)
+        write(draw, (_BORDER + 4, _BORDER + 2), extra, _SIZE, _PAPER)
     for number, line in enumerate(lines):
-        face = _font(_SIZE, bold=number == 0)
-        draw.text((0, y + number * (_SIZE + 4)), _fit(line, face, width), fill=_INK, font=face)
+        bold = number == 0
+        write(draw, (0, y + number * (_SIZE + 4)), fitted(line, width, _SIZE, bold=bold), _SIZE, _INK, bold=bold)
     return tile
 
 
@@ -355,13 +356,13 @@ def _bar(limit: float, signed: bool, width: int) -> Image.Image:
     grey = np.full((10, width, 3), 200, np.uint8)
     bar = Image.new("RGB", (width, 2 * (_SIZE + 4)), _PAPER)
     bar.paste(Image.fromarray(overlay(grey, ends[None], limit, signed, 1.0)), (0, 2))
-    draw, font = ImageDraw.Draw(bar), _font(_SIZE)
+    draw = ImageDraw.Draw(bar)
     if not limit > 0:
-        draw.text((0, 14), "nothing to draw", fill=_MUTED, font=font)
+        write(draw, (0, 14), "nothing to draw", _SIZE, _MUTED)
         return bar
     marks = [(0, number(-limit), "la"), (width / 2, "0", "ma"), (width, "+" + number(limit), "ra")]
     for x, text, anchor in marks if signed else [(0, "0", "la"), (width, number(limit), "ra")]:
-        draw.text((x, 14), text, fill=_INK, font=font, anchor=anchor)
+        write(draw, (x, 14), text, _SIZE, _INK, anchor=anchor)
     return bar
 
 
@@ -382,36 +383,19 @@ def _truth(target: float) -> str:
     return "?" if np.isnan(target) else f"{target:.0f}"
 
 
-@cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    # By file, as in data/drawing.py: a system font of the same name may be another.
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """As much of a line as fits, with an ellipsis where it is cut."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
-
-
 def draw_text(text: str, width: int, bold: bool = False, size: int = _SIZE) -> Image.Image:
-    """A paragraph over the whole width."""
-    font, lines = _font(size, bold), [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".lstrip() if word else lines[-1] + " "
-        if font.getlength(longer) <= width - 2 * GAP:
+    """A paragraph over the whole width, of a few lines at most."""
+    room, lines = width - 2 * GAP, []
+    for word in legible(text).split():
+        if lines and length(longer := f"{lines[-1]} {word}", size, bold) <= room:
             lines[-1] = longer
+        elif len(lines) == _LINES:
+            lines[-1] = fitted(f"{lines[-1]} …", room, size, bold=bold)
+            break
         else:
-            lines.append(_fit(word, font, width - 2 * GAP))
-    block = Image.new("RGB", (width, len(lines) * (size + 5) + GAP), _PAPER)
+            lines.append(fitted(word, room, size, bold=bold))
+    block = Image.new("RGB", (width, max(1, len(lines)) * (size + 5) + GAP), _PAPER)
     draw = ImageDraw.Draw(block)
     for row, line in enumerate(lines):
-        draw.text((GAP, GAP - 2 + row * (size + 5)), line, fill=_INK if bold else _MUTED, font=font)
+        write(draw, (GAP, GAP - 2 + row * (size + 5)), line, size, _INK if bold else _MUTED, bold=bold)
     return block

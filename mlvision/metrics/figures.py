@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mlvision.lettering import families, short
 from mlvision.metrics.average_precision import (
     average_precisions,
     mean_average_precision,
@@ -60,7 +61,7 @@ def draw_precision_recall(
     mean, num_skipped = mean_average_precision(ap)
     facts = f"mAP {mean:.4f} (plain), {len(s):,} images, {len(order)} classes"
     facts += f", {num_skipped} without positives left out" if num_skipped else ""
-    figure.suptitle(literal(f"{title}\n{facts}" if title else facts), fontsize=13, color=INK)
+    write_title(figure, [title, facts])
 
     colours = dict.fromkeys(order, OTHER)
     if len(order) >= 2 * NUM_NAMED:
@@ -145,7 +146,7 @@ def _draw_bars(
         axes.barh(y, ap[c], height=0.72, color=colours[c])
         axes.text(ap[c] + 0.01, y, f"{ap[c]:.3f}", fontsize=size, color=INK, va="center")
         names.append(f"{literal(short(classes[c]))}  ({supports[c]:,})")
-    axes.set_yticks(range(len(rows)), names, fontsize=size)
+    axes.set_yticks(range(len(rows)), names, fontsize=size, fontfamily=families(names))
     axes.set(
         xlim=(0, 1.1),
         ylim=(len(rows) - 0.4, -0.6),
@@ -166,8 +167,10 @@ def _strip(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def short(name: str, longest: int = 28) -> str:
-    return name if len(name) <= longest else name[: longest - 3] + "..."
+def write_title(figure: Figure, lines: Sequence[str], color: str = INK) -> None:
+    """Lines over a whole figure, the empty ones left out."""
+    words = [short(line, int(10 * figure.get_figwidth())) for line in lines if line]
+    figure.suptitle(literal("\n".join(words)), fontsize=13, color=color, fontfamily=families(words))
 
 
 def literal(text: str) -> str:

@@ -8,9 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from mlvision.metrics.figures import BEST, INK, MAX_BARS, OTHER, WORST, literal, short
+from mlvision.lettering import families, short
+from mlvision.metrics.figures import BEST, INK, MAX_BARS, OTHER, WORST, literal, write_title
 
 _NAMES = {"mean_logit": "mean logit", "mean_probability": "mean probability", "max": "maximum"}
 _COLOURS = {"mean_logit": WORST, "mean_probability": OTHER, "max": BEST}
@@ -84,13 +86,9 @@ def draw_quality(path: Path, quality: dict[str, Any]) -> None:
     """
     figure = Figure(figsize=(21, 11), layout="constrained")
     FigureCanvasAgg(figure)
-    title = (
-        f"{quality['store']}: {_source(quality)}\n{quality['num_images']:,} images of '{quality['split']}', judged by "
-    )
-    warnings = "".join("\n" + textwrap.fill(f"WARNING: {fault}", 180) for fault in quality["verdict"])
-    figure.suptitle(
-        literal(f"{title}'{quality['labels_split']}'{warnings}"), fontsize=13, color=WORST if warnings else INK
-    )
+    images = f"{quality['num_images']:,} images of '{quality['split']}', judged by '{quality['labels_split']}'"
+    warnings = [line for fault in quality["verdict"] for line in textwrap.wrap(f"WARNING: {fault}", 180)]
+    write_title(figure, [f"{quality['store']}: {_source(quality)}", images, *warnings], WORST if warnings else INK)
     upper, lower = figure.subfigures(2, 1, squeeze=False).flat
     panels = [
         (_draw_agreement, quality["agreement"]),
@@ -220,8 +218,8 @@ def _draw_classes(
     label: str,
     title: str,
 ) -> None:
-    """Bars for each class, and marks that share a label: one across all bars or one on each. Of many classes those whose
-    first bar is lowest."""
+    """Bars for each class with their numbers, and marks that share a label: one across all bars or one on each. Of many
+    classes those whose first bar is lowest."""
     first = next(iter(bars))
     rows = [row for row in classes if not np.isnan(row[first])]
     if len(rows) > MAX_BARS:
@@ -229,14 +227,21 @@ def _draw_classes(
         rows = sorted(rows, key=lambda row: row[first])[:MAX_BARS]
     x = np.arange(len(rows))
     for number, (key, (name, colour)) in enumerate(bars.items()):
-        axes.bar(x + (number - 0.5) * 0.4, [row[key] for row in rows], width=0.38, color=colour, label=name)
+        places = x + (number - 0.5) * 0.4
+        axes.bar(places, [row[key] for row in rows], width=0.38, color=colour, label=name)
+        halo = [withStroke(linewidth=2, foreground="white")]  # a mark behind a number must not strike it out
+        looks = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7, "zorder": 4, "path_effects": halo}
+        for place, row in zip(places, rows, strict=True):
+            if np.isfinite(row[key]):
+                spot = (place, row[key])
+                axes.annotate(f"{row[key]:.2f}", spot, (0, 3), textcoords="offset points", color=INK, **looks)
     for number, key in enumerate(marks):
         middle, half = x + (number - (len(marks) - 1) / 2) * 0.4, 0.4 / len(marks)
         looks = {"color": INK, "linewidth": 1.5, "clip_on": False, "zorder": 3}  # one at 0 lies on the axis
         heights = [row[key] for row in rows]
         axes.hlines(heights, middle - half, middle + half, label="" if number else label, **looks)
     names = [literal(f"{short(row['class'])} ({row['images_with']:,})") for row in rows]
-    axes.set_xticks(x, names, rotation=90, fontsize=9)
+    axes.set_xticks(x, names, rotation=90, fontsize=9, fontfamily=families(names))
     axes.set(xlabel="class (images with the label)", ylabel="mean over images", title=title)
-    _leave_room(axes, 1.0, 1.12)
+    _leave_room(axes, 1.0, 1.25)
     axes.legend(frameon=False, ncols=4, loc="upper left", fontsize=9)

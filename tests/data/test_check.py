@@ -2,13 +2,15 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlvision.data import CocoConfig, CsvConfig
-from mlvision.data.check import check_data, contact_sheet, format_check, write_check
+from mlvision.data.check import DataCheck, SplitCheck, check_data, contact_sheet, format_check, write_check
+from mlvision.data.manifest import Boxes, Manifest, Record
 from mlvision.errors import InputError
 from tools.prepare_data import main
 
@@ -180,6 +182,27 @@ def test_contact_sheet_depends_on_the_seed_alone(root):
     first, again, other = (np.asarray(contact_sheet(check, 2, seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert first.shape != other.shape or (first != other).any()
+
+
+def test_names_of_any_text_are_drawn_and_written(tmp_path):
+    """A newline was an error of Pillow's, 10,000 letters took hours, bytes that are no UTF-8 were an error of the CSV."""
+    key = os.fsdecode(b"caf\xe9.png")
+    picture(0).save(tmp_path / key)
+    names = ("two\nlines", "w" * 10_000, "\u732b", "\U0001f98a", os.fsdecode(b"\xff"), "a\0b", "\u202eturned")
+    boxes = Boxes(
+        np.tile(np.array([[0, 0, 1, 1]], np.float32), (len(names), 1)),
+        np.arange(len(names)),
+        np.ones(len(names), bool),
+        np.zeros(len(names), bool),
+        (None,) * len(names),
+    )
+    record = Record(key, str(tmp_path / key), (0, 1, 2), unknown=(3, 4, 5, 6), boxes=boxes)
+    split = SplitCheck(Manifest(names, (record,), "two\nlines"), ("0",), ())
+    write_check(DataCheck({"two\nlines": split}, []), tmp_path / "out", samples=1, seed=0)
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 1000
+    with open(tmp_path / "out" / "check.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list(names)
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["classes"] == list(names)
 
 
 def test_command_exits_with_0_1_or_2(root, tmp_path, capsys):

@@ -195,6 +195,16 @@ def test_numbers_have_three_digits_and_a_real_minus():
     ]
 
 
+def test_names_of_any_text_are_drawn_in_pages_of_a_few_lines():
+    maps = {"occlusion": np.random.default_rng(0).random((5, 2, 3)).astype(np.float32)}
+    names = ["two\nlines", "w" * 10_000, "\udcff", "a b " * 10_000, "\u732b"]
+    image = example(maps, key="folder/" * 2000, targets=np.ones(5, np.float32))
+    page = draw_grid([image], names, OCCLUSION, 0.5, title="t\n" * 3000, tile_px=80)
+    assert page.shape[0] < 500
+    assert (page != draw_grid([image], list("abcde"), OCCLUSION, 0.5, tile_px=80)[0, 0]).any()
+    assert grid(example(maps, key="two\nlines")).shape == grid(example(maps, key="a line")).shape
+
+
 def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(InputError, match=r"a.jpg: maps of cam: expected \[5, h, w\], got \[4, 2, 3\]"):
         example({"cam": np.zeros((4, 2, 3), np.float32)})

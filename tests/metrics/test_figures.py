@@ -86,6 +86,17 @@ def test_writes_a_png_with_ink_and_leaves_matplotlib_alone(tmp_path):
     assert all(0.01 < (half < 200).mean() < 0.6 for half in halves)
 
 
+@pytest.mark.filterwarnings("error:Glyph")
+def test_names_of_any_text_are_in_the_picture(tmp_path, drawn):
+    names = ["\u732b", "\U0001f98a", "two\nlines", "w" * 10_000, "\udcff", "a\0b", "$x^2$", *"hijkl"]
+    draw_precision_recall(tmp_path / "pr.png", *simulated(), names, title="\u732b\n" + "t" * 10_000)
+    shown = {text.get_text().rpartition("  (")[0] for text in drawn[0].axes[1].get_yticklabels()}
+    assert {"two lines", "w" * 27 + "…", r"\xff", r"a\x00b", r"\$x^2\$"} <= shown
+    title = drawn[0].get_suptitle().splitlines()
+    assert len(title) == 2
+    assert len(title[0]) <= 130
+
+
 def test_no_positive_at_all_is_said_and_not_an_error(tmp_path, drawn):
     draw_precision_recall(tmp_path / "pr.png", np.zeros((4, 2)), np.zeros((4, 2)), ["a", "b"])
     assert "no class has a known positive" in [text.get_text() for text in drawn[0].axes[1].texts]

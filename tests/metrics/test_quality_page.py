@@ -135,6 +135,7 @@ def test_the_page_shows_the_numbers(quality, draw):
     assert "ECE 0.0123" in calibration.get_title()
     for axes, at in ((coverage, [0.3, 0.6]), (boxes, [0.15, 0.3, 0.075, 0.15])):
         assert heights(axes) == pytest.approx([0.3, 0.6, 0.3, 0.6])
+        assert [text.get_text() for text in axes.texts] == ["0.30", "0.60", "0.30", "0.60"]
         assert marks(axes) == pytest.approx(at)
         # A class of which nothing is known has no bar, and dollars are no mathematics.
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["cat (1,234)", r"\$x^2\$ (1,234)"]
@@ -152,6 +153,8 @@ def test_no_data_lie_under_a_legend(quality, draw):
             legends += 1
             bottom = axes.get_legend().get_window_extent().transformed(axes.transData.inverted()).y0
             values = [*heights(axes), *marks(axes), *(y for line in axes.get_lines() for y in line.get_ydata())]
+            tops = [text.get_window_extent().transformed(axes.transData.inverted()).y1 for text in axes.texts]
+            values += tops if axes.get_title().startswith(("highest", "maps against")) else []
             assert bottom > max(values)
     assert legends == 6
 
