@@ -43,26 +43,38 @@ LAST, BEST = "checkpoints/last.pt", "checkpoints/best.pt"
 
 
 class LossWindow:
-    """Means of the logged scalars since the last log step, summed on the device; a part of the checkpoint for each rank."""
+    """Means of the logged scalars since the last log step, each over the steps that logged it.
+
+    Summed on the device; a part of the checkpoint for each rank.
+    """
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def pop(self) -> dict[str, float]:
-        """The means over steps and ranks; starts anew."""
-        of_ranks = gather(lambda: {f"train/{name}": total.item() / self.count for name, total in self.sums.items()})
-        self.sums, self.count = {}, 0
-        return {name: sum(means[name] for means in of_ranks) / len(of_ranks) for name in of_ranks[0]}
+        """The means over the steps and ranks that logged each scalar; starts anew."""
+        of_ranks = gather(lambda: {name: (total.item(), self.counts[name]) for name, total in self.sums.items()})
+        self.sums, self.counts = {}, {}
+        means = {}
+        for name in dict.fromkeys(name for sums in of_ranks for name in sums):
+            totals, counts = zip(*(sums[name] for sums in of_ranks if name in sums), strict=True)
+            means[f"train/{name}"] = sum(totals) / sum(counts)
+        return means
 
     def state(self) -> dict[str, Any]:
-        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "count": self.count}
+        return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "counts": self.counts}
+
+    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: total.to(device) for name, total in saved["sums"].items()}
+        # Checkpoints used to hold one count of steps for all scalars.
+        self.counts = saved.get("counts") or dict.fromkeys(self.sums, saved.get("count", 0))
 
 
 @dataclass
@@ -135,9 +147,8 @@ class FitState:
         self.log.cut(saved["log_position"], self.step)
         of_ranks = [saved, *saved.get("other_ranks", [])]
         if rank() < len(of_ranks):  # a rank that was not there before keeps the generators that it was started with
-            own, device = of_ranks[rank()], self.method.mean.device
-            self.window.sums = {name: total.to(device) for name, total in own["window"]["sums"].items()}
-            self.window.count = own["window"]["count"]
+            own = of_ranks[rank()]
+            self.window.restore(own["window"], self.method.mean.device)
             set_rng_state(own["rng"])
 
 
@@ -309,10 +320,11 @@ def train_step(
 
 
 def mean_output(outputs: list[StepOutput]) -> StepOutput:
-    """Of the equal parts of one step; their graphs are gone."""
+    """Of the equal parts of one step, each scalar over the parts that log it; their graphs are gone."""
     if len(outputs) == 1:
         return outputs[0]
-    logs = {name: torch.stack([output.logs[name] for output in outputs]).mean(0) for name in outputs[0].logs}
+    names = dict.fromkeys(name for output in outputs for name in output.logs)
+    logs = {name: torch.stack([o.logs[name] for o in outputs if name in o.logs]).mean(0) for name in names}
     return StepOutput(torch.stack([output.loss for output in outputs]).mean(0), logs)
 
 
