@@ -11,7 +11,9 @@ from typing import Annotated
 import torch
 
 from mlvision.config import describe_options, parse_options, run_command
-from mlvision.data.images import drop_unreadable, folder_manifest
+from mlvision.data.folder import folder_manifest
+from mlvision.data.images import drop_unreadable
+from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.loader import LoaderConfig, eval_loader
 from mlvision.errors import InputError
 from mlvision.run import add_classes, check_images, load_run
@@ -31,6 +33,7 @@ class PredictOptions:
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and say so"] = (
         "error"
     )
+    max_pixels: Annotated[int, "width times height that an image may have, looked up before it is decoded"] = MAX_PIXELS
     batch_size: Annotated[int, "images a batch"] = 64
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
 
@@ -51,7 +54,8 @@ def main(argv: list[str]) -> None:
         run = add_classes(run, options.extra_labels)
     if not options.images:
         raise InputError("images: expected a folder, got nothing")
-    manifest = folder_manifest(Path(options.images), run.classes)
+    manifest = folder_manifest(Path(options.images), run.classes, options.max_pixels)
+    print(manifest.protocol)
     check_images(run.config.model.in_chans, manifest)
     if options.on_bad_image == "skip":
         manifest, bad = drop_unreadable(manifest, options.num_workers)

@@ -10,6 +10,7 @@ import numpy as np
 import tifffile
 from jaxtyping import Float32, Shaped
 
+from mlvision.data.limits import check_pixels
 from mlvision.errors import InputError
 
 # Stored numbers that become 0 and 1, by name; what lies outside is clipped. Sentinel-2 stores 10,000 x reflectance.
@@ -59,7 +60,7 @@ class BandStack:
         """The files of the record at `path`, each once, in the order in which the bands first need them."""
         return list(dict.fromkeys(self._file(band, path) for band in self.bands))
 
-    def decode(self, path: str, contents: Sequence[bytes]) -> Shaped[np.ndarray, "H W C"]:
+    def decode(self, path: str, contents: Sequence[bytes], max_pixels: int) -> Shaped[np.ndarray, "H W C"]:
         """The image of the record at `path` out of its files' contents, in [0, 255] for uint8, in [0, 1] for float32.
 
         Raises:
@@ -67,7 +68,7 @@ class BandStack:
                 numbers that are not finite; the message names the file.
         """
         files = dict(zip(self.files(path), contents, strict=True))
-        stored = {file: read_tiff(content, file) for file, content in files.items()}
+        stored = {file: read_tiff(content, file, max_pixels) for file, content in files.items()}
         planes = []
         for band in self.bands:
             file = self._file(band, path)
@@ -123,18 +124,22 @@ def rgb_channels(bands: Sequence[str], rgb: Sequence[str]) -> tuple[int, int, in
     return 0, min(1, last), min(2, last)
 
 
-def read_tiff(content: bytes, path: str) -> Shaped[np.ndarray, "h w channels"]:
+def read_tiff(content: bytes, path: str, max_pixels: int) -> Shaped[np.ndarray, "h w channels"]:
     """The first image of a TIFF with its stored numbers, channels last.
 
     Raises:
-        InputError: it is empty or cut short, no TIFF, or compressed in a way that cannot be read here.
+        InputError: it is empty or cut short, no TIFF, of more than `max_pixels`, or compressed in a way that cannot be
+            read here.
     """
     if not content:
         raise InputError(f"{path}: the file is empty")
     try:
         with tifffile.TiffFile(io.BytesIO(content)) as file:
             page = file.pages[0]
+            check_pixels(page.imagewidth, page.imagelength, max_pixels, path)
             array, axes = page.asarray(), page.axes
+    except InputError:
+        raise
     except Exception as error:  # whatever parsing stumbles over
         # tifffile leaves some compressions (LZW) to a further package; OpenCV knows them for up to four channels.
         array = (

@@ -5,9 +5,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from mlvision.data.folder import FolderSearch, find_images, kind_of, list_folder
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, Record, check_root
-from mlvision.data.text_files import read_json, read_names
+from mlvision.data.text_files import printable, read_json, read_names
 from mlvision.errors import InputError
 
 _VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
@@ -58,33 +59,44 @@ def read_imagenet(config: ImagenetConfig, split: str) -> Manifest:
         source = os.path.join(root, config.real)
         lists = _read_real(source, len(classes))
         if config.check_files or os.path.isdir(os.path.join(root, folder)):
-            keys = [key for key, _ in _list_images(root, folder, folders, flat=True)]
+            search, _ = _search(root, folder, folders, flat=True)
+            names = search.images
         else:
-            keys = [f"{folder}/{_VALIDATION_NAME.format(number)}" for number in range(1, len(lists) + 1)]
-        labels = [_look_up(key, lists, source) for key in keys]
-        records = tuple(_record(root, k, of_image) for k, of_image in zip(keys, labels, strict=True) if of_image)
-        note = f"ReaL labels ({config.real}), {len(keys) - len(records):,} images with an empty list left out"
+            search, names = FolderSearch(), [_VALIDATION_NAME.format(number) for number in range(1, len(lists) + 1)]
+        labels = [_look_up(f"{folder}/{name}", lists, source) for name in names]
+        records = tuple(
+            _record(root, folder, name, chosen) for name, chosen in zip(names, labels, strict=True) if chosen
+        )
+        note = f"ReaL labels ({config.real}), {len(names) - len(records):,} images with an empty list left out"
     else:
-        records = tuple(_record(root, key, (c,)) for key, c in _list_images(root, folder, folders, flat=False))
+        search, labels = _search(root, folder, folders, flat=False)
+        records = tuple(_record(root, folder, name, (c,)) for name, c in zip(search.images, labels, strict=True))
         note = "one label an image, that of its folder"
     protocol = f"{folder}, {len(records):,} images of {len(classes):,} classes, {note}"
+    if search.others:
+        protocol += f"; {search.note()}"
     return Manifest(classes, records, split, protocol)
 
 
-def _record(root: str, key: str, labels: tuple[int, ...]) -> Record:
-    return Record(key, os.path.join(root, key), labels)
+def _record(root: str, folder: str, name: str, labels: tuple[int, ...]) -> Record:
+    path = f"{folder}/{name}"
+    return Record(printable(path), os.path.join(root, path), labels)
+
+
+def _class_folders(path: str) -> tuple[str, ...]:
+    return tuple(entry.name for entry in list_folder(path) if kind_of(entry) == "folder")
 
 
 def _read_classes(config: ImagenetConfig, root: str, needs_folders: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The class folders and the class names, in one order; without folders where only names are needed."""
     path = os.path.join(root, config.images.replace("{split}", config.train))
-    folders = tuple(sorted(e.name for e in os.scandir(path) if e.is_dir())) if os.path.isdir(path) else ()
+    folders = _class_folders(path) if os.path.isdir(path) else ()
     if not folders and (needs_folders or not config.classes):
         raise InputError(
             f"{path}: no class folders there; the classes are the folders of the training split (data.train={config.train})"
         )
     if not config.classes:
-        return folders, folders
+        return folders, tuple(printable(name) for name in folders)
     source = os.path.join(root, config.classes)
     names = _read_json_names(source) if source.endswith(".json") else read_names(source, "class")
     if folders and len(names) != len(folders):
@@ -99,35 +111,24 @@ def _read_json_names(source: str) -> list[str]:
     return names
 
 
-def _list_images(root: str, folder: str, folders: tuple[str, ...], flat: bool) -> list[tuple[str, int]]:
-    """Key and class of each image below a split's folder, sorted by key; -1 for those in the folder itself, where `flat`."""
+def _search(root: str, folder: str, folders: tuple[str, ...], flat: bool) -> tuple[FolderSearch, list[int]]:
+    """The images below a split's folder and the class of each; -1 for those in the folder itself, where `flat`."""
     path = os.path.join(root, folder)
     if not os.path.isdir(path):
         raise InputError(f"{path}: no such folder")
     class_of = {name: c for c, name in enumerate(folders)}
-    found = []
-    for entry in os.scandir(path):
-        if entry.is_dir():
-            if entry.name not in class_of:
-                raise InputError(f"{entry.path}: a folder of no class of the training split ({len(folders):,} classes)")
-            found += [(f"{folder}/{entry.name}/{name}", class_of[entry.name]) for name in _image_names(entry.path)]
-        elif _is_image(entry.name):
-            if not flat:
-                raise InputError(
-                    f"{entry.path}: an image outside the class folders; only a split with ReaL labels may be flat"
-                )
-            found.append((f"{folder}/{entry.name}", -1))
-    if not found:
+    for name in _class_folders(path):
+        if name not in class_of:
+            raise InputError(f"{path}/{name}: a folder of no class of the training split ({len(folders):,} classes)")
+    search = find_images(path)
+    if not search.images:
         raise InputError(f"{path}: no image there (looked for {', '.join(sorted(SUFFIXES))})")
-    return sorted(found)
-
-
-def _image_names(path: str) -> list[str]:
-    return [name for name in os.listdir(path) if _is_image(name)]
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    outside = [name for name in search.images if "/" not in name]
+    if outside and not flat:
+        raise InputError(
+            f"{path}/{outside[0]}: an image outside the class folders; only a split with ReaL labels may be flat"
+        )
+    return search, [class_of.get(name.partition("/")[0], -1) for name in search.images]
 
 
 def _read_real(source: str, num_classes: int) -> list[tuple[int, ...]]:

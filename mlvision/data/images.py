@@ -1,15 +1,18 @@
 """Image files to arrays: one decoder for every file that a data set may hold.
 
-OpenCV decodes what it surely decodes right (plain 8-bit JPEG and PNG); Pillow decodes the rest, strictly. On a plain
+OpenCV decodes what it surely decodes right (8-bit JPEG, plain 8-bit PNG); Pillow decodes the rest, strictly. On a plain
 file both give the same bytes, so which one ran is never visible in a result.
 """
 
 import io
 import struct
-from collections.abc import Callable, Sequence
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 
 import cv2
 import numpy as np
@@ -18,16 +21,32 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from tqdm import tqdm
 
+from mlvision.data import jpeg
+from mlvision.data.limits import MAX_PIXELS, check_pixels
 from mlvision.data.manifest import Manifest, Record
+from mlvision.data.text_files import printable, read_bytes
 from mlvision.errors import InputError
 
-# Files that a folder of images is searched for, in lower case.
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
+# Pillow's names of the formats that are read, each with the suffixes of its files in lower case. Pillow knows others, which
+# hold no photograph, are only recognised, or are handed to a further program (EPS).
+FORMATS = {
+    "AVIF": (".avif", ".avifs"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    "JPEG2000": (".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"),
+    "PCX": (".pcx",),
+    "PNG": (".apng", ".png"),
+    "PPM": (".pbm", ".pfm", ".pgm", ".pnm", ".ppm"),
+    "QOI": (".qoi",),
+    "SGI": (".bw", ".rgb", ".rgba", ".sgi"),
+    "TGA": (".icb", ".tga", ".vda", ".vst"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
-_JPEG_START = b"\xff\xd8\xff"
-_JPEG_END = b"\xff\xd9"
-_JPEG_APP1 = 0xE1  # Exif or XMP: may hold a rotation
-_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman-coded
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_GREY_OR_RGB = (0, 2)
 # Not among them: tRNS (transparency), eXIf and text (rotation), acTL (animation).
@@ -50,42 +69,36 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def read_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Reads an image file as upright RGB.
 
     Exif rotation is applied. 16-bit channels are divided by 257 and rounded, so 65535 becomes 255. Transparent pixels
     are composited over white. CMYK is converted without a colour profile. Of an animation, the first frame is read.
 
+    A damaged file is refused where its format or decoder can tell: by a checksum (PNG), by data that end early or are
+    left over (JPEG). Changed bytes in the middle of a JPEG or WebP may decode to another picture, which nobody can tell.
+
+    Args:
+        path: the file.
+        max_pixels: width times height that an image may have; its header is looked at before it is decoded.
+
     Raises:
-        InputError: the file is missing, truncated, not an image, or of a kind that has no such reading.
+        InputError: the file is missing, not a regular file, truncated, damaged, too large, not an image, or of a kind that
+            has no such reading.
     """
-    return decode_image(read_bytes(path), path)
+    return decode_image(read_bytes(path), path, max_pixels)
 
 
-def read_bytes(path: str) -> bytes:
-    """The content of the file at `path`, an image."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def decode_image(data: bytes, path: str) -> UInt8[np.ndarray, "H W 3"]:
+def decode_image(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """As `read_image`, from the file's content; `path` is for the message of an error."""
+    path = printable(path)
     if not data:
         raise InputError(f"{path}: the file is empty")
-    if _is_plain_jpeg(data) or _is_plain_png(data):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if image is not None:
-            return image
-    try:
-        return _decode_strictly(data)
-    except Exception as error:  # Pillow's plugins raise whatever their parsing stumbles over
-        reason = (
-            "not an image file" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
-        )
-        raise InputError(f"{path}: cannot be decoded: {reason}") from error
+    if data.startswith(jpeg.START):
+        return _decode_jpeg(data, path, max_pixels)
+    if data.startswith(_PNG_START):
+        return _decode_png(data, path, max_pixels)
+    return _decode_by_pillow(data, path, max_pixels)
 
 
 def rgb_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
@@ -121,8 +134,8 @@ def check_size(record: Record, image: Shaped[np.ndarray, "H W C"]) -> None:
     widest = ((width + 1) * stated_height) / ((height - 1) * stated_width) if height > 1 else float("inf")
     if max(ratio, 1 / ratio) > 1.01 and not narrowest <= 1 <= widest:
         raise InputError(
-            f"{record.path}: the image is {width} x {height}, its annotation states {stated_width} x {stated_height}: "
-            "the aspect ratios differ by more than 1 %"
+            f"{printable(record.path)}: the image is {width} x {height}, its annotation states {stated_width} x "
+            f"{stated_height}: the aspect ratios differ by more than 1 %"
         )
 
 
@@ -147,7 +160,9 @@ def record_files(record: Record) -> list[str]:
     return [record.path] if record.bands is None else record.bands.files(record.path)
 
 
-def decode_record(record: Record, contents: Sequence[bytes]) -> Shaped[np.ndarray, "H W C"]:
+def decode_record(
+    record: Record, contents: Sequence[bytes], max_pixels: int = MAX_PIXELS
+) -> Shaped[np.ndarray, "H W C"]:
     """A record's image out of the contents of its files, its shape checked.
 
     Raises:
@@ -155,32 +170,16 @@ def decode_record(record: Record, contents: Sequence[bytes]) -> Shaped[np.ndarra
     """
     if record.bands is None:
         (content,) = contents
-        image = decode_image(content, record.path)
+        image = decode_image(content, record.path, max_pixels)
     else:
-        image = record.bands.decode(record.path, contents)
+        image = record.bands.decode(record.path, contents, max_pixels)
     check_size(record, image)
     return image
 
 
-def read_record(record: Record) -> Shaped[np.ndarray, "H W C"]:
+def read_record(record: Record, max_pixels: int = MAX_PIXELS) -> Shaped[np.ndarray, "H W C"]:
     """Reads a record's image and checks its shape: uint8 of 3 channels, or float32 in [0, 1] of other bands."""
-    return decode_record(record, [read_bytes(path) for path in record_files(record)])
-
-
-def folder_manifest(folder: Path, classes: tuple[str, ...]) -> Manifest:
-    """The images below a folder, of whose labels nothing is known.
-
-    Raises:
-        InputError: no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"images: {folder} is not a folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"images: no image below {folder} (looked for {', '.join(sorted(SUFFIXES))})")
-    unknown = tuple(range(len(classes)))
-    records = (Record(p.relative_to(folder).as_posix(), str(p), labels=(), unknown=unknown) for p in paths)
-    return Manifest(classes, tuple(records), split=str(folder))
+    return decode_record(record, [read_bytes(path) for path in record_files(record)], max_pixels)
 
 
 def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest, list[tuple[str, str]]]:
@@ -192,7 +191,7 @@ def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest,
 
     def reason(record: Record) -> str | None:
         try:
-            read_record(record)
+            read_record(record, manifest.max_pixels)
         except InputError as error:
             return str(error)
         return None
@@ -211,51 +210,124 @@ def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest,
     return manifest.select(i for i, why in enumerate(reasons) if why is None), bad
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a complete 8-bit grey or three-channel JPEG without Exif.
+def _decode_jpeg(data: bytes, path: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
+    header = jpeg.read_header(data)
+    if header is not None:
+        check_pixels(header.width, header.height, max_pixels, path)
+    if header is not None and not header.is_closed:
+        raise InputError(f"{path}: cannot be decoded: truncated, the end marker of a JPEG file is missing")
+    # Of the kinds that Pillow decodes, or of a header that it alone understands, it looks at the size first.
+    image = None if header is not None and header.plain else _decode_by_pillow(data, path, max_pixels)
+    stored, complaint = jpeg.decode(data)
+    if complaint:
+        raise InputError(f"{path}: cannot be decoded: damaged: {complaint}")
+    if image is not None:
+        return image
+    if stored is None:
+        return _decode_by_pillow(data, path, max_pixels)
+    if header is not None and header.has_exif:
+        with _pillow_image(data, path, max_pixels) as opened:
+            return _upright(stored, opened)
+    return stored
 
-    The end marker is looked for because OpenCV 4 fills what a truncated file lacks with grey and reports nothing; a
-    file with bytes after the marker goes to Pillow, which knows the difference.
-    """
-    if not (data.startswith(_JPEG_START) and data.endswith(_JPEG_END)):
-        return False
-    position = 2
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == _JPEG_APP1:
-            return False
-        if marker in _JPEG_FRAMES:
-            precision, num_channels = data[position + 4], data[position + 9]
-            return precision == 8 and num_channels in (1, 3)
-        position += 2 + int.from_bytes(data[position + 2 : position + 4])
-    return False
+
+def _decode_png(data: bytes, path: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
+    kinds = _png_chunks(data, path)
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    check_pixels(width, height, max_pixels, path)
+    if depth == 8 and colour in _PNG_GREY_OR_RGB and kinds <= _PNG_PLAIN_CHUNKS:
+        image = jpeg.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if image is not None:
+            return image
+    return _decode_by_pillow(data, path, max_pixels)
 
 
-def _is_plain_png(data: bytes) -> bool:
-    """Whether this is a complete 8-bit grey or RGB PNG without transparency, rotation or animation."""
-    if not (data.startswith(_PNG_START) and len(data) > 33 and data[24] == 8 and data[25] in _PNG_GREY_OR_RGB):
-        return False
+def _png_chunks(data: bytes, path: str) -> set[bytes]:
+    """The kinds of chunks before the end, each with its checksum compared: no decoder looks at all of them."""
+    kinds: set[bytes] = set()
     position = len(_PNG_START)
+    view = memoryview(data)
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            name = kind.decode("ascii", "backslashreplace")
+            raise InputError(f"{path}: cannot be decoded: damaged: the checksum of its chunk {name!r} is wrong")
+        if not kinds and (kind, length) != (b"IHDR", 13):
+            raise InputError(f"{path}: cannot be decoded: damaged: a PNG file without a header")
         if kind == b"IEND":
-            return True
-        if kind not in _PNG_PLAIN_CHUNKS:
-            return False
-        position += 12 + length
-    return False
+            return kinds
+        kinds.add(kind)
+        position = end + 4
+    raise InputError(f"{path}: cannot be decoded: truncated, the end chunk of a PNG file is missing")
 
 
-def _decode_strictly(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes any file that Pillow knows; an incomplete one raises."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    depth = _bit_depth(image, data)
-    if depth == 16:  # Pillow keeps only the upper byte of 16-bit colour
-        return _upright(_from_16_bit(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)), image)
-    if depth > 8:
-        raise ValueError(f"{depth} bits a channel; expected 8 or 16")
-    return rgb_array(image)
+@cache
+def _formats_here() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+class _PillowLimit:
+    """Pillow's own limit on pixels, a global that is no argument of any call: lifted while a thread decodes here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._limit: int | None = None
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        with self._lock:
+            if not self._num_inside:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._num_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if not self._num_inside:
+                    Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_PILLOW_LIMIT = _PillowLimit()
+
+
+@contextmanager
+def _pillow_image(data: bytes, path: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The file as Pillow opens it, its size checked and its pixels not yet decoded.
+
+    Raises:
+        InputError: whatever Pillow's plugins raise, here and while the caller decodes.
+    """
+    try:
+        with _PILLOW_LIMIT.lifted():
+            image = Image.open(io.BytesIO(data), formats=_formats_here())
+            check_pixels(image.width, image.height, max_pixels, path)
+            yield image
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsing stumbles over
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image file, or a damaged one" if unknown else " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be decoded: {reason or type(error).__name__}") from error
+
+
+def _decode_by_pillow(data: bytes, path: str, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes any file of `FORMATS`; an incomplete one is refused."""
+    with _pillow_image(data, path, max_pixels) as image:
+        image.load()
+        depth = _bit_depth(image, data)
+        if depth == 16:  # Pillow keeps only the upper byte of 16-bit colour
+            stored = _from_16_bit(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+            return _upright(stored, image)
+        if depth > 8:
+            raise ValueError(f"{depth} bits a channel; expected 8 or 16")
+        return rgb_array(image)
 
 
 def _upright(stored: UInt8[np.ndarray, "rows columns 3"], image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:

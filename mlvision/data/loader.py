@@ -85,7 +85,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
-        image = read_record(self.manifest.records[index])
+        image = read_record(self.manifest.records[index], self.manifest.max_pixels)
         views = [self.view(image, _view_seed(self.seed, epoch, index, number)) for number in range(self.num_views)]
         return Sample(views, torch.from_numpy(self.manifest.target(index)), index)
 

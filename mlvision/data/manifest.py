@@ -13,8 +13,9 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.records import UNWRITABLE, Record, Records
-from mlvision.errors import InputError, listed, shown
+from mlvision.errors import InputError, check_fields, listed, shown
 
 # The longest class name: a longer one is a whole text that a wrong column or separator made a name.
 LONGEST_NAME = 500
@@ -40,6 +41,12 @@ class DataConfig:
         "error"
     )
     check_files: Annotated[bool, "look whether every image file is there; false: labels alone are read"] = True
+    outside_root: Annotated[bool, "read images too whose names lead out of `root`: absolute ones, or by `..`"] = False
+    max_pixels: Annotated[int, "width times height that an image may have, looked up before it is decoded"] = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        # OpenCV goes no further.
+        check_fields(self, "data.", (("max_pixels", 1 <= self.max_pixels <= 2**30, f"1 to {2**30}"),))
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,14 @@ class Manifest:
             `Records`.
         split: the split's name.
         protocol: how images and labels were chosen, in words; printed beside every metric.
+        max_pixels: width times height that an image may have.
     """
 
     classes: tuple[str, ...]
     records: Sequence[Record]
     split: str
     protocol: str = ""
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
@@ -251,6 +260,20 @@ def check_root(config: DataConfig, hint: str = "") -> str:
 def image_key(folder: str, name: str) -> str:
     """The key of the image that a list calls `name`: one key for all the ways to write one path, `\\` for `/` as well."""
     return posixpath.normpath(posixpath.join(folder, name.replace("\\", "/")))
+
+
+def check_inside(config: DataConfig, manifest: Manifest) -> None:
+    """Refuses images whose names lead out of `root`, unless `config` allows it.
+
+    Only names are looked at: a link inside `root` was made by whoever owns the folder and may lead anywhere.
+    """
+    for key in manifest.keys:
+        leaves = posixpath.isabs(key) or (".." in key and posixpath.normpath(key).partition("/")[0] == "..")
+        if leaves and not config.outside_root:
+            raise InputError(
+                f"split {manifest.split!r}: the image {key} lies outside data.root={config.root}; "
+                "data.outside_root=true reads it all the same"
+            )
 
 
 def check_files(config: DataConfig, records: Sequence[Record], source: str) -> None:

@@ -1,13 +1,44 @@
-"""Text and JSON files of labels: what is wrong with one is an error that names the file and the line."""
+"""Files of a data set as bytes, text and JSON: what is wrong with one is an error that names the file and the line."""
 
 import glob
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mlvision.data.records import UNWRITABLE
 from mlvision.errors import InputError, shown
+
+
+def printable(text: str) -> str:
+    """The text with the escapes of what no line of text can hold: in the name of a file there may be any byte."""
+    return UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def read_bytes(path: str) -> bytes:
+    """The file's content.
+
+    Raises:
+        InputError: the file cannot be read, or is none: a pipe or a device would be waited for, or never end.
+    """
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{printable(path)}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a zero byte, or half of a surrogate pair
+        raise InputError(f"{printable(path)}: no name of a file: {error}") from error
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its other end
+    kind = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # of a folder `open` says so itself
+        os.close(descriptor)
+        raise OSError("a pipe, socket or device, expected a regular file")
+    return descriptor
 
 
 def read_text(path: str) -> str:
@@ -16,11 +47,7 @@ def read_text(path: str) -> str:
     Raises:
         InputError: the file cannot be read, or is not UTF-8.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

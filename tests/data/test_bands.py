@@ -10,6 +10,7 @@ import torch
 
 from mlvision.data.bands import Band, BandStack, check_bands, read_tiff, rgb_channels
 from mlvision.data.images import read_record, record_files
+from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.loader import ImageDataset, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
@@ -31,8 +32,10 @@ def numbers(*shape: int) -> np.ndarray:
 def test_both_layouts_of_many_channels_read_the_same(layout, compression):
     stored = numbers(5, 7, 13)
     array = stored if layout == "contig" else np.moveaxis(stored, 2, 0)
-    np.testing.assert_array_equal(read_tiff(tiff(array, planarconfig=layout, compression=compression), "x"), stored)
-    np.testing.assert_array_equal(read_tiff(tiff(stored[:, :, 0]), "x"), stored[:, :, :1])
+    np.testing.assert_array_equal(
+        read_tiff(tiff(array, planarconfig=layout, compression=compression), "x", MAX_PIXELS), stored
+    )
+    np.testing.assert_array_equal(read_tiff(tiff(stored[:, :, 0]), "x", MAX_PIXELS), stored[:, :, :1])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -40,20 +43,20 @@ def test_lzw_is_read_with_channels_in_the_files_order(channels):
     stored = numbers(6, 9, channels)
     # OpenCV takes blue, green, red and writes red, green, blue.
     content = cv2.imencode(".tif", stored[:, :, ::-1], [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
-    np.testing.assert_array_equal(read_tiff(content, "x"), stored)
+    np.testing.assert_array_equal(read_tiff(content, "x", MAX_PIXELS), stored)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
 def test_truncated_files_are_refused(share):
     content = tiff(numbers(40, 30), compression="zlib")
     with pytest.raises(InputError, match="B04.tif: (the file is empty|cannot be decoded: .)") as caught:
-        read_tiff(content[: int(len(content) * share)], "B04.tif")
+        read_tiff(content[: int(len(content) * share)], "B04.tif", MAX_PIXELS)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_tiff_is_refused():
     with pytest.raises(InputError, match="B04.tif: cannot be decoded: not a TIFF file"):
-        read_tiff(b"<html>404</html>", "B04.tif")
+        read_tiff(b"<html>404</html>", "B04.tif", MAX_PIXELS)
 
 
 def folder_stack(*names: str, grid: int = 4, scaling: str = "reflectance_10000") -> BandStack:

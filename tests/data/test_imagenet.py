@@ -1,6 +1,7 @@
 """imagenet.py on class folders as the ILSVRC archives unpack, and ReaL lists as their README describes them."""
 
 import json
+import os
 
 import pytest
 
@@ -51,7 +52,44 @@ def test_class_folders_by_hand(root):
         ("train/n02979186/n02979186_7.JPEG", (2,)),
     ]
     assert manifest.records[0].path == str(root / "train" / "n01440764" / "n01440764_5.JPEG")
-    assert manifest.protocol == "train, 6 images of 3 classes, one label an image, that of its folder"
+    assert manifest.protocol == (
+        "train, 6 images of 3 classes, one label an image, that of its folder; "
+        "left out: 3 files of other kinds (n01440764/readme.txt)"
+    )
+
+
+def test_hidden_folders_are_no_classes_and_links_are_followed_once(root):
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / ".ipynb_checkpoints" / "copy.jpg").touch()
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "a.jfif").touch()
+    (root / "train" / "n03000000").symlink_to(root / "elsewhere")
+    (root / "train" / WNIDS[2] / "round").symlink_to(root / "train")
+    (root / "train" / WNIDS[2] / "deeper").mkdir()
+    (root / "train" / WNIDS[2] / "deeper" / "b.png").touch()
+    (root / "train" / WNIDS[2] / "._b.png").touch()
+
+    manifest = read(root)
+
+    assert manifest.classes == (*WNIDS, "n03000000")
+    assert [(r.key, r.labels) for r in manifest.records[7:]] == [("train/n03000000/a.jfif", (3,))]
+    assert [r.key for r in manifest.records if r.labels == (2,)] == [
+        f"train/{WNIDS[2]}/deeper/b.png",
+        f"train/{WNIDS[2]}/{WNIDS[2]}_7.JPEG",
+    ]
+    assert "2 hidden (.ipynb_checkpoints), 1 links to a folder that is read already" in manifest.protocol
+
+
+def test_names_that_are_not_utf_8_stay_readable(root):
+    folder = os.fsencode(root / "train") + b"/caf\xe9"
+    os.mkdir(folder)
+    open(folder + b"/\xff.jpg", "wb").close()
+
+    manifest = read(root)
+
+    assert manifest.classes[0] == "caf\\udce9"
+    assert manifest.records[0].key == "train/caf\\udce9/\\udcff.jpg"
+    assert os.path.isfile(manifest.records[0].path)
 
 
 def test_real_lists_are_found_by_the_number_of_the_image(root):

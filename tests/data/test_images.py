@@ -1,6 +1,12 @@
 """images.py against Pillow's own conversions, the arithmetic of its docstring, and files broken on purpose."""
 
 import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -8,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from mlvision.data import images as images_module
-from mlvision.data.images import check_size, decode_image, drop_unreadable, read_image, read_record, rgb_array
+from mlvision.data import jpeg as jpeg_module
+from mlvision.data.images import FORMATS, check_size, decode_image, drop_unreadable, read_image, read_record, rgb_array
 from mlvision.data.manifest import Manifest, Record
 from mlvision.errors import InputError
 
@@ -63,18 +70,17 @@ def test_opaque_files_are_bit_for_bit_what_pillow_reads(size, kind, mode, option
     np.testing.assert_array_equal(decode_image(data, "x"), expected)
 
 
-def test_plain_files_take_the_fast_path_and_others_do_not(monkeypatch):
-    monkeypatch.setattr(images_module, "_decode_strictly", lambda data: pytest.fail("Pillow was asked"))
+def test_files_that_both_read_alike_take_the_fast_path_and_others_do_not(monkeypatch):
+    monkeypatch.setattr(images_module, "_decode_by_pillow", lambda *_: pytest.fail("Pillow was asked"))
     colour, grey = Image.fromarray(picture(20, 30)), Image.fromarray(picture(20, 30, 1)[:, :, 0])
     for image in (colour, grey):
         decode_image(encode(image, "JPEG"), "x")
+        decode_image(encode(image, "JPEG", exif=exif(6)), "x")
         decode_image(encode(image, "PNG"), "x")
 
-    monkeypatch.setattr(images_module.cv2, "imdecode", lambda *_: pytest.fail("OpenCV was asked"))
     of_pillow = np.full((1, 1, 3), 9, dtype=np.uint8)
-    monkeypatch.setattr(images_module, "_decode_strictly", lambda data: of_pillow)
+    monkeypatch.setattr(images_module, "_decode_by_pillow", lambda *_: of_pillow)
     for data in (
-        encode(colour, "JPEG", exif=exif(6)),
         encode(colour, "PNG", exif=exif(6)),
         encode(colour.convert("CMYK"), "JPEG"),
         encode(colour.convert("RGBA"), "PNG"),
@@ -248,16 +254,210 @@ def test_a_truncated_jpeg_is_an_error_whatever_opencv_says(monkeypatch, share):
 
 def test_bytes_after_the_end_of_a_jpeg_are_passed_over():
     data = encode(Image.fromarray(picture(160, 225)), "JPEG")
-    for padding in (b"\0" * 512, b"some camera's private notes"):
+    for padding in (b"\0" * 512, b"some camera's private notes", data):
         np.testing.assert_array_equal(decode_image(data + padding, "x"), decode_image(data, "x"))
 
 
-def test_a_damaged_png_is_an_error():
-    data = bytearray(encode(Image.fromarray(picture(160, 225)), "PNG"))
-    data[len(data) // 2] ^= 0x55
+JPEGS = {
+    "baseline": lambda image: encode(image, "JPEG", quality=90),
+    "progressive": lambda image: encode(image, "JPEG", quality=90, progressive=True),
+    "own tables": lambda image: encode(image, "JPEG", quality=50, optimize=True),
+    "restarts": lambda image: encode(image, "JPEG", quality=90, restart_marker_blocks=8),
+    "grey": lambda image: encode(image.convert("L"), "JPEG"),
+    "cmyk": lambda image: encode(image.convert("CMYK"), "JPEG"),
+    "exif": lambda image: encode(image, "JPEG", exif=exif(6)),
+}
+END = b"\xff\xd9"
+# What a broken download or disk makes of a file: (content, its half) to content.
+DAMAGE = {
+    "second half zeros": lambda data, half: data[:half] + bytes(len(data) - half),
+    "second half zeros, closed": lambda data, half: data[:half] + bytes(len(data) - half - 2) + END,
+    "second half 0xff": lambda data, half: data[:half] + b"\xff" * (len(data) - half),
+    "second half 0xff, closed": lambda data, half: data[:half] + b"\xff" * (len(data) - half - 2) + END,
+    "cut": lambda data, half: data[:half],
+    "cut and closed": lambda data, half: data[:half] + END,
+    "last hundredth lost, closed": lambda data, half: data[: len(data) * 99 // 100] + END,
+    "end marker lost": lambda data, half: data[:-2],
+    "a sector lost": lambda data, half: data[:half] + data[half + 512 :],
+    "a sector twice": lambda data, half: data[: half + 512] + data[half:],
+    "noise": lambda data, half: (
+        data[:half] + np.random.default_rng(0).integers(0, 256, len(data) - half - 2, dtype=np.uint8).tobytes() + END
+    ),
+}
 
-    with pytest.raises(InputError, match="photo.png: cannot be decoded"):
-        decode_image(bytes(data), "photo.png")
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_damaged_jpeg_is_an_error_that_says_so(capfd, kind, damage):
+    noise = np.random.default_rng(1).normal(scale=12, size=(240, 320, 3))
+    data = JPEGS[kind](Image.fromarray((picture(240, 320) + noise).clip(0, 255).astype(np.uint8)))
+    assert decode_image(data, "x").size == 240 * 320 * 3
+
+    with pytest.raises(InputError, match="photo.jpg: cannot be decoded: ") as caught:
+        decode_image(DAMAGE[damage](data, len(data) // 2), "photo.jpg")
+
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # what libjpeg printed is in the error
+
+
+def test_other_words_on_standard_error_arrive_there(capfd):
+    data = bytearray(encode(Image.fromarray(picture(16, 24)), "JPEG"))
+    data[data.index(b"JFIF") + 5] = 7  # a revision that libjpeg does not know, and reads all the same
+
+    def decode() -> str:
+        os.write(2, b"half a line, ")
+        os.write(2, b"Corrupt JPEG data: 3 extraneous bytes before marker 0xd9\nand the rest\n")
+        return "value"
+
+    assert decode_image(bytes(data), "x").shape == (16, 24, 3)
+    assert jpeg_module._Listener().hear(decode) == ("value", "Corrupt JPEG data: 3 extraneous bytes before marker 0xd9")
+    assert capfd.readouterr().err == (
+        "Warning: unknown JFIF revision number 7.01\n" + "half a line, and the rest\n" * 2  # heard twice: again, alone
+    )
+
+
+def test_damage_is_told_of_the_right_file_among_threads():
+    whole = encode(Image.fromarray(picture(90, 120)), "JPEG")
+    contents = [whole if i % 3 else whole[: len(whole) // 2] + END for i in range(120)]
+
+    def is_damaged(content: bytes) -> bool:
+        try:
+            decode_image(content, "x")
+        except InputError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(is_damaged, contents)) == [i % 3 == 0 for i in range(120)]
+
+
+def test_decoding_goes_on_without_standard_error(tmp_path):
+    data = encode(Image.fromarray(picture(90, 120)), "JPEG")
+    (tmp_path / "whole.jpg").write_bytes(data)
+    (tmp_path / "bad.jpg").write_bytes(data[: len(data) // 2] + END)
+    code = """
+import os, sys
+from mlvision.data.images import read_image
+os.close(2)
+print(read_image(sys.argv[1]).shape)
+try:
+    read_image(sys.argv[2])
+except ValueError as error:
+    print(error)
+"""
+    names = [str(tmp_path / name) for name in ("whole.jpg", "bad.jpg")]
+    run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+
+    assert run.stdout.startswith("(90, 120, 3)\n")
+    assert "bad.jpg: cannot be decoded: damaged: Corrupt JPEG data: premature end of data segment" in run.stdout
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("kind", ["IHDR", "gAMA", "tEXt", "IDAT", "IEND"])
+def test_every_checksum_of_a_png_counts(kind, depth):
+    pixels = picture(160, 225).astype(np.uint16) * 200 if depth == 16 else picture(160, 225)
+    data = cv2.imencode(".png", pixels)[1].tobytes()
+    data = data[:33] + chunk(b"gAMA", struct.pack(">I", 45455)) + chunk(b"tEXt", b"Title\0a") + data[33:]
+    whole = decode_image(data, "x")
+    assert whole.shape == (160, 225, 3)
+
+    start = data.index(kind.encode())
+    length = int.from_bytes(data[start - 4 : start])
+    for position in {
+        start + 4 + length,
+        start + 7 + length,
+        start + 3 + length,
+    }:  # checksum, or the last byte before it
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        with pytest.raises(InputError, match="photo.png: cannot be decoded: damaged: the checksum of its chunk"):
+            decode_image(bytes(damaged), "photo.png")
+    np.testing.assert_array_equal(decode_image(data + b"padding", "x"), whole)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("kind", TRUNCATED)
+def test_zeros_in_place_of_the_rest_are_an_error_where_the_format_can_tell(kind, share):
+    data = TRUNCATED[kind]()
+    kept = int(len(data) * share)
+    try:
+        read = decode_image(data[:kept] + bytes(len(data) - kept), "photo.img")
+    except InputError as error:
+        assert str(error).startswith("photo.img: ")  # noqa: PT017
+    else:  # raw pixels and video frames have neither checksums nor an end
+        assert kind in ("tiff", "webp")
+        assert read.shape == (160, 225, 3)
+
+
+FORMAT_OF = {
+    suffix: kind for kind, suffixes in FORMATS.items() for suffix in suffixes if suffix not in (".mpo", ".avifs")
+}
+
+
+@pytest.mark.parametrize("suffix", sorted(FORMAT_OF))
+def test_every_suffix_is_pillows_and_every_format_is_read_within_one_limit(monkeypatch, suffix):
+    Image.init()
+    assert Image.registered_extensions()[suffix] == FORMAT_OF[suffix]
+    data = encode(Image.fromarray(picture(24, 40)), FORMAT_OF[suffix])
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, far below what is allowed here
+
+    read = decode_image(data, "x", max_pixels=24 * 40)
+
+    assert Image.MAX_IMAGE_PIXELS == 100
+    np.testing.assert_array_equal(read, expected)
+    with pytest.raises(InputError, match=r"photo: 40 x 24 pixels are more than max_pixels allows \(959\)"):
+        decode_image(data, "photo", max_pixels=24 * 40 - 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "palette PNG", "JPEG", "exif JPEG", "TIFF", "BMP", "GIF"])
+def test_the_size_is_looked_at_before_anything_is_decoded(monkeypatch, kind):
+    image = Image.fromarray(picture(300, 500))
+    options = {"exif": exif(6)} if kind.startswith("exif") else {}
+    data = encode(image.convert("P") if kind.startswith("palette") else image, kind.split()[-1], **options)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+
+    with pytest.raises(InputError, match="500 x 300 pixels"):
+        decode_image(data, "x", max_pixels=149_999)
+
+
+def test_headers_that_promise_gigabytes_are_refused_with_one_line():
+    huge = struct.pack(">II5B", 40_000, 40_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", huge) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    bmp = bytearray(encode(Image.fromarray(picture(8, 8)), "BMP"))
+    bmp[18:26] = struct.pack("<ii", 40_000, 40_000)
+    for data in (png, bytes(bmp)):
+        with pytest.raises(InputError, match="x.img: 40,000 x 40,000 pixels are more than max_pixels allows"):
+            decode_image(data, "x.img")
+    with pytest.raises(InputError, match="x.img: cannot be decoded: "):  # the limit raised: OpenCV's own, then Pillow
+        decode_image(png, "x.img", max_pixels=2**31)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    for name in ("pipe.jpg", "device.jpg"):
+        with pytest.raises(InputError, match=f"{name}: cannot be read: a pipe, socket or device, expected a regular"):
+            read_image(str(tmp_path / name))
+    for name in ("a\0b.jpg", "half a pair \ud800.jpg"):
+        with pytest.raises(InputError, match="no name of a file") as caught:
+            read_image(str(tmp_path / name))
+        str(caught.value).encode()
+
+
+def test_errors_about_names_that_are_not_utf_8_are_text(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    with open(path, "wb") as file:
+        file.write(b"<html>")
+    for name in (path, path + "missing"):
+        with pytest.raises(InputError, match=r"caf\\udce9.jpg") as caught:
+            read_image(name)
+        str(caught.value).encode()
 
 
 def test_what_is_no_image_is_an_error_that_names_it(tmp_path):
