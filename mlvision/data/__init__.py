@@ -9,7 +9,7 @@ from mlvision.data.bigearthnet import BigEarthNetConfig, read_bigearthnet
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.imagenet import ImagenetConfig, read_imagenet
-from mlvision.data.manifest import DataConfig, Manifest
+from mlvision.data.manifest import DataConfig, Manifest, check_inside
 from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.nuswide import NuswideConfig, read_nuswide
 from mlvision.data.records import Boxes, Record
@@ -56,7 +56,9 @@ def build_manifest(name: str, *, split: str, **options: Any) -> Manifest:
 def read_split(config: DataConfig, split: str) -> Manifest:
     """Reads one split with the reader that `config.name` chooses."""
     _, read = _look_up(config.name)
-    return read(config, split)
+    manifest = read(config, split)
+    check_inside(config, manifest)
+    return dataclasses.replace(manifest, max_pixels=config.max_pixels)
 
 
 def _look_up(name: str) -> tuple[type[DataConfig], Callable[[Any, str], Manifest]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mlvision.data.images import SUFFIXES
 from mlvision.data.limits import MAX_PIXELS
-from mlvision.data.manifest import Manifest, Record
+from mlvision.data.manifest import Manifest
+from mlvision.data.records import Record
 from mlvision.data.text_files import printable
 from mlvision.errors import InputError
 
@@ -111,8 +112,6 @@ def folder_manifest(folder: Path, classes: tuple[str, ...], max_pixels: int = MA
             "; ".join(filter(None, (f"images: no image below {folder}", search.note(), f"looked for {suffixes}")))
         )
     unknown = tuple(range(len(classes)))
-    records = tuple(
-        Record(printable(name), os.path.join(folder, name), labels=(), unknown=unknown) for name in search.images
-    )
+    records = tuple(Record(name, os.path.join(folder, name), labels=(), unknown=unknown) for name in search.images)
     note = "; ".join(filter(None, (f"{len(records):,} images below {folder}", search.note())))
     return Manifest(classes, records, split=str(folder), protocol=note, max_pixels=max_pixels)

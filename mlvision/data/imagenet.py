@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from mlvision.data.folder import FolderSearch, find_images, kind_of, list_folder
 from mlvision.data.images import SUFFIXES
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_root
+from mlvision.data.manifest import DataConfig, Manifest, check_root
+from mlvision.data.records import Record
 from mlvision.data.text_files import printable, read_json, read_names
 from mlvision.errors import InputError
 
@@ -79,8 +80,8 @@ def read_imagenet(config: ImagenetConfig, split: str) -> Manifest:
 
 
 def _record(root: str, folder: str, name: str, labels: tuple[int, ...]) -> Record:
-    path = f"{folder}/{name}"
-    return Record(printable(path), os.path.join(root, path), labels)
+    key = f"{folder}/{name}"
+    return Record(key, os.path.join(root, key), labels)
 
 
 def _class_folders(path: str) -> tuple[str, ...]:

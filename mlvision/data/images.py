@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from mlvision.data import jpeg
 from mlvision.data.limits import MAX_PIXELS, check_pixels
-from mlvision.data.manifest import Manifest, Record
+from mlvision.data.manifest import Manifest
+from mlvision.data.records import Record
 from mlvision.data.text_files import printable, read_bytes
 from mlvision.errors import InputError
 
