@@ -39,6 +39,11 @@ def describe_os_error(error: OSError) -> str:
     return f"{error.filename}: {error.strerror or error}" if error.filename else f"{error.strerror or error}"
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says is wrong, short enough for one of our lines."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def check_fields(options: object, prefix: str, rules: Iterable[tuple[str, bool, str]]) -> None:
     """Refuse the first option that breaks its rule: (field, whether it holds, what was expected).
 

@@ -1,15 +1,15 @@
 """Checkpoints: written whole or not at all, read with clear errors."""
 
-import os
-import pickle
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from mlvision.errors import InputError, check_fields
+from mlvision.files import read_torch, whole_file
 
 FORMAT = "mlvision checkpoint 1"
 
@@ -40,40 +40,70 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically: a crash or a full disk leaves what was there before.
 
     Raises:
-        InputError: the file could not be written; names it and says that the earlier one is whole.
+        InputError: the file could not be written; names it, the cause, and whether an earlier one is kept.
     """
-    temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        kept = "the previous one is kept" if path.exists() else "there is no earlier one"
-        raise InputError(f"{path}: the checkpoint could not be written ({_one_line(error)}); {kept}") from error
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror})") from error
+    with whole_file(path, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `save_checkpoint` wrote.
+def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint that `save_checkpoint` wrote of a run.
+
+    Args:
+        to_resume: it must also hold what training goes on from, as `last.pt` does.
 
     Raises:
-        InputError: the file is missing, truncated, or was written by something else.
+        InputError: the file is missing, damaged, was written by something else, or lacks an entry of a run.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
-    if not zipfile.is_zipfile(path):  # the index of torch's format is at the file's end: cut off first
-        raise InputError(f"{path}: not a checkpoint, or a truncated one")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise InputError(f"{path}: the checkpoint cannot be read ({_one_line(error)})") from error
+    state = read_torch(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: expected '{FORMAT}'; weights of other projects are given by model.checkpoint=")
+    for name, fits in (_ENTRIES | (_ENTRIES_TO_RESUME if to_resume else {})).items():
+        if name not in state or not fits(state[name]):
+            what = "is not as a run writes it" if name in state else "is missing"
+            raise InputError(f"{path}: its entry '{name}' {what}; expected a checkpoint that train.py wrote")
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _is_classes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What evaluation and prediction need of a run, and what a bit-exact resume needs besides.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "method": _is_state,
+    "ema": lambda value: value is None or _is_state(value),
+    "epoch": _is_count,
+    "classes": _is_classes,
+}
+_ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "best": lambda value: value is None or isinstance(value, float | int),
+    "data_hashes": lambda value: _is_dict(value) and all(isinstance(digest, str) for digest in value.values()),
+    "optimizer": lambda value: _is_dict(value) and {"state", "param_groups"} <= value.keys(),
+    "scaler": _is_dict,
+    "rng": _is_dict,
+    "window": lambda value: _is_dict(value) and _is_state(value.get("sums")) and _is_count(value.get("count")),
+    "log_position": _is_count,
+}
 
 
 def check_classes(path: Path, saved: list[str], classes: tuple[str, ...]) -> None:
@@ -88,16 +118,3 @@ def check_classes(path: Path, saved: list[str], classes: tuple[str, ...]) -> Non
         raise InputError(f"{path}: trained on {len(saved)} classes, but the data has {len(classes)}")
     column = next(c for c, pair in enumerate(zip(saved, classes, strict=True)) if pair[0] != pair[1])
     raise InputError(f"{path}: class {column} is '{saved[column]}' in the checkpoint, '{classes[column]}' in the data")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

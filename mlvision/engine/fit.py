@@ -192,7 +192,7 @@ def fit(
     forward = parallel(method)  # first of all: it makes every rank's weights those of rank 0
 
     def begin() -> FitState:
-        saved = load_checkpoint(run_dir / LAST) if resume else None
+        saved = load_checkpoint(run_dir / LAST, to_resume=True) if resume else None
         state = FitState(
             method=method,
             ema=ModelEmaV3(method, decay=ema.decay, use_warmup=True) if ema.decay else None,

@@ -16,11 +16,10 @@ from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, first_line
 from mlvision.models.weights import (
     LoadReport,
     TimmModel,
-    first_line,
     hub_weights,
     load_state,
     package_weights,

@@ -16,11 +16,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, first_line
 from mlvision.models.backbone import Backbone, BackboneConfig, Preprocessing, create_backbone, load_weights
 from mlvision.models.classifier import Classifier
 from mlvision.models.heads import LinearHead, LinearHeadConfig
-from mlvision.models.weights import TimmModel, first_line, read_checkpoint
+from mlvision.models.weights import TimmModel, read_checkpoint
 from mlvision.types import ACTIVATIONS, HeadOutput
 
 COMBINATIONS = ("mean_logit", "mean_probability")

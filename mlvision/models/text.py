@@ -27,8 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mlvision.errors import InputError, check_fields
-from mlvision.models.weights import first_line
+from mlvision.errors import InputError, check_fields, first_line
 
 FILE_NAME = "label_embeddings.safetensors"
 FORMAT = "mlvision label embeddings 1"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, first_line
 
 # Entries under which training scripts keep their weights, averaged ones first, as timm prefers them too.
 _WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "method")
@@ -271,11 +271,6 @@ def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _some(keys: tuple[str, ...]) -> str:
     return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """What another library says is wrong, short enough for one of our lines."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def state_hash(modules: Iterable[nn.Module]) -> str:

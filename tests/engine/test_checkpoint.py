@@ -1,3 +1,4 @@
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -5,15 +6,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlvision.engine.checkpoint import check_classes, load_checkpoint, save_checkpoint
+from mlvision.engine.checkpoint import FORMAT, check_classes, load_checkpoint, save_checkpoint
+from mlvision.engine.seed import rng_state
 from mlvision.errors import InputError
+
+
+def run_state(weights: torch.Tensor | None = None) -> dict:
+    """All that a run of one layer keeps."""
+    layer = torch.nn.Linear(5, 3)
+    weights = layer.weight.detach() if weights is None else weights
+    return {
+        "method": {"weight": weights},
+        "ema": None,
+        "classes": ["a", "b", "c"],
+        "epoch": 1,
+        "step": 7,
+        "best": 0.5,
+        "best_epoch": 0,
+        "data_hashes": {"training records": "0123"},
+        "optimizer": torch.optim.AdamW(layer.parameters()).state_dict(),
+        "scaler": {},
+        "rng": rng_state(),
+        "window": {"sums": {"loss": torch.tensor(1.0)}, "count": 3},
+        "log_position": 120,
+    }
 
 
 def test_round_trip(tmp_path):
     weights = torch.randn(3, 5)
-    save_checkpoint(tmp_path / "new" / "a.pt", {"weights": weights, "step": 7})
-    loaded = load_checkpoint(tmp_path / "new" / "a.pt")
-    assert torch.equal(loaded["weights"], weights)
+    save_checkpoint(tmp_path / "new" / "a.pt", run_state(weights))
+    loaded = load_checkpoint(tmp_path / "new" / "a.pt", to_resume=True)
+    assert torch.equal(loaded["method"]["weight"], weights)
     assert loaded["step"] == 7
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.pt"]
 
@@ -35,24 +58,23 @@ except InputError as error:
 
 def test_a_write_that_fails_leaves_the_previous_checkpoint_whole(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, run_state())
     before = path.read_bytes()
     # The system itself refuses to write more than 200 kB, as a full disk would.
     result = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
-    assert "could not be written" in result.stdout
-    assert "the previous one is kept" in result.stdout
+    assert result.stdout == f"{path}: could not be written (File too large); the previous one is kept\n"
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_truncated_foreign_and_missing_files_are_named(tmp_path):
     whole = tmp_path / "whole.pt"
-    save_checkpoint(whole, {"weights": torch.randn(1000)})
+    save_checkpoint(whole, run_state(torch.randn(1000)))
     data = whole.read_bytes()
     for share in (0.1, 0.5, 0.99):
         cut = tmp_path / f"cut{share}.pt"
         cut.write_bytes(data[: int(len(data) * share)])
-        with pytest.raises(InputError, match=f"{cut.name}: not a checkpoint, or a truncated one"):
+        with pytest.raises(InputError, match=f"{cut.name}: the file is damaged, or was cut short"):
             load_checkpoint(cut)
     damaged = tmp_path / "damaged.pt"
     middle = len(data) // 3
@@ -77,3 +99,92 @@ def test_class_lists_must_agree(tmp_path):
         check_classes(tmp_path, ["a", "b"], ("a", "c"))
     with pytest.raises(InputError, match="trained on 2 classes, but the data has 3"):
         check_classes(tmp_path, ["a", "b"], ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("entry", ["method", "ema", "classes", "epoch"])
+def test_a_checkpoint_without_an_entry_of_a_run_is_refused(tmp_path, entry):
+    state = run_state()
+    del state[entry]
+    save_checkpoint(tmp_path / "best.pt", state)
+    with pytest.raises(
+        InputError, match=f"best.pt: its entry '{entry}' is missing; expected a checkpoint that train.py"
+    ):
+        load_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize(
+    "entry", ["step", "best", "data_hashes", "optimizer", "scaler", "rng", "window", "log_position"]
+)
+def test_training_goes_on_from_whole_checkpoints_only(tmp_path, entry):
+    state = run_state()
+    del state[entry]
+    save_checkpoint(tmp_path / "last.pt", state)
+    assert load_checkpoint(tmp_path / "last.pt")["classes"] == ["a", "b", "c"]
+    with pytest.raises(InputError, match=f"last.pt: its entry '{entry}' is missing"):
+        load_checkpoint(tmp_path / "last.pt", to_resume=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("method", [torch.zeros(1)]), ("method", {"weight": 1.0}), ("ema", 3), ("classes", []), ("classes", "abc"),
+        ("classes", ["a", 1]), ("epoch", -1), ("epoch", "1"), ("epoch", None), ("optimizer", {"state": {}}),
+        ("window", {"sums": [], "count": 0}), ("data_hashes", {"training records": 5}), ("log_position", 1.5),
+    ],
+)  # fmt: skip
+def test_entries_of_another_kind_are_refused(tmp_path, entry, value):
+    save_checkpoint(tmp_path / "last.pt", run_state() | {entry: value})
+    with pytest.raises(InputError, match=f"last.pt: its entry '{entry}' is not as a run writes it"):
+        load_checkpoint(tmp_path / "last.pt", to_resume=True)
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):
+    """torch reads such a file without a word."""
+    weights = torch.randn(1000)
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, run_state(weights))
+    content = bytearray(path.read_bytes())
+    content[content.find(weights[500:510].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["method"]["weight"], weights)
+    with pytest.raises(InputError, match=r"last.pt: the file is damaged: the checksum of '.*data/\d+' does not match"):
+        load_checkpoint(path)
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.slow
+def test_damage_anywhere_is_noticed_or_harmless(tmp_path):
+    """A flipped bit, a byte that is another, a missing end, a hole: the very state, or one line."""
+    state, path = run_state(torch.randn(100)), tmp_path / "last.pt"
+    save_checkpoint(path, state)
+    whole, draw = path.read_bytes(), random.Random(0)
+    refused = []
+    for _ in range(400):
+        content = bytearray(whole)
+        kind, place = draw.randrange(4), draw.randrange(len(whole))
+        if kind == 0:
+            content[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            content[place] = draw.randrange(256)
+        elif kind == 2:
+            del content[place:]
+        else:
+            content[place : place + 40] = bytes(40)
+        path.write_bytes(content)
+        try:
+            loaded = load_checkpoint(path, to_resume=True)
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert same(loaded, {"format": FORMAT, **state})
+    assert len(refused) > 200
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in refused)
