@@ -199,7 +199,7 @@ def read_torch(path: Path | str) -> Any:
         with torch.serialization.safe_globals(_plain_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes of any kind may have been given, and torch raises whatever they lead it to
-        foreign = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+        foreign = re.search(r"GLOBAL (\w+(?:\.\w+)+) (?:was not an allowed global|whose module)", str(error))
         if foreign:
             raise InputError(
                 f"{path}: holds an object of {foreign[1]}, and reading it would run code; expected tensors and plain "
@@ -216,7 +216,9 @@ def _check_archive(path: Path | str) -> None:
         packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
         damaged = None if packed else archive.testzip()
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise InputError(f"{path}: holds a TorchScript program; expected weights: save its state_dict() with torch.save")
+        raise InputError(
+            f"{path}: holds a TorchScript program; expected weights: save its state_dict() with torch.save"
+        )
     if packed:
         raise InputError(f"{path}: {packed[0]!r} is compressed; expected a file that torch.save wrote")
     if damaged is not None:

@@ -316,7 +316,7 @@ def load_weights(backbone: Backbone, config: BackboneConfig, linear: nn.Linear |
     if config.checkpoint and config.pretrained != "none":
         raise InputError(f"model: pretrained={config.pretrained} and checkpoint={config.checkpoint}; give one of them")
     if config.checkpoint:
-        source, state = read_checkpoint(config.checkpoint)
+        source, state = read_checkpoint(config.checkpoint, backbone.model.state_dict().keys())
     elif config.pretrained == "hub":
         source, state = hub_weights(config.name, config.in_chans)
     elif config.pretrained == "package":

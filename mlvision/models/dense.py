@@ -330,7 +330,9 @@ def _load_classifier(
 def _count_classes(backbone: Backbone, config: BackboneConfig) -> int:
     """How many classes the weights have, as far as the file's names tell; else how many timm's own have."""
     cfg = backbone.model.pretrained_cfg
-    state = read_checkpoint(config.checkpoint)[1] if config.checkpoint else {}
+    state: dict[str, Tensor] = {}
+    if config.checkpoint:
+        _, state = read_checkpoint(config.checkpoint, backbone.model.state_dict().keys())
     names = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"] or []
     weights = (state.get(f"{name}.weight") for name in ("classifier.head.linear", *names))  # first: a run of ours
     return next((len(weight) for weight in weights if weight is not None), cfg["num_classes"])

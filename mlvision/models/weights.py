@@ -1,10 +1,10 @@
 """Weights that somebody trained: where they come from, and how they get into a timm model and a linear head."""
 
-import argparse
 import hashlib
 import importlib.util
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,15 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, first_line
+from mlvision.files import read_torch
 
 # Entries under which training scripts keep their weights, averaged ones first, as timm prefers them too.
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "method")
+_WRAPPERS = (
+    "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "params_ema", "teacher",
+    "state_dict", "model_state_dict", "model_state", "model", "method", "net", "network", "params", "student", "module",
+)  # fmt: skip
+# Modules that hold the whole network.
+_MODULES = ("module", "model", "net", "network", "backbone", "encoder", "teacher", "student", "timm_model")
 
 TimmModel = Any  # an nn.Module; as Any, since timm's metadata are attributes that a type checker cannot know
 
@@ -112,31 +118,90 @@ def load_state(
     )
 
 
-def read_checkpoint(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+def read_checkpoint(path: str | Path, names: Collection[str] = ()) -> tuple[str, dict[str, Tensor]]:
     """The tensors of a safetensors or torch file, out of whatever wraps them, with a description of where they were.
 
+    Training scripts store a model under some entry (`state_dict`, `teacher`, ...) and in some larger module, which puts a
+    prefix before its names (`model.`, `encoder_q.`, ...). Both are chosen by how many of the wanted names they give;
+    of equals, averaged weights come before raw ones, and what comes first in the file before the rest. Tensors without
+    the prefix keep their names, so that a report can list them.
+
+    Args:
+        names: of the tensors of the model that is to be loaded; empty: as they are in the first entry that is usual.
+
     Raises:
-        InputError: the file is missing, truncated, no checkpoint, or holds no tensors.
+        InputError: the file is missing, damaged, holds other objects than tensors, or no tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such checkpoint'}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    entries = dict(_entries(content))
+    if not entries:
+        held = f"has {_some(tuple(map(str, content)))}" if isinstance(content, Mapping) else type(content).__name__
+        raise InputError(
+            f"{path}: holds no weights ({held}); expected names with tensors, as they are or in an entry such as "
+            "state_dict"
+        )
+    wanted = frozenset(names)
+    order = sorted(entries, key=_usual)
+    states = {entry: {_bare(key): tensor for key, tensor in entries[entry].items()} for entry in order}
+    prefixes = {entry: _prefix(state, wanted) for entry, state in states.items()}
+    entry = max(order, key=lambda entry: prefixes[entry][1])  # the first of equals
+    (prefix, _), state = prefixes[entry], states[entry]
+    where = [entry] if entry else []
+    where += [f"names after '{prefix}'"] if prefix else []
+    inner = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    outer = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
+    return f"{path} ({', '.join(where)})" if where else str(path), outer | inner
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script saves its options
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of any kind may have been given, and torch lets many kinds of errors through
-        raise InputError(f"{path}: no checkpoint of tensors, or a truncated one ({type(error).__name__})") from error
-    source = str(path)
-    if isinstance(content, Mapping):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is not None:
-            source, content = f"{path} ({wrapper})", content[wrapper]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path}: holds no weights; expected names with tensors, as they are or under 'state_dict'")
-    return source, {_bare(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        return load_file(path)
+    except Exception as error:  # bytes of any kind may have been given
+        raise InputError(f"{path}: cannot be read, or was cut short ({type(error).__name__})") from error
+
+
+def _entries(content: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every mapping in a file's content that has tensors under names; its own name gives the way to it."""
+    if not isinstance(content, Mapping) or name.count(".") > 3:
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield name, tensors
+    for key, value in content.items():
+        if isinstance(key, str):
+            yield from _entries(value, f"{name}.{key}" if name else key)
+
+
+def _usual(entry: str) -> int:
+    """Where an entry comes in the order of preference; the whole file after those that are usual, others last."""
+    first = entry.partition(".")[0]
+    return _WRAPPERS.index(first) if first in _WRAPPERS else len(_WRAPPERS) + bool(entry)
+
+
+def _prefix(state: Mapping[str, Tensor], wanted: Set[str]) -> tuple[str, int]:
+    """What stands before the wanted names in a state, and how many of them it has there."""
+    if any(key.startswith(_RUN_BACKBONE) for key in state):  # of ours: `load_state` takes both of its parts
+        return "", sum(key.removeprefix(_RUN_BACKBONE) in wanted for key in state)
+    counts: dict[str, int] = {}
+    for key in state:
+        cuts = [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
+        for cut in cuts:
+            if key[cut:] in wanted:
+                counts[key[:cut]] = counts.get(key[:cut], 0) + 1
+    if counts:
+        most = max(counts.values())
+        equals = [prefix for prefix, count in counts.items() if count == most]
+        return min(equals, key=lambda prefix: not any(word in prefix for word in ("ema", "teacher"))), most
+    # Names that timm has yet to convert: what wraps all of them alike.
+    prefix = ""
+    while True:
+        first = {key[len(prefix) :].partition(".")[0] for key in state}
+        if len(first) != 1 or not first <= set(_MODULES):
+            return prefix, 0
+        prefix += f"{first.pop()}."
 
 
 def package_weights(model: TimmModel, name: str) -> tuple[str, dict[str, Tensor]]:
@@ -260,8 +325,8 @@ def _lite_to_timm(state: Mapping[str, Tensor], depths: list[int]) -> dict[str, T
 
 
 def _bare(key: str) -> str:
-    """A key without what DataParallel and torch.compile put into it."""
-    return key.replace("_orig_mod.", "").removeprefix("module.")
+    """A key without what DataParallel, torch.compile, FSDP and activation checkpointing put into it."""
+    return re.sub(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.", "", key).removeprefix("module.")
 
 
 def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:

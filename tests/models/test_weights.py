@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import timm
 import torch
@@ -49,13 +50,20 @@ def wrong(state: dict) -> dict:
     return {key: torch.zeros_like(value) for key, value in state.items()}
 
 
-def under_module(state: dict) -> dict:
-    return {f"module.{key}": value for key, value in state.items()}
+def under(prefix: str, state: dict) -> dict:
+    return {f"{prefix}.{key}": value for key, value in state.items()}
 
+
+def in_blocks(word: str, state: dict) -> dict:
+    """As FSDP and activation checkpointing wrap blocks: in the middle of names."""
+    return {key.replace("layer1.0.", f"layer1.0.{word}."): value for key, value in state.items()}
+
+
+HEAD = {"head.0.weight": torch.ones(5, 3), "head.0.bias": torch.ones(5)}
 
 WRAPPED = {
     "plain": lambda state: state,
-    "data parallel": lambda state: {"state_dict": under_module(state), "epoch": 3},
+    "data parallel": lambda state: {"state_dict": under("module", state), "epoch": 3},
     "timm": lambda state: {
         "state_dict": wrong(state),
         "state_dict_ema": state,
@@ -63,8 +71,63 @@ WRAPPED = {
         "arch": NAME,
     },
     "timm without average": lambda state: {"state_dict": state, "state_dict_ema": None},
-    "compiled": lambda state: {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
+    "compiled": lambda state: {"model": under("_orig_mod", state)},
+    "compiled data parallel": lambda state: {"model": under("module._orig_mod", state)},
+    "data parallel compiled": lambda state: {"model": under("_orig_mod.module", state)},
+    "fsdp": lambda state: {"model": in_blocks("_fsdp_wrapped_module", under("_fsdp_wrapped_module", state))},
+    "activation checkpointing": lambda state: in_blocks("_checkpoint_wrapped_module", state),
+    "numbers of numpy": lambda state: {"state_dict": state, "best": np.float64(0.5), "epoch": np.int64(3)},
+    "arrays and paths": lambda state: {"state_dict": state, "curve": np.zeros(3), "args": {"out": Path("runs/x")}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer_state_dict": OPTIMIZER.state_dict()},
+    "net": lambda state: {"net": under("module", state), "acc": 93.1, "epoch": 3},
+    "unusual entry": lambda state: {"my_weights": state, "optimizer": OPTIMIZER.state_dict()},
+    "nested": lambda state: {"checkpoint": {"model": {"state_dict": state}}},
+    "lightning": lambda state: {
+        "state_dict": {**under("model", state), "criterion.weight": torch.ones(3)},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [OPTIMIZER.state_dict()],
+    },
+    "lightning compiled": lambda state: {"state_dict": under("model._orig_mod", state)},
+    "lightning with average": lambda state: {
+        "state_dict": {**under("model", wrong(state)), **under("ema_model.module", state)}
+    },
+    "dino": lambda state: {
+        "student": under("module.backbone", wrong(state)),
+        "teacher": {**under("backbone", state), **HEAD},
+        "dino_loss": {"center": torch.ones(1, 5)},
+        "args": argparse.Namespace(lr=0.1),
+    },
+    "dino in one": lambda state: {
+        **under("student.backbone", wrong(state)),
+        **under("teacher.backbone", state),
+        **HEAD,
+    },
+    "a teacher of another kind": lambda state: {
+        "teacher": {"blocks.0.weight": torch.ones(3, 3)},
+        "student": state,
+    },
+    "moco": lambda state: {
+        "state_dict": {
+            **under("module.encoder_q", state),
+            **under("module.encoder_k", wrong(state)),
+            "module.queue": torch.ones(4, 9),
+        }
+    },
+    "averaged by torch": lambda state: {
+        "model": wrong(state),
+        "model_ema": {"n_averaged": torch.tensor(9), **under("module", state)},
+    },
+    "an average that was never made": lambda state: {"model_ema": {}, "ema": None, "model": state},
+    "mmpretrain": lambda state: {"meta": {"epoch": 3}, "state_dict": {**under("backbone", state), **HEAD}},
+    "a backbone in a net": lambda state: {**under("net.backbone", state), **HEAD},
+    "transformers": lambda state: under("timm_model", state),
 }
+
+
+OPTIMIZER = torch.optim.AdamW([nn.Parameter(torch.ones(3, 3))])
+OPTIMIZER.param_groups[0]["params"][0].grad = torch.ones(3, 3)
+OPTIMIZER.step()
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
@@ -74,10 +137,35 @@ def test_torch_files_with_and_without_wrapping(tmp_path, trained, kind):
     assert same_weights(backbone, trained)
 
 
-def test_safetensors(tmp_path, trained):
-    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+@pytest.mark.parametrize("prefix", ["", "timm_model."])
+def test_safetensors(tmp_path, trained, prefix):
+    state = {prefix + key: value for key, value in trained.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt", "state_dict": "a name of metadata"})
     backbone = build_backbone(NAME, checkpoint=str(tmp_path / "model.safetensors"), image_size=64)
     assert same_weights(backbone, trained)
+
+
+def test_a_prefix_before_names_that_are_yet_to_be_converted(tmp_path):
+    state = {"downsample_layers.0.weight": torch.ones(3), "stages.0.weight": torch.ones(2)}
+    torch.save({"state_dict": under("model.encoder", state)}, tmp_path / "x.pth")
+    source, read = read_checkpoint(tmp_path / "x.pth", {"stem.0.weight", "stages.0.blocks.0.weight"})
+    assert source == f"{tmp_path / 'x.pth'} (state_dict, names after 'model.encoder.')"
+    assert read.keys() == state.keys()
+
+
+def test_what_is_left_out_is_reported_by_its_whole_name(tmp_path, trained, caplog):
+    torch.save({"teacher": {**under("backbone", trained.state_dict()), **HEAD}}, tmp_path / "w.pth")
+    with caplog.at_level(logging.INFO):
+        build_backbone(NAME, checkpoint=str(tmp_path / "w.pth"), image_size=64)
+    assert f"{tmp_path / 'w.pth'} (teacher, names after 'backbone.'): " in caplog.text
+    assert "unexpected: head.0.weight, head.0.bias" in caplog.text
+
+
+def test_the_classifier_is_found_behind_a_prefix(tmp_path, trained):
+    torch.save({"state_dict": under("model", trained.state_dict())}, tmp_path / "w.pth")
+    config = BackboneConfig(NAME, checkpoint=str(tmp_path / "w.pth"))
+    classifier = build_classifier(config, LinearHeadConfig(), 7, image_size=64)
+    assert torch.equal(classifier.head.linear.weight, trained.fc.weight)
 
 
 @pytest.mark.parametrize("entry", ["method", "ema"])
@@ -186,6 +274,12 @@ def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path):
             read_checkpoint(tmp_path / name)
         assert str(caught.value).startswith(f"{tmp_path / name}: ")
         assert "\n" not in str(caught.value)
+    with pytest.raises(
+        InputError, match="pickled.pth: holds an object of torch.nn.modules.linear.Linear, and reading it"
+    ):
+        read_checkpoint(tmp_path / "pickled.pth")
+    with pytest.raises(InputError, match=r"epoch.pth: holds no weights \(has epoch\); expected names with tensors"):
+        read_checkpoint(tmp_path / "epoch.pth")
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
@@ -199,7 +293,7 @@ def test_truncated_files_are_refused_at_any_length(tmp_path, kind):
     content = path.read_bytes()
     for length in random.Random(0).sample(range(len(content)), 40):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match="no checkpoint of tensors, or a truncated one"):
+        with pytest.raises(InputError, match="w.(pth|safetensors): .*was cut short"):
             read_checkpoint(path)
 
 
