@@ -7,10 +7,12 @@ import math
 import os
 import re
 import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
 from typing import IO, Any
@@ -23,8 +25,8 @@ from mlvision.errors import InputError, first_line
 _SPREADSHEET_STARTS = ("=", "+", "-", "@", "\t", "\r")
 # What unpacking a damaged zip archive, or parsing the header of an array in it, raises.
 _DAMAGED = (
-    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, OverflowError,
-    RuntimeError, MemoryError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError,
+    tokenize.TokenError, OverflowError, RuntimeError, MemoryError, NotImplementedError,
 )  # fmt: skip
 
 
@@ -210,7 +212,7 @@ def read_torch(path: Path | str) -> Any:
 
 def _check_archive(path: Path | str) -> None:
     """Refuse an archive that is damaged, or that torch.save did not write."""
-    with _one_line(path), zipfile.ZipFile(path) as archive:
+    with one_line(path), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         # torch packs nothing. A small file could fill the memory otherwise.
         packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
@@ -225,6 +227,7 @@ def _check_archive(path: Path | str) -> None:
         raise InputError(f"{path}: the file is damaged: the checksum of {damaged!r} does not match")
 
 
+@cache
 def _plain_classes() -> list[Any]:
     """What training scripts store besides tensors, and what cannot run code: numbers and arrays of numpy, options, paths."""
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
@@ -244,7 +247,7 @@ class StoredArray:
 
     def __init__(self, path: Path | str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo):
         self._path, self._archive, self._entry = path, archive, entry
-        with _one_line(path), archive.open(entry) as file:
+        with one_line(path), archive.open(entry) as file:
             read = np.lib.format.read_array_header_1_0
             if np.lib.format.read_magic(file) != (1, 0):
                 read = np.lib.format.read_array_header_2_0
@@ -261,7 +264,7 @@ class StoredArray:
         Raises:
             InputError: it is damaged.
         """
-        with _one_line(self._path), self._archive.open(self._entry) as file:
+        with one_line(self._path), self._archive.open(self._entry) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
 
     def blocks(self, num_rows: int) -> Iterator[np.ndarray]:
@@ -276,11 +279,11 @@ class StoredArray:
             return
         row = math.prod(self.shape[1:])
         with self._archive.open(self._entry) as file:
-            with _one_line(self._path):
+            with one_line(self._path):
                 file.read(self._start)
             for start in range(0, self.shape[0], num_rows):
                 count = min(num_rows, self.shape[0] - start)
-                with _one_line(self._path):
+                with one_line(self._path):
                     block = np.frombuffer(file.read(count * row * self.dtype.itemsize), self.dtype, count * row)
                 yield block.reshape(count, *self.shape[1:])
 
@@ -292,14 +295,14 @@ def open_arrays(path: Path | str) -> Iterator[dict[str, StoredArray]]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    with _one_line(path):
+    with one_line(path):
         archive = zipfile.ZipFile(path)
     with archive:
         yield {e.filename.removesuffix(".npy"): StoredArray(path, archive, e) for e in archive.infolist()}
 
 
 @contextmanager
-def _one_line(path: Path | str) -> Iterator[None]:
+def one_line(path: Path | str) -> Iterator[None]:
     """What damaged bytes lead other libraries to, as one line that names the file."""
     try:
         yield

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlvision.errors import InputError
+from mlvision.files import read_torch
 from mlvision.types import LabelMap
 
 AXES = ("hw", "wh")
@@ -104,13 +105,9 @@ def read_published(path: str, num_classes: int) -> tuple[Float32[Tensor, "K a b"
     Raises:
         InputError: not the published layout, or one that can be read in two ways.
     """
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected one tensor [2, K, h, w] ({_SLICES})") from None
-    except Exception as error:  # on bytes that are no pickle, torch's safe unpickler raises whatever they lead it to
-        reason = next(iter(str(error).splitlines()), "")
-        raise InputError(f"{path}: cannot be read as a tensor ({type(error).__name__}: {reason})") from error
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, expected one tensor [2, K, h, w] ({_SLICES})")
+    stored = read_torch(path)
     _check_layout(stored, path)
     faults = [_not_ids(part, num_classes) for part in stored]
     if not any(faults):

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, first_line
+from mlvision.files import one_line, sync
 from mlvision.types import ACTIVATIONS, KINDS, LabelMap
 
 FORMAT = "mlvision label maps"
@@ -176,7 +177,7 @@ class LabelMapStore:
             InputError: how many rows are missing, or the first row with numbers that the writer would have refused.
         """
         arrays, total = self._arrays, len(self)
-        undone = int((arrays["done"] == 0).sum())
+        undone = int((arrays["done"] != 1).sum())
         if undone:
             raise InputError(
                 f"{self.path}: {undone:,} of {total:,} rows are unfinished; make the maps again with the same options to "
@@ -273,9 +274,9 @@ class LabelMapWriter:
 
     def outstanding(self) -> list[range]:
         """The rows of each block that this rank has yet to make."""
-        done = np.load(self.path / "done.npy")
+        done = np.array(_open_arrays(self.path, self.meta)["done"])
         starts = range(self.rank * self.meta.block_size, len(done), self.world_size * self.meta.block_size)
-        return [block for block in map(self._block, starts) if not done[block.start : block.stop].all()]
+        return [block for block in map(self._block, starts) if not (done[block.start : block.stop] == 1).all()]
 
     def write(
         self,
@@ -302,26 +303,26 @@ class LabelMapWriter:
         arrays = {name: column.detach().cpu().numpy() for name, column in given.items() if column is not None}
         self._check(arrays, first, len(rows))
         arrays = _encode(arrays, self.meta)
+        ends = last + 1 == block.stop
         for name, array in arrays.items():
-            self._put(name, first, array)
+            self._put(name, first, array, synced=ends)
         self._next = last + 1
-        if self._next == block.stop:
-            for name in arrays:
-                _sync(self.path / f"{name}.npy")
-            self._put("done", block.start, np.ones(len(block), dtype=np.uint8))
-            _sync(self.path / "done.npy")
+        if ends:
+            self._put("done", block.start, np.ones(len(block), dtype=np.uint8), synced=True)
 
     def _block(self, row: int) -> range:
         start = row - row % self.meta.block_size
         return range(start, min(start + self.meta.block_size, self.meta.num_records))
 
-    def _put(self, name: str, row: int, array: np.ndarray) -> None:
+    def _put(self, name: str, row: int, array: np.ndarray, *, synced: bool) -> None:
         file = self.path / f"{name}.npy"
         offset, stride = self._places[name]
         try:
             with open(file, "r+b") as opened:
                 opened.seek(offset + row * stride)
                 opened.write(array.tobytes())
+            if synced:
+                sync(file)  # some file systems find room only now
         except OSError as error:
             raise InputError(f"{file}: could not be written ({error.strerror}); finished blocks are kept") from error
 
@@ -389,12 +390,12 @@ def _create(path: Path, meta: StoreMeta) -> None:
         for name, (shape, dtype) in meta.layout().items():
             file = partial / f"{name}.npy"
             np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)  # holes: no blocks yet
-            _sync(file)
+            sync(file)
         (partial / META).write_text(json.dumps(meta.to_json(), indent=2) + "\n", encoding="utf-8")
-        _sync(partial / META)
-        _sync(partial)
+        sync(partial / META)
+        sync(partial)
         os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not (path / META).is_file():
@@ -412,39 +413,68 @@ def _remove_partial(path: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 48
+
+
+def _is_geometry(value: Any) -> bool:
+    if not isinstance(value, dict) or type(value.get("squash")) is not bool or "extent" not in value:
+        return False
+    extent = value["extent"]
+    if extent is None:
+        return True
+    is_box = isinstance(extent, list) and len(extent) == 4 and all(type(edge) in (int, float) for edge in extent)
+    return is_box and 0 <= extent[0] < extent[2] <= 1 and 0 <= extent[1] < extent[3] <= 1
+
+
+# What the entries of meta.json are, whatever damage has made of them.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("record_hash", "class_hash", "teacher", "teacher_hash", "kind", "dtype", "precision"), (_is_text, "text")
+    ),
+    **dict.fromkeys(("num_records", "num_classes", "top_k", "block_size"), (_is_whole, "a whole number")),
+    "grid": (lambda grid: isinstance(grid, list) and len(grid) == 2 and all(map(_is_whole, grid)), "two whole numbers"),
+    "activation": (lambda value: value is None or _is_text(value), "text or nothing"),
+    "approximate": (lambda gap: gap is None or type(gap) in (int, float), "a number or nothing"),
+    "preprocessing": (lambda names: isinstance(names, dict), "names and values"),
+    "geometry": (_is_geometry, "whether the images were squashed and an extent of x1, y1, x2, y2 in [0, 1] or nothing"),
+}
+
+
 def _read_meta(path: Path) -> StoreMeta:
-    if not (path / META).is_file():
+    file = path / META
+    if not file.is_file():
         raise InputError(f"{path}: no label-map store ({META} is missing)")
     try:
-        content = json.loads((path / META).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         version = content.pop("format"), content.pop("format_version")
         if version != (FORMAT, FORMAT_VERSION):
-            raise InputError(f"{path / META}: format {version}, but this code reads {(FORMAT, FORMAT_VERSION)}")
+            raise InputError(f"format {version}, but this code reads {(FORMAT, FORMAT_VERSION)}")
+        for name, (fits, expected) in _FIELDS.items():
+            if name in content and not fits(content[name]):
+                raise InputError(f"expected {expected} as {name}, got {content[name]!r}")
         extent = content["geometry"]["extent"]
         geometry = Geometry(**content.pop("geometry") | {"extent": extent and tuple(extent)})
         return StoreMeta(**content | {"grid": tuple(content["grid"]), "geometry": geometry})
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path / META}: does not describe a label-map store ({error})") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: does not describe a label-map store ({first_line(error)})") from error
 
 
 def _open_arrays(path: Path, meta: StoreMeta) -> dict[str, np.memmap]:
     arrays = {}
     for name, (shape, dtype) in meta.layout().items():
         file = path / f"{name}.npy"
-        try:
+        with one_line(file):
             array = np.lib.format.open_memmap(file, mode="r")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be opened ({error})") from error
         if (array.shape, array.dtype) != (shape, np.dtype(dtype)):
             raise InputError(f"{file}: holds {array.dtype} {array.shape}, but {META} says {dtype} {shape}")
+        if not array.flags.c_contiguous:
+            raise InputError(f"{file}: is stored by columns; expected rows, as the writer leaves them")
         arrays[name] = array
     return arrays
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk: a file's content, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

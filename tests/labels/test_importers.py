@@ -223,7 +223,7 @@ def test_files_that_torch_cannot_read_safely_are_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:600])
 
     for name in ("object", "text", "empty", "cut"):
-        with pytest.raises(InputError, match=f"{name}.pt: cannot be read as a tensor") as caught:
+        with pytest.raises(InputError, match=f"{name}.pt: (holds an object of|.*was cut short)") as caught:
             read_published(str(tmp_path / f"{name}.pt"), 1000)
         assert "\n" not in str(caught.value)
 

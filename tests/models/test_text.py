@@ -4,13 +4,16 @@ import importlib.util
 import json
 import logging
 import math
+import random
 import sys
+import tracemalloc
 from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mlvision.errors import InputError
@@ -127,7 +130,7 @@ BROKEN = {
     "words.txt": (b"cat dog\n", r"line 1: expected a word and 1 numbers"),
     "short.txt": (b"dog 1 2\ncat 1\n", r"line 2: expected a word and 2 numbers"),
     "binary.bin": (b"2 3\ncat \x00\x80\x91\x3f\xff\xd2 \x00\n", r"line 2: expected a word and 3 numbers"),
-    "text.npz": (b"cat 1 2\n", "text.npz: expected arrays of text, 'words', and numbers, 'vectors'"),
+    "text.npz": (b"cat 1 2\n", "text.npz: the file is damaged, or was cut short"),
 }
 
 
@@ -146,9 +149,16 @@ def test_broken_files_of_word_vectors_are_named(tmp_path, name):
     ("arrays", "message"),
     [
         ({"words": np.array(["cat"])}, "vectors"),
-        ({"words": np.array(["cat"], dtype=object), "vectors": np.ones((1, 2))}, "Object arrays cannot be loaded"),
+        ({"words": np.array(["cat"], dtype=object), "vectors": np.ones((1, 2))}, "words.npy holds Python objects"),
         ({"words": np.array(["cat"]), "vectors": np.ones((2, 2))}, r"\(1,\) and \(2, 2\)"),
         ({"words": np.array(["cat"]), "vectors": np.ones(1)}, r"\(1,\) and \(1,\)"),
+        (
+            {"words": np.array([1]), "vectors": np.ones((1, 2))},
+            "expected words of text and vectors of numbers, got int64",
+        ),
+        ({"words": np.array(["cat"]), "vectors": np.array([["a", "b"]])}, "vectors of numbers, got <U3, <U1"),
+        ({"words": np.array(["cat"]), "vectors": np.ones((1, 1 << 18))}, "bytes per word and vector; expected at most"),
+        ({"words": np.array(["köln".encode()]), "vectors": np.ones((1, 2))}, "the file is damaged"),
     ],
 )
 def test_arrays_that_are_no_word_vectors_are_refused(tmp_path, arrays, message):
@@ -270,6 +280,100 @@ def test_files_that_hold_no_embeddings(tmp_path):
         load_label_embeddings(tmp_path, ["ball"], config)
 
 
+def stored_with(folder, embeddings: torch.Tensor, **record) -> None:
+    """A file of embeddings whose record is as it was, but for these entries."""
+    with safe_open(folder / FILE_NAME, framework="pt") as file:
+        made = json.loads(file.metadata()["made"])
+    made = {key: value for key, value in (made | record).items() if value is not None}
+    save_file({"embeddings": embeddings}, folder / FILE_NAME, {"made": json.dumps(made)})
+
+
+@pytest.mark.parametrize("digest", ["kept", None])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e.where(torch.arange(2)[:, None] == 0, torch.nan), "damaged: .* .the length of 'Cat' is nan"),
+        (lambda e: e * 3, "damaged: .* .the length of 'ball' is 3"),
+        (lambda e: torch.zeros_like(e), "damaged: .* is 0"),
+        (lambda e: e[:1], r"holds torch.float32 \[1, 3\]; expected float32 numbers for each of its 2 classes"),
+        (lambda e: e[0], r"holds torch.float32 \[3\]; expected"),
+        (lambda e: e[:, :0], r"holds torch.float32 \[2, 0\]; expected"),
+        (lambda e: e.double(), r"holds torch.float64 \[2, 3\]; expected"),
+        (lambda e: e.long(), r"holds torch.int64 \[2, 3\]; expected"),
+    ],
+)
+def test_other_embeddings_than_were_stored_are_refused(tmp_path, change, message, digest):
+    """NaN, another length and another shape were taken without a word; older files have no digest."""
+    config = words(glove(tmp_path / "glove.txt"))
+    made = embed_and_save(tmp_path, ["ball", "Cat"], config)
+    record = {} if digest else {"digest": None}
+    stored_with(tmp_path, made, **record)
+    assert torch.equal(load_label_embeddings(tmp_path, ["ball", "Cat"], config), made)
+    stored_with(tmp_path, change(made).contiguous(), **record)
+    with pytest.raises(InputError, match=f"{FILE_NAME}: .*{message}"):
+        load_label_embeddings(tmp_path, ["ball", "Cat"], config)
+
+
+def test_a_flipped_bit_of_an_embedding_is_noticed(tmp_path):
+    config = words(glove(tmp_path / "glove.txt"))
+    embed_and_save(tmp_path, ["ball", "Cat"], config)
+    content = bytearray((tmp_path / FILE_NAME).read_bytes())
+    content[-4] ^= 1
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(InputError, match="the file is damaged"):
+        load_label_embeddings(tmp_path, ["ball", "Cat"], config)
+
+
+@pytest.mark.parametrize("record", [{"classes": 3}, {"config": []}, {"encoder": None}, {"classes": None}])
+def test_records_of_another_kind_are_refused(tmp_path, record):
+    config = words(glove(tmp_path / "glove.txt"))
+    made = embed_and_save(tmp_path, ["ball", "Cat"], config)
+    stored_with(tmp_path, made, **record)
+    with pytest.raises(InputError, match=f"{FILE_NAME}: its record lacks {next(iter(record))}; the file is damaged"):
+        load_label_embeddings(tmp_path, ["ball", "Cat"], config)
+
+
+@pytest.mark.slow
+def test_damage_to_stored_embeddings_is_noticed(tmp_path):
+    config, classes = words(glove(tmp_path / "glove.txt")), ["ball", "Cat"]
+    made, path = embed_and_save(tmp_path, classes, config), tmp_path / FILE_NAME
+    whole, draw, refused = path.read_bytes(), random.Random(0), []
+    for _ in range(400):
+        damaged, place = bytearray(whole), draw.randrange(len(whole))
+        if draw.random() < 0.2:
+            del damaged[place:]
+        else:
+            damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_label_embeddings(tmp_path, classes, config)
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert torch.equal(loaded, made)
+    assert len(refused) > 300
+    assert all(str(path) in message and "\n" not in message for message in refused)
+
+
+def test_a_small_file_of_many_vectors_is_read_in_little_memory(tmp_path):
+    """0.3 MB that would be 300 MB: only the words that are wanted are kept."""
+    count = 1 << 20
+    np.savez_compressed(
+        tmp_path / "many.npz",
+        words=np.array(["w"] * (count - 1) + ["cat"]),
+        vectors=np.broadcast_to(np.ones(64, dtype=np.float32), (count, 64)),
+    )
+    assert (tmp_path / "many.npz").stat().st_size < 1_000_000
+    tracemalloc.start()
+    try:
+        made = embed_labels(["cat"], words(tmp_path / "many.npz"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    torch.testing.assert_close(made, torch.full((1, 64), 0.125))
+    assert peak < 20_000_000
+
+
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
     config = words(glove(tmp_path / "glove.txt"))
     embed_and_save(tmp_path, ["ball"], config)
@@ -278,8 +382,8 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(text.os, "fsync", full)
-    with pytest.raises(InputError, match=f"{FILE_NAME}: .* could not be written .No space left"):
+    monkeypatch.setattr("mlvision.files.os.fsync", full)
+    with pytest.raises(InputError, match=f"{FILE_NAME}: could not be written .No space left.*the previous one is kept"):
         embed_and_save(tmp_path, ["Cat"], config)
     assert (tmp_path / FILE_NAME).read_bytes() == whole
     assert len(list(tmp_path.iterdir())) == 2
