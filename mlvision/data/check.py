@@ -7,20 +7,24 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 from mlvision.data import read_split
 from mlvision.data.coco import CocoConfig
-from mlvision.data.images import decode_record, read_bytes, read_record, record_files
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_same_classes
+from mlvision.data.images import decode_record, read_record, record_files
+from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
+from mlvision.data.records import Boxes, Record
+from mlvision.data.text_files import read_bytes
 from mlvision.errors import InputError
+from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
 
 
@@ -234,7 +238,7 @@ def _check_split(manifest: Manifest, num_workers: int) -> SplitCheck:
     def check_file(record: Record) -> tuple[str | None, str | None]:
         try:
             contents = [read_bytes(path) for path in record_files(record)]
-            decode_record(record, contents)
+            decode_record(record, contents, manifest.max_pixels)
         except InputError as error:
             return None, str(error)
         return hashlib.sha256(b"".join(contents)).hexdigest(), None
@@ -266,10 +270,11 @@ def _find_overlap(a: SplitCheck, b: SplitCheck) -> Overlap:
 # The contact sheet: a band for each split, then rows of tiles; all sizes in pixels.
 _COLUMNS, _TILE, _GAP, _LINE = 6, 240, 16, 18
 _INK, _FAINT, _PAPER = "#202020", "#808080", "white"
+_MASK_OPACITY = 0.5
 
 
 def contact_sheet(check: DataCheck, samples: int, seed: int) -> Image.Image:
-    """A picture of random images of each split: boxes, labels (a `?` before an unknown one), and the file's key."""
+    """A picture of random images of each split: boxes, masks, labels (a `?` before an unknown one), and the file's key."""
     rng = np.random.default_rng(seed)
     bands: list[Image.Image] = []
     for name, split in check.splits.items():
@@ -278,7 +283,7 @@ def contact_sheet(check: DataCheck, samples: int, seed: int) -> Image.Image:
         bands.append(_title(f"{name}: {len(chosen)} of {len(split.manifest):,} images"))
         for start in range(0, len(chosen), _COLUMNS):
             records = [split.manifest.records[i] for i in chosen[start : start + _COLUMNS]]
-            bands.append(_row(records, check.classes))
+            bands.append(_row(records, check.classes, split.manifest.max_pixels))
     height = _GAP + sum(band.height + _GAP for band in bands)
     sheet = Image.new("RGB", (_GAP + _COLUMNS * (_TILE + _GAP), height), _PAPER)
     top = _GAP
@@ -294,8 +299,8 @@ def _title(text: str) -> Image.Image:
     return band
 
 
-def _row(records: Sequence[Record], classes: Sequence[str]) -> Image.Image:
-    pictures = [_picture(record, classes) for record in records]
+def _row(records: Sequence[Record], classes: Sequence[str], max_pixels: int) -> Image.Image:
+    pictures = [_picture(record, classes, max_pixels) for record in records]
     base = max(picture.height for picture in pictures)
     captions = [_caption(record, classes) for record in records]
     height = base + max(caption.height for caption in captions)
@@ -334,9 +339,9 @@ def _flow(labels: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int, str, st
         x += width + 12
 
 
-def _picture(record: Record, classes: Sequence[str]) -> Image.Image:
-    """The image, scaled to fit a tile, with its boxes; small ones come last, so that large ones do not hide them."""
-    pixels = read_record(record)
+def _picture(record: Record, classes: Sequence[str], max_pixels: int) -> Image.Image:
+    """The image, scaled to fit a tile, with its masks and boxes; small ones come last, so that none is hidden."""
+    pixels = read_record(record, max_pixels)
     if record.bands is not None:
         pixels = pixels[:, :, record.bands.rgb]
     image = Image.fromarray(pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8))
@@ -346,10 +351,12 @@ def _picture(record: Record, classes: Sequence[str]) -> Image.Image:
     boxes = record.boxes
     if boxes is None:
         return image
-    draw = ImageDraw.Draw(image)
     corners = boxes.xyxy * (np.array([*size, *size]) - 1)
     area = np.prod(corners[:, 2:] - corners[:, :2], axis=1)
-    for i in np.argsort(-area, kind="stable").tolist():
+    order = np.argsort(-area, kind="stable").tolist()
+    image = _tint_masks(image, boxes, order)
+    draw = ImageDraw.Draw(image)
+    for i in order:
         x1, y1, x2, y2 = corners[i].round().astype(int).tolist()
         c = int(boxes.labels[i])
         colour = _colour(c)
@@ -363,6 +370,19 @@ def _picture(record: Record, classes: Sequence[str]) -> Image.Image:
             draw.rectangle((x1, y1, x1 + width, y1 + 13), fill=colour)
             write(draw, (x1 + 4, y1 + 7), name, 10, "white", anchor="lm")
     return image
+
+
+def _tint_masks(image: Image.Image, boxes: Boxes, order: Sequence[int]) -> Image.Image:
+    """The image with each object's mask, if it has one, tinted in the colour of its class."""
+    pixels = np.asarray(image).astype(np.float64)
+    for i in order:
+        if boxes.segmentation[i] is None:
+            continue
+        with suppress(InputError):  # a shape that cannot be drawn: its box is, and what else was checked is not lost
+            cover = object_cover(boxes.xyxy[i], boxes.segmentation[i], pixels.shape[:2])
+            colour = ImageColor.getrgb(_colour(int(boxes.labels[i])))
+            pixels += _MASK_OPACITY * cover[:, :, None] * (colour - pixels)
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def _colour(c: int) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int64
 
 from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.records import UNWRITABLE, Record, Records
+from mlvision.data.text_files import printable
 from mlvision.errors import InputError, check_fields, listed, shown
 
 # The longest class name: a longer one is a whole text that a wrong column or separator made a name.
@@ -284,7 +285,8 @@ def check_files(config: DataConfig, records: Sequence[Record], source: str) -> N
     missing = [record.path for record in records if record.path not in there]
     if missing:
         raise InputError(
-            f"{source}: {len(missing):,} of its {len(records):,} image files are missing, the first is {missing[0]}"
+            f"{source}: {len(missing):,} of its {len(records):,} image files are missing, the first is "
+            f"{printable(missing[0])}"
         )
 
 

@@ -6,9 +6,10 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mlvision.data import CocoConfig, CsvConfig
+from mlvision.data import check as check_module
 from mlvision.data.check import DataCheck, SplitCheck, check_data, contact_sheet, format_check, write_check
 from mlvision.data.manifest import Boxes, Manifest, Record
 from mlvision.errors import InputError
@@ -175,6 +176,45 @@ def test_contact_sheet_shows_boxes_where_they_are(tmp_path):
     assert width == 2 * height
     np.testing.assert_allclose(np.array([columns.min(), columns.max() + 1]) / width, [0.5, 0.9], atol=0.01)
     np.testing.assert_allclose(np.array([rows.min(), rows.max() + 1]) / height, [0.2, 0.8], atol=0.02)
+
+
+def test_contact_sheet_tints_masks_where_they_are(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (200, 100), (97, 97, 97)).save(tmp_path / "images" / "0.png")
+    # A lower left triangle as a polygon, and columns 60 to 69 of rows 0 to 24 as runs.
+    runs = [60 * 50, *([25, 25] * 10)]
+    runs[-1] += 30 * 50
+    objects = [
+        (5, [0, 0, 50, 50], [[0, 0, 50, 50, 0, 50]]),
+        (6, [60, 0, 10, 25], {"size": [50, 100], "counts": runs}),
+        (6, [80, 10, 10, 30], [[0, 0, 9000, 9000, 0, 9000]]),
+    ]
+    document = {
+        "images": [{"id": 1, "file_name": "0.png", "width": 100, "height": 50}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": label, "bbox": box, "segmentation": shape}
+            for i, (label, box, shape) in enumerate(objects)
+        ],
+        "categories": [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}],
+    }
+    (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(document))
+    check = check_data(CocoConfig(root=str(tmp_path), images="images", test=""))
+
+    sheet = np.asarray(contact_sheet(check, samples=1, seed=0)).astype(int)
+
+    tile = sheet[16 + 30 + 16 :, 16 : 16 + 240][:120]  # the first tile, under the title: 240 x 120 pixels
+    tinted = (tile != 97).any(axis=2)
+    inside = tile[80, 25]  # in the triangle, far from its box's border
+    cat = np.array(ImageColor.getrgb(check_module._colour(0)))
+    np.testing.assert_allclose(inside, (cat + 97) / 2, atol=1)
+    rows, columns = np.mgrid[20:114, 20:114]  # below the name in the box's corner
+    off_the_edge = abs(rows - columns) > 2
+    np.testing.assert_array_equal(tinted[20:114, 20:114][off_the_edge], (rows > columns)[off_the_edge])
+    dog = np.array(ImageColor.getrgb(check_module._colour(1)))
+    np.testing.assert_allclose(tile[20:54, 150:162].mean(axis=(0, 1)), (dog + 97) / 2, atol=1)
+    # The third has a box and no mask that could be drawn: only its border is coloured.
+    assert tinted[30:90, 199:209].sum() == 0
 
 
 def test_contact_sheet_depends_on_the_seed_alone(root):
