@@ -1,5 +1,7 @@
 """The asymmetric loss: focal weights that differ for present and absent labels, and a margin for absent ones."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -29,17 +31,19 @@ def asymmetric_loss(
     Args:
         logits: Any float dtype; computed in at least float32, also under autocast.
         targets: 1 present, 0 absent, NaN unknown (contributes nothing). A soft target mixes the two terms linearly,
-            each with its own focal weight and margin (timm interpolates probability and exponent instead). Values are
-            not checked, since reading them back would stall a GPU.
-        gamma_neg: Focusing exponent of absent labels, >= 0.
-        gamma_pos: Focusing exponent of present labels, >= 0.
+            each with its own focal weight and margin (timm interpolates probability and exponent instead). Values
+            outside [0, 1] are refused on a CPU; on a GPU, which looking for them would stall, they give a meaningless
+            loss.
+        gamma_neg: Focusing exponent of absent labels, >= 0 and finite.
+        gamma_pos: Focusing exponent of present labels, >= 0 and finite.
         clip: Probability margin of absent labels: 0, or in [1e-6, 1).
         class_weights: Factor of each class.
         detach_focal: Treat the focal weights as constants in the gradient, as the authors' training script does.
         reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
 
     Raises:
-        InputError: Shapes do not fit, a gamma that is negative or NaN, a clip out of range, or no such reduction.
+        InputError: Shapes do not fit, a gamma that is negative, infinite or NaN, a clip out of range, no such reduction,
+            or (on a CPU) a target or class weight out of range.
 
     Source: Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, equations 4, 5 and 7.
 
@@ -47,8 +51,8 @@ def asymmetric_loss(
     with a logit below -18.4 could never be learnt. Weights are held constant by detaching them, not by the global
     gradient switch. The authors sum over the batch (reduction="sum").
     """
-    if not (gamma_neg >= 0 and gamma_pos >= 0):
-        raise InputError(f"gamma_neg {gamma_neg}, gamma_pos {gamma_pos}: expected exponents of at least 0")
+    if not (0 <= gamma_neg < math.inf and 0 <= gamma_pos < math.inf):
+        raise InputError(f"gamma_neg {gamma_neg}, gamma_pos {gamma_pos}: expected exponents of at least 0, finite")
     # Below 1e-6 the largest p_m rounds to 1 in float32, where log(1 - p_m) is infinite.
     if clip != 0 and not 1e-6 <= clip < 1:
         raise InputError(f"clip {clip}: expected 0, or a probability margin in [1e-6, 1)")

@@ -23,14 +23,14 @@ def binary_cross_entropy(
 
     Args:
         logits: Any float dtype; computed in at least float32, also under autocast.
-        targets: 1 present, 0 absent, NaN unknown (contributes nothing), or soft values in [0, 1]. Other values are not
-            looked for, since reading them back would stall a GPU; they give a meaningless loss.
-        class_weights: `w`, factor of each class.
-        positive_weights: `v`, factor of the positive term of each class.
+        targets: 1 present, 0 absent, NaN unknown (contributes nothing), or soft values in [0, 1]. Others are refused on a
+            CPU; on a GPU, which looking for them would stall, they give a meaningless loss.
+        class_weights: `w`, factor of each class, 0 or more.
+        positive_weights: `v`, factor of the positive term of each class, 0 or more.
         reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
 
     Raises:
-        InputError: Shapes do not fit, or no such reduction.
+        InputError: Shapes do not fit, no such reduction, or (on a CPU) a target or weight out of range.
     """
     with torch.autocast(logits.device.type, enabled=False):
         x, y, known = mask_unknown(logits, targets)

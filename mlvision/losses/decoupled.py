@@ -1,4 +1,4 @@
-"""Decoupled softmax: each label of an image against its absent classes alone."""
+"""Decoupled softmax: each label of an image against its absent classes only."""
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ def decoupled_softmax_loss(
         reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
 
     Raises:
-        InputError: Shapes do not fit, or no such reduction.
+        InputError: Shapes do not fit, no such reduction, or (on a CPU) a target outside [0, 1] or a class weight below 0.
 
     Source: Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024.
 
@@ -38,7 +38,7 @@ def decoupled_softmax_loss(
     with torch.autocast(logits.device.type, enabled=False):
         x, y, known = mask_unknown(logits, targets)
         # Finite in the place of log 0, so that a sum over nothing has no NaN in its gradient.
-        log_present = y.log().clamp(min=-1e30)
+        log_present = y.clamp(min=0).log().clamp(min=-1e30)
         log_absent = (known.to(y) - y).clamp(min=0).log().clamp(min=-1e30)
         rivals = (x + log_absent).logsumexp(dim=1, keepdim=True) - x
         total = y.sum(dim=1, keepdim=True)

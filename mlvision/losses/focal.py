@@ -1,5 +1,7 @@
 """The focal loss of each label: what is right already weighs little."""
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,8 +27,8 @@ def focal_loss(
 
     DEVIATION: without their balance alpha between present and absent labels, which `class_weights` does not replace.
     """
-    if not gamma >= 0:
-        raise InputError(f"gamma {gamma}: expected an exponent of at least 0")
+    if not 0 <= gamma < math.inf:
+        raise InputError(f"gamma {gamma}: expected an exponent of at least 0, finite")
     return asymmetric_loss(
         logits, targets, gamma_neg=gamma, gamma_pos=gamma, clip=0.0, class_weights=class_weights, reduction=reduction
     )

@@ -1,5 +1,6 @@
 """The soft top-k loss: an image's labels are to be among the k classes that it ranks highest."""
 
+import math
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ def soft_top_k_loss(
             y counts as a label by y.
         k: How many ranks are to be held: more than 0, less than C. None: as many as the image has labels (the sum of its
             targets). In an image with no more than k known classes all of them are among the best: q is 1, the loss 0.
-        alpha: How sharply q tells the k best from the rest; more than 0.
+        alpha: How sharply q tells the k best from the rest; more than 0 and finite.
         class_weights: Factor of each label's term.
         reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
 
     Raises:
-        InputError: k or alpha out of range, shapes do not fit, or no such reduction.
+        InputError: k or alpha out of range, shapes do not fit, no such reduction, or (on a CPU) a target outside [0, 1] or a
+            class weight below 0.
 
     Source: Gupta et al., "Dual-Encoders for Extreme Multi-Label Classification", ICLR 2024.
 
@@ -45,12 +47,12 @@ def soft_top_k_loss(
     beyond the extreme logits, which misses it where k is very small beside C; ours cannot (see `_mass_threshold`). Their k
     is 5 by default. Soft targets are ours.
     """
-    if k is not None and not 0 < k < logits.shape[1]:
-        raise InputError(f"k {k}: expected more than 0 and less than the number of classes, {logits.shape[1]}")
-    if not alpha > 0:
-        raise InputError(f"alpha {alpha}: expected more than 0")
+    if not 0 < alpha < math.inf:
+        raise InputError(f"alpha {alpha}: expected more than 0, finite")
     with torch.autocast(logits.device.type, enabled=False):
         x, y, known = mask_unknown(logits, targets)
+        if k is not None and not 0 < k < x.shape[1]:
+            raise InputError(f"k {k}: expected more than 0 and less than the number of classes, {x.shape[1]}")
         total = y.sum(dim=1, keepdim=True)
         mass = total if k is None else torch.full_like(total, k)
         solvable = (mass > 0) & (mass < known.sum(dim=1, keepdim=True))

@@ -1,5 +1,7 @@
 """Softmax cross-entropy: classes that share one unit of probability."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,15 +24,16 @@ def softmax_cross_entropy(
     Args:
         logits: Any float dtype; computed in at least float32, also under autocast.
         targets: At least 0; NaN unknown: the class is left out of the image's softmax. An image without any label
-            contributes nothing.
+            contributes nothing. Negative ones are refused on a CPU; on a GPU, which looking for them would stall, they
+            give a meaningless loss.
         class_weights: Factor of each class.
         reduction: image: sum over classes, mean over images; sum; mean: over known entries; none: `[B, C]`.
 
     Raises:
-        InputError: Shapes do not fit, or no such reduction.
+        InputError: Shapes do not fit, no such reduction, or (on a CPU) a negative or infinite target or class weight.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        x, y, known = mask_unknown(logits, targets)
+        x, y, known = mask_unknown(logits, targets, highest=math.inf)
         x = x.masked_fill(~known, -1e30)  # finite: a row of nothing but unknown classes has no NaN in its gradient
         total = y.sum(dim=1, keepdim=True)
         values = -(y / total.where(total > 0, 1)) * x.log_softmax(dim=1)

@@ -1,4 +1,4 @@
-"""What design.md asks of every loss: precision, unknown labels, extremes, no side effects."""
+"""What every loss of LOSSES keeps: precision, unknown labels, extremes, odd input, no side effects."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlvision.errors import InputError
-from mlvision.losses import LOSSES
+from mlvision.losses import LOSSES, smooth_labels
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
@@ -133,3 +133,132 @@ def test_shapes_that_would_broadcast_are_refused(loss, monkeypatch):
         loss(torch.zeros(4, 3), torch.zeros(4, 3), class_weights=torch.ones(1))
     with pytest.raises(InputError, match="reduction 'batchmean': expected one of image, sum, mean, none"):
         loss(torch.zeros(4, 3), torch.zeros(4, 3), reduction="batchmean")
+    with pytest.raises(InputError, match=r"logits \(3,\): expected \[images, classes\]"):
+        loss(torch.zeros(3), torch.zeros(3))
+
+
+@every_loss
+@pytest.mark.parametrize("value", [-1.0, -0.01, math.inf, -math.inf])
+def test_targets_that_are_none_are_refused(loss, value):
+    targets = torch.zeros(2, 3)
+    targets[1, 2] = value
+    with pytest.raises(InputError, match=rf"targets {value:g} at \[1, 2\]: expected .*, or NaN for unknown"):
+        loss(torch.zeros(2, 3), targets)
+
+
+@every_loss
+def test_only_a_softmax_takes_targets_above_one(loss):
+    targets = torch.tensor([[2.0, 0.0, 1.0]])
+    if loss is LOSSES["softmax"]:
+        expected = (2 / 3 + 1 / 3) * math.log(3)
+        assert loss(torch.zeros(1, 3), targets).item() == pytest.approx(expected)
+    else:
+        with pytest.raises(InputError, match=r"targets 2 at \[0, 0\]: expected 0 to 1"):
+            loss(torch.zeros(1, 3), targets)
+
+
+@every_loss
+def test_targets_that_were_rounded_are_taken(loss, table):
+    """A pooled probability may end a rounding error beyond 0 or 1."""
+    logits, targets = table
+    beyond = torch.where(targets == 1, targets + 1e-6, targets - 1e-6)
+    torch.testing.assert_close(loss(logits, beyond), loss(logits, targets), rtol=1e-4, atol=1e-4)
+
+
+@every_loss
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_class_weights_that_are_none_are_refused(loss, value, table):
+    weights = torch.ones(6)
+    weights[4] = value
+    with pytest.raises(InputError, match=rf"class_weights {value:g} at \[4\]: expected 0 or more"):
+        loss(*table, class_weights=weights)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_positive_weights_that_are_none_are_refused(value, table):
+    weights = torch.ones(6)
+    weights[0] = value
+    with pytest.raises(InputError, match=rf"positive_weights {value:g} at \[0\]: expected 0 or more"):
+        LOSSES["bce"](*table, positive_weights=weights)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])
+def test_targets_of_any_dtype(loss, dtype, table, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as a user runs it
+    logits, targets = table
+    targets = targets.nan_to_num(1.0)
+    value = loss(logits, targets.to(dtype))
+    assert value.dtype == torch.float32
+    assert torch.equal(value, loss(logits, targets))
+
+
+@every_loss
+def test_integer_logits_are_numbers(loss, table, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    _, targets = table
+    logits = torch.arange(24).reshape(4, 6) % 7 - 3
+    assert torch.equal(loss(logits, targets), loss(logits.float(), targets))
+
+
+@every_loss
+def test_a_class_that_no_image_knows_changes_nothing(loss, table):
+    logits, targets = table
+    logits = torch.cat([logits, torch.randn(4, 1)], 1).requires_grad_()
+    targets = torch.cat([targets, torch.full((4, 1), math.nan)], 1)
+    value = loss(logits, targets)
+    torch.testing.assert_close(value, loss(logits[:, :-1], targets[:, :-1]))
+    value.backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[:, -1].any()
+
+
+@every_loss
+@pytest.mark.parametrize("num_images", [0, 3])
+def test_a_single_class_and_no_image(loss, num_images):
+    targets = torch.tensor([[1.0], [0.0], [math.nan]])[:num_images]
+    logits = torch.tensor([[-2.0], [0.5], [3.0]])[:num_images].requires_grad_()
+    for reduction in ("image", "sum", "mean", "none"):
+        value = loss(logits, targets, reduction=reduction)
+        assert value.isfinite().all()
+        assert value.shape == (logits.shape if reduction == "none" else ())
+        assert num_images or not value.any()
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert gradient.isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_never_a_finite_gradient(loss, logit, table):
+    """The loop stops at a loss or gradient that is not finite; a clean number would train on."""
+    logits, targets = table
+    targets[1, :2] = torch.tensor([1.0, 0.0])
+    for column in (0, 1):
+        bad = logits.clone()
+        bad[1, column] = logit
+        value = loss(bad.requires_grad_(), targets)
+        (gradient,) = torch.autograd.grad(value, bad)
+        assert not (value.isfinite() and gradient.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("asl", {"gamma_neg": math.inf}, "gamma_neg inf, gamma_pos 0.0: expected exponents of at least 0, finite"),
+        ("asl", {"gamma_pos": math.nan}, "gamma_neg 4.0, gamma_pos nan: expected exponents of at least 0, finite"),
+        ("asl", {"clip": math.nan}, "clip nan: expected 0, or a probability margin"),
+        ("focal", {"gamma": math.inf}, "gamma inf: expected an exponent of at least 0, finite"),
+        ("soft_top_k", {"alpha": math.inf}, "alpha inf: expected more than 0, finite"),
+        ("soft_top_k", {"k": math.nan}, "k nan: expected more than 0 and less than the number of classes, 6"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options, message, table, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(InputError, match=message):
+        LOSSES[name](*table, **options)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_label_smoothing_takes_a_share(share):
+    with pytest.raises(InputError, match=f"share {share}: expected 0 to 1"):
+        smooth_labels(torch.zeros(1, 4), share)
