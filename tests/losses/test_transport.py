@@ -100,14 +100,15 @@ def test_cold_and_hot_limits(sets, rho):
     torch.testing.assert_close(found, hot, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["ct", "sinkhorn"])
-def test_the_gradient_is_right(sets, plan):
+@pytest.mark.parametrize(("plan", "max_steps"), [("ct", 0), ("sinkhorn", 10_000), ("sinkhorn", 0)])
+def test_the_gradient_is_right(sets, plan, max_steps):
+    """Of Sinkhorn's plan that of the fixed point, so the steps have to reach it."""
     patches, labels, weights, theta = sets
     sink = torch.tensor([0.3, -1, 0.2], dtype=torch.float64, requires_grad=True)
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def cost(patches, labels, theta, tau, sink):
-        options = {"plan": plan, "tau": tau, "sink": sink, "iterations": 3}
+        options = {"plan": plan, "tau": tau, "sink": sink, "tolerance": 1e-12, "max_steps": max_steps}
         return conditional_transport(patches, labels, weights, theta, **options).cost
 
     inputs = (patches.requires_grad_(), labels.requires_grad_(), theta.requires_grad_(), tau, sink)
@@ -139,9 +140,39 @@ def test_images_without_a_present_label_cost_nothing_and_stay_finite(plan, sink)
     assert all(not gradient.any() for gradient in torch.autograd.grad(nothing.sum(), (patches, labels)))
 
 
+@pytest.mark.parametrize("plan", ["ct", "sinkhorn"])
+def test_images_without_a_patch_of_weight_cost_nothing_and_stay_finite(plan):
+    patches, labels = torch.randn(2, 4, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    theta = torch.tensor([[0.0, 0, 0, 0], [0, 1, 2, 0]], requires_grad=True)
+    found = conditional_transport(patches, labels, torch.ones(2, 2), theta, plan=plan)
+    alone = conditional_transport(patches[1:], labels, torch.ones(1, 2), theta[1:], plan=plan)
+    assert found.cost[0] == 0
+    assert not found.forward_plan[0].any()
+    torch.testing.assert_close(found.cost[1:], alone.cost)
+    for gradient in torch.autograd.grad(found.cost.sum(), (patches, labels, theta)):
+        assert gradient.isfinite().all()
+    assert not torch.autograd.grad(
+        conditional_transport(patches, labels, torch.ones(2, 2), theta, plan=plan).cost[0], patches
+    )[0].any()
+
+
+def test_no_image():
+    found = conditional_transport(torch.ones(0, 4, 3), torch.ones(2, 3), torch.ones(0, 2), plan="sinkhorn")
+    assert [tuple(x.shape) for x in found] == [(0,), (0, 4, 2), (0, 4, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.bfloat16])
+def test_weights_of_any_dtype(dtype, sets, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as a user runs it
+    patches, labels, _, _ = sets
+    weights, theta = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]]), torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]])
+    found = conditional_transport(patches, labels, weights.to(dtype), theta.to(dtype))
+    assert torch.equal(found.cost, conditional_transport(patches, labels, weights.double(), theta.double()).cost)
+
+
 def test_sinkhorns_plan_equals_pots(sets):
     patches, labels, weights, theta = sets
-    found = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", tau=0.4, iterations=400)
+    found = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", tau=0.4, tolerance=1e-12)
     cost = 1 - normalize(patches, dim=-1) @ normalize(labels, dim=-1).T
     for image in range(2):
         beta = weights[image].nan_to_num()
@@ -156,8 +187,61 @@ def test_sinkhorns_plan_equals_pots(sets):
 
 def test_each_one_sided_plan_is_half_a_step_of_sinkhorns(sets):
     patches, labels, weights, theta = sets
-    none = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", iterations=0)
+    none = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", max_steps=0)
     torch.testing.assert_close(none.cost, conditional_transport(patches, labels, weights, theta).cost)
+
+
+def large(dtype: torch.dtype = torch.float32):
+    """Eight images of 49 patches and 20 labels, near each other in a space of 16: Sinkhorn's steps take long when cold."""
+    noise = torch.Generator().manual_seed(1)
+    patches, labels = torch.randn(8, 49, 16, generator=noise), torch.randn(20, 16, generator=noise)
+    weights = (torch.rand(8, 20, generator=noise) < 0.2).float()
+    theta = torch.rand(8, 49, generator=noise)
+    return patches.to(dtype), labels.to(dtype), weights, theta
+
+
+def largest_error(found, weights, theta) -> float:
+    """Of any marginal that a plan does not keep by itself, relative to it."""
+    theta, beta = (x.to(found.cost) / x.to(found.cost).sum(1, keepdim=True) for x in (theta, weights))
+    columns = torch.einsum("bn,bnm->bm", theta, found.forward_plan) / beta
+    rows = torch.einsum("bm,bnm->bn", beta, found.backward_plan) / theta
+    return max((columns[weights > 0] - 1).abs().max().item(), (rows[theta > 0] - 1).abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
+def test_sinkhorns_plan_keeps_both_marginals(dtype, tau):
+    patches, labels, weights, theta = large(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", tau=tau)
+    assert largest_error(found, weights, theta) < 2e-3
+    few = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", tau=tau, max_steps=50)
+    assert (largest_error(few, weights, theta) > 0.01) == (tau == 0.01)  # fifty steps are not enough when cold
+    if dtype == torch.float64:
+        closer = conditional_transport(
+            patches, labels, weights, theta, plan="sinkhorn", tau=tau, tolerance=1e-9, max_steps=9999
+        )
+        assert largest_error(closer, weights, theta) < 2e-9
+        torch.testing.assert_close(found.cost, closer.cost, rtol=1e-3, atol=1e-4)
+
+
+def test_an_images_plan_does_not_depend_on_the_rest_of_its_batch():
+    patches, labels, weights, theta = large()
+    patches[0] = patches[0] + 10 * torch.randn(49, 16)  # a few steps are enough for this one
+    options = {"plan": "sinkhorn", "tau": 0.02}
+    together = conditional_transport(patches, labels, weights, theta, **options)
+    alone = conditional_transport(patches[:1], labels, weights[:1], theta[:1], **options)
+    torch.testing.assert_close(together.forward_plan[:1], alone.forward_plan, rtol=1e-5, atol=1e-7)
+
+
+def test_the_steps_end_where_no_plan_is_reached():
+    """float32 does not resolve the tolerance; a NaN never gets there."""
+    patches, labels, weights, theta = large()
+    found = conditional_transport(patches, labels, weights, theta, plan="sinkhorn", tau=0.01, tolerance=1e-12)
+    assert largest_error(found, weights, theta) < 2e-3
+    patches[2, 3, 4] = math.nan
+    found = conditional_transport(patches, labels, weights, theta, plan="sinkhorn")
+    assert found.cost.isnan().nonzero().flatten().tolist() == [2]
 
 
 def test_the_sink_takes_the_patches_that_are_like_it(sets):
@@ -226,11 +310,27 @@ def test_patches_without_weight_play_no_part(sets):
     [
         ({"labels": torch.randn(4, 2)}, "labels of width 2: expected the patches' width, 3"),
         ({"labels": torch.randn(1, 4, 3)}, "labels of 1 images: expected 2"),
-        ({"label_weights": torch.ones(2, 5)}, "label_weights \\(2, 5\\): expected one an image and label, \\(2, 4\\)"),
-        ({"patch_weights": torch.ones(2, 4)}, "patch_weights \\(2, 4\\): expected one a patch, \\(2, 5\\)"),
+        ({"label_weights": torch.ones(2, 5)}, "label_weights \\(2, 5\\): expected one per image and label, \\(2, 4\\)"),
+        ({"patch_weights": torch.ones(2, 4)}, "patch_weights \\(2, 4\\): expected one per patch, \\(2, 5\\)"),
         ({"sink": torch.ones(2)}, "sink \\(2,\\): expected the patches' width, 3"),
         ({"plan": "exact"}, "plan 'exact': expected one of ct, sinkhorn"),
         ({"tau": 0.0}, "tau 0.0: expected more than 0"),
+        ({"tau": math.nan}, "tau nan: expected more than 0"),
+        ({"tau": torch.ones(2, 1, 1)}, "tau \\(2, 1, 1\\): expected one number"),
+        ({"rho": math.nan}, "rho nan: expected 0 to 1"),
+        ({"tolerance": 0.0}, "tolerance 0.0: expected more than 0"),
+        ({"max_steps": -1}, "max_steps -1: expected 0 or more"),
+        (
+            {"label_weights": -torch.ones(2, 4)},
+            "label_weights -1 at \\[0, 0\\]: expected 0 or more, or NaN for unknown",
+        ),
+        ({"label_weights": torch.full((2, 4), math.inf)}, "label_weights inf at \\[0, 0\\]: expected 0 or more"),
+        ({"patch_weights": -torch.ones(2, 5)}, "patch_weights -1 at \\[0, 0\\]: expected 0 or more"),
+        ({"patch_weights": torch.full((2, 5), math.nan)}, "patch_weights nan at \\[0, 0\\]: expected 0 or more"),
+        ({"patches": torch.ones(5, 3)}, "patches \\(5, 3\\): expected \\[images, patches, width\\]"),
+        ({"patches": torch.ones(2, 0, 3)}, "patches \\(2, 0, 3\\): expected .* with at least one patch"),
+        ({"labels": torch.ones(3)}, "labels \\(3,\\): expected \\[labels, width\\] or \\[images, labels, width\\]"),
+        ({"labels": torch.ones(0, 3)}, "labels \\(0, 3\\): expected .*, not empty"),
         ({"rho": 1.5}, "rho 1.5: expected 0 to 1"),
         ({"sink": torch.ones(3), "sink_mass": 1.0}, "sink_mass 1.0: expected at least 0, less than 1"),
     ],
