@@ -29,12 +29,14 @@ def average_precision_by_size(
         for each size `[C]`, NaN for a class without a positive of it.
 
     Raises:
-        InputError: limits that do not ascend, or as `average_precision`.
+        InputError: limits that do not ascend, areas of another shape, or as `average_precision`.
     """
     if list(limits) != sorted(set(limits)):
         raise InputError(f"limits {limits}: expected ascending areas")
     s, t = to_array(scores), to_array(targets)
     check_targets(t, s.shape)
+    if areas.shape != s.shape:
+        raise InputError(f"areas {areas.shape}: expected the shape of the scores, {s.shape}")
     size = np.where(np.isnan(areas), -1, np.digitize(np.nan_to_num(areas), limits))
     chosen = (np.where((t == 1) & (size != which), np.nan, t) for which in range(len(limits) + 1))
     return [to_array(average_precision(s, targets_of_size)) for targets_of_size in chosen]

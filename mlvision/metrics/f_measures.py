@@ -1,5 +1,6 @@
 """Precision, recall and F1 of yes/no decisions, per class (C...) and overall (O...)."""
 
+import math
 from math import nan
 from typing import NamedTuple
 
@@ -55,10 +56,12 @@ def decide(scores: Float[ArrayT, "N C"], *, threshold: float | None, top_k: int 
             the number of classes takes all.
 
     Raises:
-        InputError: Neither rule given, k below 1, or a score is not finite.
+        InputError: Neither rule given, a threshold of NaN, k below 1, or a score is not finite.
     """
     if threshold is None and top_k is None:
         raise InputError("threshold and top_k are both None: expected at least one rule of decision")
+    if threshold is not None and math.isnan(threshold):
+        raise InputError("threshold nan: expected a number to compare the scores with")
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k {top_k}: expected at least 1")
     s = to_array(scores)
@@ -76,7 +79,7 @@ def f_measures(decisions: Bool[ArrayT, "N C"], targets: Shaped[ArrayT, "N C"]) -
     """Score decisions (see `decide`); unknown labels (NaN) count neither as predicted nor as missed.
 
     Raises:
-        InputError: Shapes do not fit, or a target is not 1, 0 or NaN.
+        InputError: Shapes do not fit, decisions that are no booleans, or a target is not 1, 0 or NaN.
     """
     hits, predicted, positives = count(decisions, targets)
     scored = positives > 0
@@ -101,7 +104,7 @@ def class_measures(decisions: Bool[ArrayT, "N C"], targets: Shaped[ArrayT, "N C"
     """Score the decisions of each class; the means of what is not NaN are CP, CR and CF1_mean.
 
     Raises:
-        InputError: Shapes do not fit, or a target is not 1, 0 or NaN.
+        InputError: Shapes do not fit, decisions that are no booleans, or a target is not 1, 0 or NaN.
     """
     return _per_class(*count(decisions, targets))
 
@@ -111,6 +114,8 @@ def count(
 ) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
     """Count hits, predictions and positives of each class among the known labels."""
     d, t = to_array(decisions), to_array(targets)
+    if d.dtype != bool:
+        raise InputError(f"decisions of {d.dtype}: expected booleans, as decide() gives them")
     check_targets(t, d.shape)
     positive = t == 1
     return (d & positive).sum(axis=0), (d & (t == t)).sum(axis=0), positive.sum(axis=0)

@@ -12,7 +12,15 @@ from jaxtyping import Float, Float64, Int64, Integer, Shaped
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.metrics.inputs import ArrayT, check_maps, check_targets, flattened, same_kind, to_array
+from mlvision.metrics.inputs import (
+    ArrayT,
+    check_maps,
+    check_targets,
+    flattened,
+    negated,
+    same_kind,
+    to_array,
+)
 
 
 class DeletionMeasures(NamedTuple):
@@ -74,8 +82,8 @@ def deletion_measures(
 
     DEVIATION: AOPC divides by K rather than K + 1; the term k = 0 is always 0 and no step.
     """
-    if not eps >= 0:
-        raise InputError(f"eps {eps}: expected 0 or more")
+    if not 0 <= eps < np.inf:
+        raise InputError(f"eps {eps}: expected 0 or more, finite")
     curves = [to_array(curve).astype(np.float64) for curve in (most_relevant_first, least_relevant_first)]
     if curves[0].shape != curves[1].shape:
         raise InputError(f"curves of shapes {curves[0].shape} and {curves[1].shape}: expected one shape")
@@ -131,7 +139,7 @@ def patch_order(maps: Float[ArrayT, "N h w"]) -> Int64[ArrayT, "N cells"]:
     """
     values = to_array(maps)
     check_maps(values)
-    order = np.argsort(-flattened(values), axis=1, kind="stable")
+    order = np.argsort(negated(flattened(values)), axis=1, kind="stable")
     return same_kind(order.astype(np.int64), like=maps)
 
 

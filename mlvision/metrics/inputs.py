@@ -19,6 +19,11 @@ def to_array(values: Shaped[np.ndarray | Tensor, "..."]) -> Shaped[np.ndarray, "
     return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
+def negated(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """What sorts from the highest to the lowest; integers as float64: unsigned ones wrap around, bools have no sign."""
+    return -(values.astype(np.float64) if values.dtype.kind in "bui" else values)
+
+
 def same_kind(values: np.ndarray, like: ArrayT) -> ArrayT:
     """Give the caller what it came with: an array, or a tensor on the same device."""
     if isinstance(like, Tensor):

@@ -35,7 +35,9 @@ def gini(maps: Float[np.ndarray | Tensor, "N h w"]) -> Float64[np.ndarray, " N"]
     """
     shares = np.sort(_shares(maps), axis=1)
     cells = shares.shape[1]
-    return (shares * (2 * np.arange(1, cells + 1) - cells - 1)).sum(axis=1) / cells
+    return ((shares * (2 * np.arange(1, cells + 1) - cells - 1)).sum(axis=1) / cells).clip(
+        0, 1
+    )  # beyond by rounding only
 
 
 def entropy(maps: Float[np.ndarray | Tensor, "N h w"]) -> Float64[np.ndarray, " N"]:
@@ -56,7 +58,8 @@ def entropy(maps: Float[np.ndarray | Tensor, "N h w"]) -> Float64[np.ndarray, " 
     shares = _shares(maps)
     cells = shares.shape[1]
     terms = shares * np.log(np.where(shares == 0, 1, shares))  # NaN stays NaN
-    return np.abs(terms.sum(axis=1)) / (np.log(cells) if cells > 1 else np.nan)  # abs: 0 rather than -0
+    value = np.abs(terms.sum(axis=1)) / (np.log(cells) if cells > 1 else np.nan)  # abs: 0 rather than -0
+    return value.clip(0, 1)  # beyond by rounding only
 
 
 def _shares(maps: Float[np.ndarray | Tensor, "N h w"]) -> Float64[np.ndarray, "N cells"]:
@@ -69,7 +72,8 @@ def _shares(maps: Float[np.ndarray | Tensor, "N h w"]) -> Float64[np.ndarray, "N
 
 def _scaled(values: Shaped[np.ndarray, "N h w"]) -> Float64[np.ndarray, "N h w"]:
     """Each map over its own highest |value|: -1 to 1; NaN where that is 0."""
-    highest = np.abs(values).max(axis=(1, 2), keepdims=True).astype(np.float64)
+    values = values.astype(np.float64)  # an integer may have no positive of its lowest value
+    highest = np.abs(values).max(axis=(1, 2), keepdims=True)
     return values / np.where(highest > 0, highest, np.nan)
 
 

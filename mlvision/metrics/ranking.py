@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Shaped
 
 from mlvision.errors import InputError
-from mlvision.metrics.inputs import ArrayT, check_scores, check_targets, same_kind, to_array
+from mlvision.metrics.inputs import ArrayT, check_scores, check_targets, negated, same_kind, to_array
 
 
 def precision_at_k(scores: Float[ArrayT, "N C"], targets: Shaped[ArrayT, "N C"], k: int) -> Float64[ArrayT, " N"]:
@@ -66,7 +66,7 @@ def _chances(scores: Float[np.ndarray, "N C"], targets: Shaped[np.ndarray, "N C"
     The ranks behind the known classes hold none.
     """
     num_classes = scores.shape[1]
-    ranked = np.where(targets == targets, -scores, np.inf)
+    ranked = np.where(targets == targets, negated(scores), np.inf)
     order = ranked.argsort(axis=1)
     ranked = np.take_along_axis(ranked, order, axis=1)
     # How many labels stand before each place, and where the ties of each place begin and end.

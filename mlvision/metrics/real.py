@@ -34,10 +34,10 @@ def real_accuracy(scores: Float[ArrayT, "N C"], label_lists: Sequence[Sequence[i
         )
     shares = []
     for row, labels in enumerate(label_lists):
-        columns = np.unique(np.asarray(labels, dtype=np.int64))
+        columns = np.unique(np.asarray(labels))
         if not len(columns):
             continue
-        if columns[0] < 0 or columns[-1] >= s.shape[1]:
+        if columns.dtype.kind not in "ui" or columns[0] < 0 or columns[-1] >= s.shape[1]:
             raise InputError(f"label_lists, row {row}: {list(labels)}, expected classes 0 to {s.shape[1] - 1}")
         highest = s[row] == s[row].max()
         shares.append(highest[columns].sum() / highest.sum())

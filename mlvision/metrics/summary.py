@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 from mlvision.errors import InputError
 from mlvision.metrics.average_precision import FLAVOURS, average_precision, average_precisions, mean_average_precision
 from mlvision.metrics.f_measures import class_measures, decide, f_measures
-from mlvision.metrics.inputs import ArrayT, same_kind, to_array
+from mlvision.metrics.inputs import ArrayT, check_scores, same_kind, to_array
 
 
 def multilabel_summary(
@@ -94,13 +94,16 @@ def log_odds(logits: Float[ArrayT, "N C"], activation: str) -> Float[ArrayT, "N 
     """log(p / (1 - p)) of each class's probability p: what a threshold is compared with, without rounding p near 1.
 
     Raises:
-        InputError: An activation that is neither sigmoid nor softmax.
+        InputError: An activation that is neither sigmoid nor softmax; of a softmax, logits that are no finite table.
     """
     if activation == "sigmoid":
         return logits
     if activation != "softmax":
         raise InputError(f"activation: expected sigmoid or softmax, got '{activation}'")
     z = to_array(logits).astype(np.float64)
+    check_scores(z)
+    if z.size == 0:
+        return same_kind(z, logits)
     z = z - z.max(axis=1, keepdims=True)
     best, powers = z == 0, np.exp(z)
     num_best, rest = best.sum(axis=1, keepdims=True), np.where(best, 0, powers).sum(axis=1, keepdims=True)
