@@ -4,6 +4,8 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_LONGEST = 600  # characters at each end of a message that is cut
+
 
 class InputError(ValueError):
     """A config, file, label or checkpoint that cannot be used as given.
@@ -16,6 +18,11 @@ class InputError(ValueError):
     """
 
     on_every_rank = False
+
+    def __init__(self, message: str) -> None:
+        # What a message repeats of a file may be of any length: its beginning names the file, its end what was expected.
+        whole = len(message) <= 2 * _LONGEST
+        super().__init__(message if whole else f"{message[:_LONGEST]} ... {message[-_LONGEST:]}")
 
 
 _SHORT = reprlib.Repr()

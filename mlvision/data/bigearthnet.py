@@ -10,9 +10,10 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
+from mlvision.data.records import Record
 from mlvision.data.text_files import find_split_file, read_json, read_text
-from mlvision.errors import InputError
+from mlvision.errors import InputError, listed, shown
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 RGB = ("B04", "B03", "B02")
@@ -171,13 +172,17 @@ _Patches = tuple[str, dict[str, set[str]]]
 
 def _read_v1(config: BigEarthNetConfig, split: str, root: str, folder: str) -> _Patches:
     source = find_split_file(root, config.lists, split, "list")
-    names = [row[0].strip() for row in csv.reader(io.StringIO(read_text(source))) if row]
+    reader = csv.reader(io.StringIO(read_text(source)))
+    try:
+        names = [row[0].strip() for row in reader if row]
+    except csv.Error as error:
+        raise InputError(f"{source}, line {reader.line_num}: {error}") from error
     joined = {old: new for new, many in JOINED.items() for old in many} if config.num_classes == 19 else None
     labels_of: dict[str, set[str]] = {}
     for line, name in enumerate(tqdm(names, desc=f"labels of {split}", disable=None), start=1):
         key = f"{folder}/{name}"
         if not name or key in labels_of:
-            raise InputError(f"{source}, line {line}: {f'repeats {name!r}' if name else 'names no patch'}")
+            raise InputError(f"{source}, line {line}: {f'repeats {shown(name)}' if name else 'names no patch'}")
         labels = _read_labels(os.path.join(root, key, f"{name}_labels_metadata.json"))
         labels_of[key] = labels if joined is None else {joined[label] for label in labels if label in joined}
     return source, labels_of
@@ -188,7 +193,7 @@ def _read_labels(path: str) -> set[str]:
     document = read_json(path)
     labels = document.get("labels") if isinstance(document, dict) else None
     if not isinstance(labels, list) or not labels:
-        raise InputError(f"{path}: labels is {labels!r}, expected a list of class names")
+        raise InputError(f"{path}: labels is {shown(labels)}, expected a list of class names")
     return _known(labels, CLASSES_43, path)
 
 
@@ -201,15 +206,17 @@ def _read_v2(config: BigEarthNetConfig, split: str, root: str, folder: str) -> _
         if splits[row] != split:
             continue
         if not isinstance(patch, str) or patch.count("_") < 2 or not isinstance(labels, list):
-            raise InputError(f"{source}, row {row}: patch_id {patch!r}, labels {labels!r}: expected a name and a list")
+            raise InputError(
+                f"{source}, row {row}: patch_id {shown(patch)}, labels {shown(labels)}: expected a name and a list"
+            )
         # The folder of a tile is named like its patches, without their row and column.
         key = f"{folder}/{patch.rsplit('_', 2)[0]}/{patch}"
         if key in labels_of:
-            raise InputError(f"{source}, row {row}: repeats {patch!r}")
+            raise InputError(f"{source}, row {row}: repeats {shown(patch)}")
         labels_of[key] = _known(labels, CLASSES_19, f"{source}, row {row}")
     if not labels_of:
-        found = ", ".join(sorted({str(name) for name in splits}))
-        raise InputError(f"{source}: split {split!r} does not exist; splits: {found}")
+        names = listed(sorted({str(name) for name in splits}))
+        raise InputError(f"{source}: split {split!r} does not exist; splits: {names}")
     return source, labels_of
 
 
@@ -224,14 +231,14 @@ def _read_parquet(source: str, names: Sequence[str]) -> Mapping[str, list[Any]]:
         table = pyarrow.parquet.read_table(source)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error
-    missing = [name for name in names if name not in table.column_names]
-    if missing:
-        raise InputError(f"{source}: no column {missing[0]!r}; columns: {', '.join(table.column_names)}")
+    for name in names:
+        if table.column_names.count(name) != 1:
+            raise InputError(f"{source}: expected one column {name!r}; columns: {listed(table.column_names)}")
     return {name: table.column(name).to_pylist() for name in names}
 
 
 def _known(labels: Sequence[Any], classes: Sequence[str], where: str) -> set[str]:
     foreign = [label for label in labels if label not in classes]
     if foreign:
-        raise InputError(f"{where}: label {foreign[0]!r} is not one of BigEarthNet's {len(classes)} classes")
+        raise InputError(f"{where}: label {shown(foreign[0])} is not one of BigEarthNet's {len(classes)} classes")
     return set(labels)

@@ -11,13 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from mlvision.data.images import read_size
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
 from mlvision.data.records import Objects, Outlines, Record, Records
 from mlvision.data.text_files import find_split_file, read_json
 from mlvision.errors import InputError, listed, shown
 
 PROTOCOLS = ("annotated", "all")
-LONGEST_SIDE = 1_000_000  # pixels; more is a number in the wrong place
 _SCENES_HINT = (
     "; the first lines of each YAML in configs/ say what must lie there, prepare_data.py scenes makes generated images"
 )

@@ -18,6 +18,8 @@ from mlvision.data.records import UNWRITABLE, Record, Records
 from mlvision.data.text_files import printable
 from mlvision.errors import InputError, check_fields, listed, shown
 
+# Pixels of the longest side that an annotation may state: more is a number in the wrong place.
+LONGEST_SIDE = 1_000_000
 # The longest class name: a longer one is a whole text that a wrong column or separator made a name.
 LONGEST_NAME = 500
 

@@ -2,17 +2,20 @@
 
 import hashlib
 import os
-import posixpath
+import struct
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.records import Record
 from mlvision.data.text_files import check_distinct, find_split_file, read_lines, read_names
-from mlvision.errors import InputError
+from mlvision.errors import InputError, listed, shown
 
 # What the numbers of a matrix mean, by name.
 VALUES = {
@@ -21,6 +24,13 @@ VALUES = {
     "ternary": "1 present, -1 absent, 0 unknown",
     "positive": "above 0 present, all else absent",
 }
+
+
+# What numpy and zipfile raise at a file that is cut, flipped or something else.
+_DAMAGE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
         if not config.names:
             raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
         matrix, listed = _load_array(source, config.labels_array, "labels_array"), None
-        if matrix.ndim != 2 or matrix.dtype.kind not in "biuf":
+        if matrix.ndim != 2 or matrix.dtype.kind not in "biuf" or not matrix.size:
             raise InputError(f"{source}: expected numbers [images, classes], got {matrix.dtype} {matrix.shape}")
     else:
         matrix, listed = _read_text_matrix(source, with_names=not config.names)
@@ -70,7 +80,7 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
     classes = _class_names(os.path.join(root, config.classes) if config.classes else "", matrix.shape[1], source)
 
     present, unknown = _meaning(matrix, config.values, source)
-    keys = [posixpath.normpath(posixpath.join(config.images, name.replace("\\", "/"))) for name in names]
+    keys = [image_key(config.images, name) for name in names]
     check_distinct(keys, names_source, "image", "row")
     records = tuple(
         Record(key, os.path.join(root, key), tuple(np.flatnonzero(p).tolist()), tuple(np.flatnonzero(u).tolist()))
@@ -97,14 +107,14 @@ def _load_array(path: str, key: str, option: str) -> Shaped[np.ndarray, "..."]:
             return loaded
         with loaded:
             if key and key not in loaded.files:
-                raise InputError(f"data.{option}={key}: {path} holds {', '.join(loaded.files) or 'no array'}")
+                raise InputError(f"data.{option}={key}: {path} holds {listed(loaded.files) or 'no array'}")
             if not key and len(loaded.files) != 1:
-                raise InputError(f"data.{option} is not set: {path} holds {', '.join(loaded.files) or 'no array'}")
+                raise InputError(f"data.{option} is not set: {path} holds {listed(loaded.files) or 'no array'}")
             return loaded[key or loaded.files[0]]
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read as an array: {str(error).splitlines()[0]}") from error
+    except _DAMAGE as error:
+        raise InputError(f"{path}: cannot be read as an array: {' '.join(str(error).split())[:200]}") from error
 
 
 def _read_text_matrix(path: str, with_names: bool) -> tuple[Float64[np.ndarray, "N C"], list[str] | None]:
@@ -122,7 +132,7 @@ def _read_text_matrix(path: str, with_names: bool) -> tuple[Float64[np.ndarray, 
         matrix = np.array([row[first:] for row in rows], dtype=np.float64)
     except ValueError:
         number, field = next((n, f) for n, row in enumerate(rows, start=1) for f in row[first:] if not _is_number(f))
-        raise InputError(f"{path}, line {number}: {field!r} is not a number") from None
+        raise InputError(f"{path}, line {number}: {shown(field)} is not a number") from None
     return matrix, [row[0] for row in rows] if with_names else None
 
 

@@ -8,9 +8,10 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Bool
 
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root, on_disk
-from mlvision.data.text_files import find_split_file, read_names, read_text
-from mlvision.errors import InputError
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key, on_disk
+from mlvision.data.records import Record
+from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
+from mlvision.errors import InputError, shown
 
 PROTOCOLS = ("all", "annotated")
 LABEL_FILES = ("all", "split")
@@ -73,7 +74,8 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
         files = [os.path.join(folder, "TrainTestLabels", f"Labels_{concept}_{split}.txt") for concept in classes]
         table = _read_columns(files, len(names), source)
 
-    keys = [f"{config.images}/{name}".replace("\\", "/") for name in names]
+    keys = [image_key(config.images, name) for name in names]
+    check_distinct(keys, source, "image", "line")
     records: Sequence[Record] = [
         Record(key, os.path.join(root, key), tuple(np.flatnonzero(row).tolist()))
         for key, row in zip(keys, table, strict=True)
@@ -98,7 +100,7 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
 
 def _row(name: str, row_of: dict[str, int], source: str, whole: str) -> int:
     if name not in row_of:
-        raise InputError(f"{source}: image {name!r} is not in {whole}, whose rows the files of AllLabels have")
+        raise InputError(f"{source}: image {shown(name)} is not in {whole}, whose rows the files of AllLabels have")
     return row_of[name]
 
 
@@ -112,6 +114,6 @@ def _read_columns(files: Sequence[str], num_rows: int, list_file: str) -> Bool[n
         joined = "".join(values)
         if len(joined) != num_rows or joined.strip("01"):
             line, value = next((n, v) for n, v in enumerate(values, start=1) if v not in ("0", "1"))
-            raise InputError(f"{path}, line {line}: {value!r}, expected 0 or 1")
+            raise InputError(f"{path}, line {line}: {shown(value)}, expected 0 or 1")
         table[:, c] = np.frombuffer(joined.encode(), dtype=np.uint8) == ord("1")
     return table

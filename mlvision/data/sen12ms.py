@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float64
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
+from mlvision.data.records import Record
 from mlvision.data.text_files import find_split_file, read_names
-from mlvision.errors import InputError
+from mlvision.errors import InputError, shown
 
 # Channels of a Sentinel-2 file in their order.
 BANDS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
@@ -118,7 +119,9 @@ def read_sen12ms(config: Sen12msConfig, split: str) -> Manifest:
     for line, name in enumerate(read_names(source, "patch"), start=1):
         match = _FILE.fullmatch(name)
         if match is None:
-            raise InputError(f"{source}, line {line}: {name!r}, expected a file such as ROIs1158_spring_s2_1_p30.tif")
+            raise InputError(
+                f"{source}, line {line}: {shown(name)}, expected a file such as ROIs1158_spring_s2_1_p30.tif"
+            )
         if name not in shares_of:
             raise InputError(f"{source}, line {line}: {name} has no entry in {label_file}")
         present = _shares(shares_of[name], name, label_file, config.scheme) >= config.threshold
@@ -157,8 +160,10 @@ def _shares(values: Any, name: str, source: str, scheme: str) -> Float64[np.ndar
     """The share of each class of the scheme in one patch."""
     try:
         shares = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         shares = np.zeros(0)
-    if shares.shape != (len(IGBP),) or not np.isfinite(shares).all():
-        raise InputError(f"{source}: {name}: expected {len(IGBP)} shares of the IGBP classes, got {values!r}")
+    if shares.shape != (len(IGBP),) or not ((shares >= 0) & (shares <= 1.001)).all():
+        raise InputError(
+            f"{source}: {name}: expected {len(IGBP)} shares of the IGBP classes in [0, 1], got {shown(values)}"
+        )
     return shares if scheme == "full" else np.array([shares[list(columns)].sum() for columns in SIMPLIFIED.values()])

@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from mlvision.data.manifest import DataConfig, Manifest, Record, check_files, check_root
-from mlvision.data.text_files import find_split_file, read_json, read_names
-from mlvision.errors import InputError
+from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.records import Record
+from mlvision.data.text_files import check_distinct, find_split_file, read_json, read_names
+from mlvision.errors import InputError, shown
+
+MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ def read_vg500(config: Vg500Config, split: str) -> Manifest:
     Source: Chen et al., "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition" (SSGRL), ICCV
     2019; github.com/HCPLab-SYSU/SSGRL (82,904 training and 10,000 test images).
     """
-    if config.num_classes < 1 or not config.images:
-        raise InputError(
-            f"data.num_classes={config.num_classes}, data.images={config.images}: expected at least one each"
-        )
+    if not 1 <= config.num_classes <= MOST_CLASSES:
+        raise InputError(f"data.num_classes={config.num_classes}: expected 1 to {MOST_CLASSES:,}")
+    if not config.images:
+        raise InputError("data.images is empty: expected at least one folder")
     root = check_root(config, hint=": the folder with the lists, the label file and the image folders")
     source = find_split_file(root, config.lists, split, "list")
     names = read_names(source, "image")
@@ -50,8 +53,9 @@ def read_vg500(config: Vg500Config, split: str) -> Manifest:
     records = []
     for line, name in enumerate(names, start=1):
         labels = _labels(name, labels_of, label_file, len(classes), f"{source}, line {line}")
-        key = f"{folder_of.get(name, config.images[0])}/{name}"
+        key = image_key(folder_of.get(name, config.images[0]), name)
         records.append(Record(key, os.path.join(root, key), labels))
+    check_distinct([record.key for record in records], source, "image", "line")
     check_files(config, records, source)
     protocol = (
         f"Visual Genome, {os.path.basename(source)}, {len(records):,} images, {len(classes)} classes ({config.labels})"
@@ -80,8 +84,10 @@ def _find_folders(root: str, folders: Sequence[str]) -> dict[str, str]:
 
 def _labels(name: str, labels_of: Mapping[str, Any], label_file: str, num_classes: int, where: str) -> tuple[int, ...]:
     if name not in labels_of:
-        raise InputError(f"{where}: image {name!r} has no labels in {label_file}")
+        raise InputError(f"{where}: image {shown(name)} has no labels in {label_file}")
     labels = labels_of[name]
     if not isinstance(labels, list) or not all(type(c) is int and 0 <= c < num_classes for c in labels):
-        raise InputError(f"{label_file}: {name!r} has {labels!r}, expected a list of classes 0 to {num_classes - 1}")
+        raise InputError(
+            f"{label_file}: {shown(name)} has {shown(labels)}, expected a list of classes 0 to {num_classes - 1}"
+        )
     return tuple(sorted(set(labels)))

@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
-from mlvision.data.records import Boxes, Record
-from mlvision.data.text_files import find_split_file, read_names, read_text
-from mlvision.errors import InputError
+from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.records import Boxes, Record, Records
+from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
+from mlvision.errors import InputError, listed, shown
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -54,14 +54,14 @@ def read_voc(config: VocConfig, split: str) -> Manifest:
     source = find_split_file(root, "ImageSets/Main/{split}.txt", split, "image set")
     classes = tuple(config.classes) or VOC_CLASSES
     convention = config.difficult_test if split == config.test else config.difficult
-    records = tuple(
-        _read_record(root, _image_id(source, number, line), classes, convention)
-        for number, line in enumerate(read_names(source, "image"), start=1)
-    )
+    ids = [_image_id(source, number, line) for number, line in enumerate(read_names(source, "image"), start=1)]
+    check_distinct([image_key(".", image_id) for image_id in ids], source, "image", "line")
+    records = Records(_read_record(root, image_id, classes, convention) for image_id in ids)
     check_files(config, records, source)
+    num_difficult = sum(len(record.difficult) for record in records)
     protocol = (
         f"{os.path.basename(os.path.normpath(root))}, ImageSets/Main/{split}.txt, {len(records):,} images, "
-        f"classes shown by difficult objects alone are {convention}"
+        f"classes shown by difficult objects alone are {convention} ({num_difficult:,} labels)"
     )
     return Manifest(classes, records, split, protocol)
 
@@ -69,8 +69,8 @@ def read_voc(config: VocConfig, split: str) -> Manifest:
 def _image_id(source: str, number: int, line: str) -> str:
     if len(line.split()) != 1:
         raise InputError(
-            f"{source}, line {number}: expected one image, such as 000005, got {line!r} (the lists of one class, such as "
-            "car_train.txt, are not read: classes come from the annotations)"
+            f"{source}, line {number}: expected one image, such as 000005, got {shown(line)} (the lists of one class, such "
+            "as car_train.txt, are not read: classes come from the annotations)"
         )
     return line
 
@@ -81,7 +81,7 @@ def _read_record(root: str, image_id: str, classes: tuple[str, ...], convention:
     easy, hard = (set(boxes.labels[boxes.difficult == flag].tolist()) for flag in (False, True))
     difficult = tuple(sorted(hard - easy))
     labels = easy | hard if convention == "positive" else easy
-    key = f"JPEGImages/{image_id}.jpg"
+    key = image_key("JPEGImages", f"{image_id}.jpg")
     return Record(
         key=key,
         path=os.path.join(root, key),
@@ -102,17 +102,17 @@ def _read_annotation(source: str, classes: tuple[str, ...]) -> tuple[tuple[int, 
         raise InputError(f"{source}, line {line}, column {column + 1}: {str(error).split(':')[0]}") from error
     size = _numbers(document, "size", ("width", "height"), source)
     width, height = size
-    if not (min(size) > 0 and width.is_integer() and height.is_integer()):
-        raise InputError(f"{source}: size is {width:g} x {height:g}, expected whole numbers above 0")
+    if not (min(size) > 0 and max(size) <= LONGEST_SIDE and width.is_integer() and height.is_integer()):
+        raise InputError(f"{source}: size is {width:g} x {height:g}, expected whole numbers of pixels above 0")
     labels, difficult, corners = [], [], []
     for number, element in enumerate(document.findall("object"), start=1):
         where = f"{source}, object {number}"
         name = (element.findtext("name") or "").strip()
         if name not in classes:
-            raise InputError(f"{where}: class {name!r} is not in the class list: {', '.join(classes)}")
+            raise InputError(f"{where}: class {shown(name)} is not in the class list: {listed(classes)}")
         flag = (element.findtext("difficult") or "0").strip()
         if flag not in ("0", "1"):
-            raise InputError(f"{where}: difficult is {flag!r}, expected 0 or 1")
+            raise InputError(f"{where}: difficult is {shown(flag)}, expected 0 or 1")
         labels.append(classes.index(name))
         difficult.append(flag == "1")
         corners.append(_read_box(element, width, height, where))
@@ -150,6 +150,6 @@ def _numbers(parent: ElementTree.Element, name: str, keys: tuple[str, ...], wher
         except ValueError:
             value = np.nan
         if not np.isfinite(value):
-            raise InputError(f"{where}: <{key}> of <{name}> is {text!r}, expected a number")
+            raise InputError(f"{where}: <{key}> of <{name}> is {shown(text)}, expected a number")
         values.append(value)
     return values

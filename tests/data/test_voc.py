@@ -119,7 +119,7 @@ def annotation(root):
         ("<difficult>1</difficult>", "<difficult>yes</difficult>", "object 2: difficult is 'yes', expected 0 or 1"),
         ("<xmin>156</xmin>", "<xmin>wide</xmin>", "object 1: <xmin> of <bndbox> is 'wide', expected a number"),
         ("<xmin>156</xmin>", "", "object 1: <xmin> of <bndbox> is None, expected a number"),
-        ("<width>500</width>", "<width>0</width>", "size is 0 x 333, expected whole numbers above 0"),
+        ("<width>500</width>", "<width>0</width>", "size is 0 x 333, expected whole numbers of pixels above 0"),
         ("<size>", "<sizes>", "000012.xml, line 1, column .*: mismatched tag"),
     ],
 )
