@@ -5,13 +5,14 @@ python train.py configs/scenes_efficientnet_lite0_baseline.yaml resume=auto
 torchrun --nproc-per-node 8 train.py configs/scenes_efficientnet_lite0_baseline.yaml
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlvision.config import Config, parse_options, run_command
 from mlvision.engine.callbacks import Callback, ProgressBar
 from mlvision.engine.distributed import on_every_rank, on_main, world_size
 from mlvision.engine.fit import fit
+from mlvision.errors import listed
 from mlvision.run import Run, build_callbacks, build_run, choose_folder, note_resumption, start_folder
 
 
@@ -60,9 +61,27 @@ def open_folder(run: Run) -> tuple[Path, bool]:
         f"{'resuming' if resume else 'training'} {folder}: {len(run.train)} train and {len(run.val)} val images, "
         f"{len(run.train.classes)} classes, {run.config.device} {run.config.precision}, threads={run.config.threads}"
         f"{f', {world_size()} processes' if world_size() > 1 else ''}\n"
+        f"training: {run.train.protocol}\n"
         f"validation: {run.val.protocol}; {run.config.view.eval_side} px"
     )
+    for line in left_out(run):
+        print(line)
     return folder, resume
+
+
+def left_out(run: Run) -> Iterator[str]:
+    """What of the training images an epoch does not see, in words."""
+    batches = run.train_loader.batches
+    num_dropped = batches.num_images % batches.batch_size
+    if num_dropped:
+        yield (
+            f"note: each epoch leaves out {num_dropped} of its {batches.num_images:,} images, which do not fill a batch of "
+            f"{batches.batch_size}; others each time"
+        )
+    counts = (run.train.targets == 1).sum(axis=0)
+    absent = [name for name, count in zip(run.train.classes, counts, strict=True) if not count]
+    if absent:
+        yield f"note: no training image shows {len(absent)} of the classes: {listed(absent, most=10)}"
 
 
 if __name__ == "__main__":

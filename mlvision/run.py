@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -28,14 +29,14 @@ from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
 from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
-from mlvision.data.text_files import read_json
+from mlvision.data.text_files import read_json, read_text
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything, set_deterministic
-from mlvision.errors import InputError
+from mlvision.errors import InputError, shown
 from mlvision.explain.callback import CamGrids
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import METHODS, Method
@@ -597,21 +598,35 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
     """Refuse to evaluate on images that the run was trained on (those of its own training split excepted).
 
     Raises:
-        InputError: naming the images.
+        InputError: naming the images, or images.csv is not as `start_folder` wrote it.
     """
     if role == "train":
         return
-    with open(run.folder / "images.csv", encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != ["split", "key"]:
-            raise InputError(f"{file.name}: expected the columns split and key, got {rows.fieldnames}")
-        trained = {row["key"] for row in rows if row["split"] == "train"}
+    trained = _trained_keys(str(run.folder / "images.csv"))
     shared = [key for key in manifest.keys if key in trained]
     if shared:
         raise InputError(
             f"data.{role}: {len(shared)} images of '{manifest.split}' were in the training split of {run.folder}: "
             + ", ".join(shared[:5])
         )
+
+
+def _trained_keys(path: str) -> set[str]:
+    """The keys of the images that a run's images.csv lists as trained on; there is no run without one."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
+        header, *rows = list(reader) or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}") from error
+    if header != ["split", "key"]:
+        raise InputError(f"{path}: expected the columns split and key, got {shown(header)}")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != 2 or row[0] not in ("train", "val"):
+            raise InputError(f"{path}, row {number}: expected train or val and a key, got {shown(row)}")
+    trained = {key for split, key in rows if split == "train"}
+    if not trained:
+        raise InputError(f"{path}: lists no image that was trained on; restore the file as the run wrote it")
+    return trained
 
 
 def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:

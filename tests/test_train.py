@@ -356,6 +356,27 @@ def test_bad_images_can_be_skipped_and_are_listed(scenes_root, smoke_arguments, 
     assert metrics["ema"]["num_images"] == 31
 
 
+def test_what_an_epoch_does_not_see_is_said(scenes_root, smoke_arguments, capsys, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(scenes_root, root)
+    for split in ("train", "test"):
+        path = root / f"annotations/instances_{split}.json"
+        document = json.loads(path.read_text())
+        document["categories"].append({"id": 99, "name": "unicorn"})
+        path.write_text(json.dumps(document))
+    smoke = [argument for argument in smoke_arguments if not argument.startswith("data.root=")]
+    options = [f"data.root={root}", "loader.batch_size=40", "optim.epochs=1", f"out={tmp_path / 'r'}"]
+
+    train_script.main([*smoke, *options])
+
+    lines = capsys.readouterr().out.splitlines()
+    num_train = sum(row["split"] == "train" for row in csv.DictReader(open(tmp_path / "r/images.csv", newline="")))
+    (note,) = [line for line in lines if "leaves out" in line]
+    assert note.startswith(f"note: each epoch leaves out {num_train % 40} of its {num_train} images")
+    assert "note: no training image shows 1 of the classes: unicorn" in lines
+    assert any(line.startswith("training: instances_train.json, ") for line in lines)
+
+
 def test_a_folder_that_holds_a_run_is_refused(trained, smoke_arguments, scenes_root):
     folder, _ = trained
     before = (folder / "metrics.csv").read_bytes()
@@ -435,6 +456,12 @@ def test_a_damaged_run_is_named(trained, tmp_path, damage, message):
         ("environment.json", '{"command": "pyth', "environment.json, line 1"),
         ("metrics.json", "[]", "metrics.json: expected names and values"),
         ("images.csv", "key\nimages/train/000000.jpg\n", "images.csv: expected the columns split and key"),
+        ("images.csv", "", "images.csv: expected the columns split and key"),
+        ("images.csv", "split,key\n", "images.csv: lists no image that was trained on"),
+        ("images.csv", "split,key\nval,images/train/000000.jpg\n", "images.csv: lists no image that was trained on"),
+        ("images.csv", "split,key\ntrain\n", "images.csv, row 2: expected train or val and a key, got"),
+        ("images.csv", "split,key\ntran,images/train/000000.jpg\n", "images.csv, row 2: expected train or val"),
+        ("images.csv", "split,key\ntrain," + "x" * 200_000, "images.csv, line 2: field larger than field limit"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(trained, smoke_arguments, tmp_path, monkeypatch, name, content, message):
