@@ -78,8 +78,8 @@ def left_out(run: Run) -> Iterator[str]:
             f"note: each epoch leaves out {num_dropped} of its {batches.num_images:,} images, which do not fill a batch of "
             f"{batches.batch_size}; others each time"
         )
-    counts = (run.train.targets == 1).sum(axis=0)
-    absent = [name for name, count in zip(run.train.classes, counts, strict=True) if not count]
+    num_present, _ = run.train.label_counts()
+    absent = [name for name, number in zip(run.train.classes, num_present, strict=True) if not number]
     if absent:
         yield f"note: no training image shows {len(absent)} of the classes: {listed(absent, most=10)}"
 

@@ -23,7 +23,7 @@ from mlvision.data.images import decode_record, read_record, record_files
 from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
 from mlvision.data.records import Boxes, Record
 from mlvision.data.text_files import read_bytes
-from mlvision.errors import InputError
+from mlvision.errors import InputError, listed, shown
 from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
 
@@ -64,9 +64,10 @@ class SplitCheck:
     def class_counts(self) -> dict[str, np.ndarray]:
         """`[C]` numbers of images in which each class is present, unknown, or shown by difficult objects alone."""
         difficult = Counter(c for record in self.manifest.records for c in record.difficult)
+        present, known = self.manifest.label_counts()
         return {
-            "present": (self.manifest.targets == 1).sum(axis=0),
-            "unknown": np.isnan(self.manifest.targets).sum(axis=0),
+            "present": present,
+            "unknown": len(self.manifest) - known,
             "difficult": np.array([difficult[c] for c in range(len(self.manifest.classes))]),
         }
 
@@ -120,10 +121,12 @@ class DataCheck:
 
     def problems(self) -> list[str]:
         """One line for each thing that a user should mend."""
-        found = []
+        manifests = [split.manifest for split in self.splits.values()]
+        is_single = all(len(record.labels) < 2 for manifest in manifests for record in manifest.records)
+        found = _unsplit_names(self.classes) if is_single else []
         for name, split in self.splits.items():
             found += [f"{name}: unreadable: {reason}" for _, reason in split.unreadable]
-            found += [f"{name}: the same file {len(keys)} times: {', '.join(keys)}" for keys in split.duplicates]
+            found += [f"{name}: the same file {len(keys)} times: {listed(keys)}" for keys in split.duplicates]
         for overlap in self.overlaps:
             pair = " and ".join(overlap.splits)
             found += [f"{pair}: both hold {key}" for key in overlap.keys]
@@ -209,7 +212,7 @@ def format_check(check: DataCheck, most: int = 10) -> str:
     for name, of_kind in counts.items():
         absent = [class_name for class_name, n in zip(check.classes, of_kind["present"], strict=True) if n == 0]
         if absent:
-            lines.append(f"note: {name} shows {len(absent)} of the classes in no image: {', '.join(absent)}")
+            lines.append(f"note: {name} shows {len(absent)} of the classes in no image: {listed(absent)}")
     if check.labels_only:
         lines.append("note: no image was looked for or opened")
     lines.append(f"problems found: {len(problems):,}")
@@ -248,6 +251,24 @@ def _check_split(manifest: Manifest, num_workers: int) -> SplitCheck:
         results = list(tqdm(checked, total=len(manifest), desc=manifest.split, disable=None))
     unreadable = [(r.key, why) for r, (_, why) in zip(manifest.records, results, strict=True) if why is not None]
     return SplitCheck(manifest, tuple(digest for digest, _ in results), tuple(unreadable))
+
+
+def _unsplit_names(classes: Sequence[str]) -> list[str]:
+    """A problem if the classes are combinations of fewer names: the reader was given another separator than theirs.
+
+    A name may well hold a comma (`tench, Tinca tinca`); then its parts are more than the classes, not fewer.
+    """
+    # The last two stand within names too: only names that are clearly combinations count.
+    for separator, least in ((";", 2), (",", 2), ("|", 2), ("\t", 2), ("/", 2), ("+", 2), ("_", 5), (" ", 5)):
+        joined = [name for name in classes if separator in name.strip(separator)]
+        parts = {part.strip() for name in classes for part in name.split(separator)}
+        if len(joined) > len(classes) / 2 and least * len(parts) <= len(classes):
+            return [
+                f"{len(joined):,} of {len(classes):,} class names hold {separator!r} and are made of {len(parts):,} parts, "
+                f"such as {shown(joined[0])}: a list of labels that was not taken apart? data.separator says what stands "
+                "between them"
+            ]
+    return []
 
 
 def _by_content(split: SplitCheck) -> dict[str, list[str]]:

@@ -125,8 +125,8 @@ class Manifest:
         """In how many images each class is present, and in how many it is known, without making the table."""
         present, unknown = np.zeros((2, len(self.classes)), dtype=np.int64)
         for row in range(len(self)):
-            present[self.records.labels(row)] += 1
-            unknown[self.records.unknown(row)] += 1
+            present[self._columns.labels(row)] += 1
+            unknown[self._columns.unknown(row)] += 1
         return present, len(self) - unknown
 
     def target(self, index: int) -> Float32[np.ndarray, " C"]:
