@@ -4,12 +4,22 @@ Nothing here keeps a random state. The order of an epoch follows from (seed, epo
 batch from its step: a loader can be set to any step of any epoch at once.
 """
 
+import math
 import multiprocessing
+import multiprocessing.queues
 import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import cv2
 import numpy as np
@@ -235,6 +245,7 @@ class Loader:
         self.dataset = dataset
         self.batches = batches
         self.images_per_step = batches.batch_size
+        self._num_workers = config.num_workers
         has_workers = config.num_workers > 0
         self._loader = DataLoader(
             dataset,
@@ -259,14 +270,114 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+        with self._one_line_for_workers():
+            iterator = self._start()
+        patience = _Patience()
+        with patience.started() if self._num_workers else nullcontext():
+            while True:
+                with patience, self._one_line_for_workers():
+                    batch = next(iterator, None)
+                if batch is None:
+                    return
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+
+    def _start(self) -> Iterator[Batch | InputError]:
+        # DataLoader has a dead worker raise an error wherever the main process is just then, in the midst of a step or of
+        # saving. It also looks after its workers, every five seconds, while it waits for them: that is enough.
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            iterator = iter(self._loader)
+        except OSError as error:
+            raise InputError(
+                f"loader.num_workers: {self._num_workers} processes cannot be started ({error})"
+            ) from error
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        return iterator
+
+    @contextmanager
+    def _one_line_for_workers(self) -> Iterator[None]:
+        """What workers die of is said in one line; errors of the code within them stay tracebacks."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _WORKERS_FAIL.search(str(error)):
+                raise
+            workers = getattr(self._loader._iterator, "_workers", ())
+            codes = {worker.exitcode for worker in workers if worker.exitcode is not None}
+            raise InputError(f"{_cause(codes, str(error))}; loader.num_workers=0 needs none of this") from error
+
+
+# What torch raises when its processes fail, other than what the code in them raises.
+_SHARED_MEMORY = "shared memory(shm)"
+_WORKERS_FAIL = re.compile(
+    r"DataLoader worker \(pid|Pin memory thread|Too many open files|items of ancdata|" + re.escape(_SHARED_MEMORY)
+)
+_NO_SHARED_MEMORY = 74  # exit code of a worker
+_IMPATIENT_AFTER = 30.0  # seconds
+
+
+def _cause(codes: set[int], message: str) -> str:
+    if codes & {_NO_SHARED_MEMORY, -signal.SIGBUS} or _SHARED_MEMORY in message:
+        return f"the loader's processes hand batches over in shared memory, and that is full ({_shared_memory()})"
+    if -signal.SIGKILL in codes:
+        return "a loader process was killed, most often because memory ran out: fewer loader.num_workers take less"
+    died_of = [signal.Signals(-code).name for code in codes if code < 0]
+    if died_of:
+        return f"a loader process was ended by {', '.join(died_of)}"
+    return f"the loader's processes failed ({message.splitlines()[0]})"
+
+
+def _shared_memory() -> str:
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "there is no /dev/shm"
+    free, total = usage.free / 2**20, usage.total / 2**20
+    return f"{free:,.0f} of {total:,.0f} MiB are free in /dev/shm; docker run --shm-size=8g gives 8 GiB"
+
+
+class _Patience:
+    """A context to wait for workers in; when that takes long, a line on stderr says so. They may only be slow: nothing ends.
+
+    One thread looks, for as long as `started` lasts; a wait costs two assignments.
+    """
+
+    def __init__(self) -> None:
+        self._since = math.inf
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = math.inf
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(_IMPATIENT_AFTER / 30):
+            if time.monotonic() - self._since > _IMPATIENT_AFTER:
+                self._since = math.inf  # once for each wait
+                print(
+                    f"still waiting for the loader's processes after {_IMPATIENT_AFTER:.0f} s: slow storage, few cores, or "
+                    f"no room in shared memory ({_shared_memory()}); loader.num_workers=0 needs no processes",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_leave)  # pyright: ignore[reportAttributeAccessIssue]
     # A process group of its own: a signal sent to the run's whole group (Ctrl-C, timeout, torchrun) reaches the main
     # process, which still needs this one to end its epoch in order.
     os.setpgrp()
@@ -275,6 +386,14 @@ def _start_worker(worker: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
         os._exit(1)
+
+
+def _leave(error: Exception, _batch: object) -> NoReturn:
+    """A worker that cannot hand over a batch ends. It would go on without it, and the main process wait for ever."""
+    if isinstance(error, OSError) or _SHARED_MEMORY in str(error):
+        os._exit(_NO_SHARED_MEMORY)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def train_loader(

@@ -1,3 +1,5 @@
+import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import select
@@ -267,6 +269,84 @@ def test_batches_that_cannot_be_made_are_refused(manifest):
 def test_a_bad_option_is_named(field, value):
     with pytest.raises(InputError, match=rf"^loader\.{field}: expected at least \d, got {value}$"):
         LoaderConfig(**{field: value})
+
+
+# Workers that fail: tried in processes of their own, which they may leave behind spoilt
+
+
+def outcome_of_workers(spoil, manifest, limit=60) -> str:
+    """What the loader raises, and how long that took to come is not asked; "" where all batches came."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "something else"
+        try:
+            signal.alarm(limit)
+            for batch in train_loader(manifest, TWIN, config(num_workers=2, batch_size=2), seed=0):
+                spoil(batch)
+            said = ""
+        except InputError as error:
+            said = str(error)
+        finally:
+            os.write(writer, said.encode())
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        said = file.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return said
+
+
+def test_a_killed_worker_is_one_line(manifest):
+    def spoil(batch):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    said = outcome_of_workers(spoil, manifest)
+    assert said.startswith("a loader process was killed, most often because memory ran out")
+    assert said.endswith("loader.num_workers=0 needs none of this")
+
+
+def no_room(*_, **__):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def fail_to_collate():
+    torch.UntypedStorage._new_shared = no_room
+
+
+def fail_to_send():
+    """As when there is room for the images but not for their targets, which another thread of the worker sends."""
+
+    multiprocessing.queues._ForkingPickler.dumps = no_room
+
+
+@pytest.mark.parametrize("spoil", [fail_to_collate, fail_to_send])
+def test_full_shared_memory_ends_the_wait_and_is_named(manifest, monkeypatch, spoil):
+    monkeypatch.setattr("mlvision.data.loader.cv2.setNumThreads", lambda _: spoil())  # in each worker, as it starts
+    said = outcome_of_workers(lambda batch: None, manifest)
+    assert said.startswith("the loader's processes hand batches over in shared memory, and that is full (")
+    assert "/dev/shm" in said
+    assert "\n" not in said
+
+
+def test_a_long_wait_is_said_once_and_ends_nothing(manifest, monkeypatch, capfd):
+    monkeypatch.setattr("mlvision.data.loader._IMPATIENT_AFTER", 0.1)
+    monkeypatch.setattr(
+        "mlvision.data.loader.cv2.setNumThreads", lambda _: time.sleep(1)
+    )  # in each worker, as it starts
+    assert len(list(train_loader(manifest, TWIN, config(num_workers=1), seed=0))) == 3
+    said = capfd.readouterr().err
+    assert said.count("still waiting for the loader's processes after 0 s") == 1
+    assert "loader.num_workers=0" in said
+
+
+def test_dead_workers_are_noticed_by_who_waits_for_them(manifest):
+    """torch has them raise an error wherever the main process is."""
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = train_loader(manifest, TWIN, config(num_workers=1), seed=0)
+    next(iter(loader))
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 # Signals
