@@ -16,7 +16,8 @@ from mlvision.errors import listed
 from mlvision.run import Run, build_callbacks, build_run, choose_folder, note_resumption, start_folder
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """The exit code: 130 when Ctrl-C ended training, which is saved then, else 0."""
     run, watching = on_every_rank(lambda: prepare(argv))
     folder, resume = on_main(lambda: open_folder(run))
     state = fit(
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     )
     if state.epoch == run.config.optim.epochs:
         print(f"done; python eval.py {folder} reads the test split")
+    return 130 if state.stopped_by == "SIGINT" else 0
 
 
 def prepare(argv: list[str]) -> tuple[Run, Sequence[Callback]]:

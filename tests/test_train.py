@@ -23,8 +23,10 @@ import train as train_script
 from mlvision import load_run
 from mlvision.config import Config, load_options
 from mlvision.data.loader import eval_loader
+from mlvision.engine.callbacks import ProgressBar
 from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.evaluate import predict
+from mlvision.engine.fit import LAST
 from mlvision.engine.guard import NonFiniteError
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
@@ -583,3 +585,17 @@ def test_fp16_and_bf16_train_on_a_cpu(smoke_arguments, tmp_path, monkeypatch):
         losses = [value for (_, name), value in sorted(metric_rows(folder).items()) if name == "train/loss"]
         assert all(math.isfinite(value) for value in losses)
         assert load_run(folder, device="cpu").precision.name == precision
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(smoke_arguments, tmp_path, monkeypatch, capsys):
+    class CtrlC(ProgressBar):
+        def on_step_end(self, state):
+            if state.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_script, "ProgressBar", CtrlC)
+    folder = tmp_path / "run"
+    assert train_script.main([*smoke_arguments, f"out={folder}"]) == 130
+    assert load_checkpoint(folder / LAST)["step"] == 3
+    said = f"stopped by SIGINT at step 3; saved; to go on, give the same command with out={folder} resume=auto"
+    assert capsys.readouterr().out.splitlines()[-1] == said

@@ -1,11 +1,8 @@
 """The training loop. It knows the Method interface and nothing of any one method, config file or data set."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +31,7 @@ from mlvision.engine.log import LogConfig, RunLog, SilentLog
 from mlvision.engine.optim import EmaConfig, OptimConfig, build_optimizer, learning_rate_factor
 from mlvision.engine.precision import Precision
 from mlvision.engine.seed import rng_state, set_rng_state
+from mlvision.engine.stop import StopSignal
 from mlvision.errors import InputError
 from mlvision.methods.base import Method
 from mlvision.metrics import multilabel_summary
@@ -88,6 +86,7 @@ class FitState:
         validation: the last validation's metrics, by name: `val/raw/mAP`, `val/ema/mAP`, ...
         best: the highest selection metric so far, or None.
         best_epoch: the epoch that gave it, from 0.
+        stopped_by: the signal that ended training before its end, on whichever rank it came; else empty.
     """
 
     method: Method
@@ -104,6 +103,7 @@ class FitState:
     logged: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     window: LossWindow = field(default_factory=LossWindow)
+    stopped_by: str = ""
 
     def weights(self) -> dict[str, Any]:
         """What evaluation and prediction need."""
@@ -172,8 +172,8 @@ def fit(
     """Train `method` (already on `precision.device`) and leave its checkpoints and curves in `run_dir`.
 
     A validation pass closes each epoch; `checkpoints/best.pt` is the epoch whose selected weights (EMA where there is one,
-    else raw) had the highest `checkpoint.select`. SIGTERM saves and returns early. Of several processes each has the loaders
-    of its own part, all raise the same errors, and rank 0 writes.
+    else raw) had the highest `checkpoint.select`. SIGTERM and Ctrl-C save and return early. Of several
+    processes each has the loaders of its own part, all raise the same errors, and rank 0 writes.
 
     Args:
         classes: class names, kept in the checkpoints.
@@ -215,8 +215,9 @@ def fit(
     state = on_every_rank(begin)
     if checkpoint.ends(state.epoch, optim.epochs, state.best_epoch):
         state.log.line(f"all {state.epoch} epochs are trained already")
+    stop = StopSignal()
     try:
-        with stop_on_sigterm() as stopped:
+        with stop.noted():
             while not checkpoint.ends(state.epoch, optim.epochs, state.best_epoch):
                 started, first_step = time.perf_counter(), state.step
                 method.on_epoch_start(state.epoch)
@@ -224,7 +225,7 @@ def fit(
                 for callback in callbacks:
                     callback.on_epoch_start(state)
                 method.train()
-                steps = InStep(train_loader, stopped)
+                steps = InStep(stop.ends(train_loader), stop)
                 for batch in steps:
                     train_step(state, forward, batch, guard, precision, rate(state.step), optim)
                     at_log_step = state.step % log.every_steps == 0 or state.step == total_steps
@@ -235,7 +236,11 @@ def fit(
                         save()
                 if steps.stopped:
                     save()
-                    state.log.line(f"stopped by SIGTERM at step {state.step}; saved; resume=auto continues")
+                    state.stopped_by = next(filter(None, gather(lambda: stop.name)))
+                    state.log.line(
+                        f"stopped by {state.stopped_by} at step {state.step}; saved; to go on, give the same command with "
+                        f"out={run_dir} resume=auto"
+                    )
                     return state
                 guard.check(keys)
                 images = (state.step - first_step) * train_loader.images_per_step
@@ -394,17 +399,3 @@ def close_epoch(state: FitState, callbacks: Sequence[Callback], images_per_secon
         f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}  val mAP (plain): {measured}  "
         f"{images_per_second:.0f} images/s{'  best' if improved else ''}"
     )
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come while the context lasts; outside the main thread nothing is installed."""
-    received: list[int] = []  # no threading.Event: a second signal during its set() would wait for its own lock
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
