@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 train.py configs/scenes_efficientnet_lite0_baseline.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from mlvision.config import Config, parse_options, run_command
@@ -13,29 +14,30 @@ from mlvision.engine.callbacks import Callback, ProgressBar
 from mlvision.engine.distributed import on_every_rank, on_main, world_size
 from mlvision.engine.fit import fit
 from mlvision.errors import listed
-from mlvision.run import Run, build_callbacks, build_run, choose_folder, note_resumption, start_folder
+from mlvision.run import Run, build_callbacks, build_run, claim_folder, note_resumption, start_folder
 
 
 def main(argv: list[str]) -> int:
     """The exit code: 130 when Ctrl-C ended training, which is saved then, else 0."""
     run, watching = on_every_rank(lambda: prepare(argv))
-    folder, resume = on_main(lambda: open_folder(run))
-    state = fit(
-        run.method,
-        run.train_loader,
-        run.val_loader,
-        run_dir=folder,
-        classes=run.train.classes,
-        keys=run.train.keys,
-        data_hashes=run.data_hashes,
-        precision=run.precision,
-        optim=run.config.optim,
-        ema=run.config.ema,
-        checkpoint=run.config.checkpoint,
-        log=run.config.log,
-        resume=resume,
-        callbacks=[ProgressBar(), *watching],
-    )
+    with ExitStack() as stack:
+        folder, resume = on_main(lambda: open_folder(run, stack))
+        state = fit(
+            run.method,
+            run.train_loader,
+            run.val_loader,
+            run_dir=folder,
+            classes=run.train.classes,
+            keys=run.train.keys,
+            data_hashes=run.data_hashes,
+            precision=run.precision,
+            optim=run.config.optim,
+            ema=run.config.ema,
+            checkpoint=run.config.checkpoint,
+            log=run.config.log,
+            resume=resume,
+            callbacks=[ProgressBar(), *watching],
+        )
     if state.epoch == run.config.optim.epochs:
         print(f"done; python eval.py {folder} reads the test split")
     return 130 if state.stopped_by == "SIGINT" else 0
@@ -48,9 +50,9 @@ def prepare(argv: list[str]) -> tuple[Run, Sequence[Callback]]:
     return run, build_callbacks(run)
 
 
-def open_folder(run: Run) -> tuple[Path, bool]:
-    """The run's folder, made or found, and whether a run in it goes on."""
-    folder, resume = choose_folder(run.config)
+def open_folder(run: Run, stack: ExitStack) -> tuple[Path, bool]:
+    """The run's folder, made or found, and whether a run in it goes on; it is this run's until `stack` is left."""
+    folder, resume = stack.enter_context(claim_folder(run.config))
     if resume:
         note_resumption(run, folder)
     else:

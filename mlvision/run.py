@@ -1,5 +1,6 @@
 """Wires the rooms into a run: what train.py, eval.py, the tools and notebooks stand on."""
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -11,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_chan
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
+from mlvision.engine.lock import LOCK, locked
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything, set_deterministic
 from mlvision.errors import InputError, shown
@@ -52,7 +54,7 @@ from mlvision.models.weights import first_line
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
-_WRITTEN_FIRST = ("images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml.partial")
+_WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml.partial")
 # What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
 _FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "data.check_files", "loader.num_workers")
 
@@ -440,6 +442,19 @@ def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
     head.add_labels(embeddings)
     classifier.num_classes = head.num_classes
     return dataclasses.replace(run, method=method, classes=(*run.classes, *names))
+
+
+@contextlib.contextmanager
+def claim_folder(config: Config) -> Iterator[tuple[Path, bool]]:
+    """As `choose_folder`, and no other process gets that folder while the context lasts.
+
+    Raises:
+        InputError: as `choose_folder`; or another process trains there.
+    """
+    folder, _ = choose_folder(config)
+    with locked(folder):
+        # Again, now that nobody else changes what is there.
+        yield choose_folder(dataclasses.replace(config, out=str(folder)))
 
 
 def choose_folder(config: Config) -> tuple[Path, bool]:

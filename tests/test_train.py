@@ -28,6 +28,7 @@ from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.evaluate import predict
 from mlvision.engine.fit import LAST
 from mlvision.engine.guard import NonFiniteError
+from mlvision.engine.lock import locked
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
 from mlvision.run import build_run, read_for
@@ -585,6 +586,24 @@ def test_fp16_and_bf16_train_on_a_cpu(smoke_arguments, tmp_path, monkeypatch):
         losses = [value for (_, name), value in sorted(metric_rows(folder).items()) if name == "train/loss"]
         assert all(math.isfinite(value) for value in losses)
         assert load_run(folder, device="cpu").precision.name == precision
+
+
+def test_a_run_in_use_is_refused_in_one_line_and_left_as_it_is(smoke_arguments, tmp_path):
+    folder = tmp_path / "run"
+    ready, release = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(folder):
+            os.write(ready[1], b"x")
+            os.read(release[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    for resume in ("", "auto"):
+        with pytest.raises(InputError, match=f"run: in use by process {child} on"):
+            train_script.main([*smoke_arguments, f"out={folder}", f"resume={resume}"])
+    assert [path.name for path in folder.iterdir()] == ["in_use"]
+    os.write(release[1], b"x")
+    os.waitpid(child, 0)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(smoke_arguments, tmp_path, monkeypatch, capsys):
