@@ -137,8 +137,10 @@ def build_run(config: Config) -> Run:
         InputError: whatever of the config or the data cannot be used.
     """
     config = resolve(config)
+    distributed.check_same(_shared_options(config))
     precision = resolve_precision(config.precision, resolve_device(config.device))
     train, val, bad = read_training_manifests(config)
+    _check_same_data(train, val)
     check_images(config.model.in_chans, train)
     check_channels(config.view, train.num_channels)
     seed_everything(config.seed)
@@ -155,6 +157,7 @@ def build_run(config: Config) -> Run:
     order = class_balanced(train, config.seed) if balanced else method.make_sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     label_maps = _open_label_maps(config, method, train)
+    distributed.check_same({"label maps": label_maps.meta.hash if label_maps else "none"})
     rank, world_size = distributed.rank(), distributed.world_size()
     if rank:
         seed_everything(config.seed, rank)  # the weights are the same everywhere; dropout and mixing are not to be
@@ -179,6 +182,18 @@ def build_run(config: Config) -> Run:
         bad_images=bad,
         label_maps=label_maps,
     )
+
+
+def _shared_options(config: Config) -> dict[str, str]:
+    """The options that have to be the same for every process: all but where each finds its files and its device."""
+    own = ("device", "threads", "data.root", "loader.num_workers")
+    return {key: str(value) for key, value in _flat(to_plain(config)).items() if key not in own}
+
+
+def _check_same_data(*manifests: Manifest) -> None:
+    """Refuse processes that read other images, labels or classes."""
+    hashes = {f"records of split {manifest.split}": manifest.hash for manifest in manifests}
+    distributed.check_same({"classes": manifests[0].class_hash} | hashes)
 
 
 def compile_backbone(method: Method, backend: str) -> None:
@@ -603,6 +618,7 @@ def read_for(run: LoadedRun, role: str) -> tuple[Manifest, list[tuple[str, str, 
         InputError: as `read_role`, other classes, or images that the run was trained on.
     """
     manifest, bad = read_role(run.config, role)
+    _check_same_data(manifest)
     check_images(run.config.model.in_chans, manifest)
     check_classes(run.folder, list(run.classes), manifest.classes)
     check_never_trained_on(run, manifest, role)

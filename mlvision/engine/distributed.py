@@ -142,6 +142,24 @@ def on_main(function: Callable[[], T]) -> T:
     return _exchange(*(_attempt(function) if is_main() else (None, None)))[0]
 
 
+def check_same(values: dict[str, str]) -> None:
+    """Refuse to go on when ranks differ in one of the values: each was given its own command and reads its own files.
+
+    Raises:
+        InputError: on every rank; names the first value that differs, and a rank.
+    """
+    of_ranks = gather(lambda: values)
+    for number, own in enumerate(of_ranks):
+        name = next((name for name, value in of_ranks[0].items() if own[name] != value), None)
+        if name is not None:
+            error = InputError(
+                f"{name}: {of_ranks[0][name][:40]} on rank 0, but {own[name][:40]} on rank {number}; expected the same "
+                "command for every process, and the same files"
+            )
+            error.on_every_rank = True
+            raise error
+
+
 def _attempt(function: Callable[[], T]) -> tuple[T | None, InputError | None]:
     try:
         return function(), None
@@ -230,6 +248,9 @@ def parallel(method: Method) -> Callable[[Batch], StepOutput]:
     From here on all ranks have rank 0's weights, and before each pass they take its buffers. Parameters that get no gradient
     (a norm that timm has behind the map of a head that reads the map) are found in the first step, and left alone as they
     are in a single process; a method must train the same parameters in every step.
+
+    DistributedDataParallel lays its buckets out anew after the first step of each start, and they decide in which order the
+    gradients of three or more ranks are added: a resumed run of three or more differs from an undisturbed one in last bits.
     """
     if not dist.is_initialized():
         return method

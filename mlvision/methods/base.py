@@ -28,8 +28,12 @@ class Method(nn.Module):
     """A classifier with the training rule of one paper.
 
     Images come as uint8, or as float in [0, 1], everywhere outside; the method owns mean and standard deviation and
-    normalises as its first step. State that must survive a resume is a buffer. Of several processes each calls `forward`
-    with its part of the batch, and takes rank 0's buffers before; the same parameters must get a gradient in every step.
+    normalises as its first step. State that must survive a resume is a buffer.
+
+    Each of several processes calls `forward` with its part of the batch; the same parameters must get a gradient in every
+    step. Before each call all buffers are overwritten by rank 0's. So a buffer that collects what comes by (a counter, a
+    moving average, a bank of features) holds rank 0's part of the batches only; a method that needs all of them has to
+    exchange them itself, or to say that it runs in one process.
 
     Attributes:
         needs_label_map: the loader puts a label map into every batch.

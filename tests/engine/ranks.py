@@ -35,6 +35,7 @@ class Case:
         fault: KILL or TERM: this signal; nan: its loss is not finite.
         rank: that it befalls.
         step: at whose end (KILL, TERM), or in which (nan).
+        only: arguments that this rank has besides.
     """
 
     script: str
@@ -42,6 +43,7 @@ class Case:
     fault: str = ""
     rank: int = 0
     step: int = 0
+    only: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -74,7 +76,8 @@ def run(case: Case) -> Outcome:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(train_script, "ProgressBar", Fault))
         stack.enter_context(mock.patch.object(Baseline, "forward", watched))
-        stack.enter_context(mock.patch.object(sys, "argv", [case.script, *case.arguments]))
+        only = case.only if distributed.rank() == case.rank else []
+        stack.enter_context(mock.patch.object(sys, "argv", [case.script, *case.arguments, *only]))
         if distributed.is_main():  # elsewhere the session drops it, as it should
             stack.enter_context(contextlib.redirect_stdout(stdout))
         stack.enter_context(contextlib.redirect_stderr(stderr))

@@ -116,6 +116,22 @@ def torn_image(root):
     return Path(record.path).name
 
 
+def another_label(root):
+    edit(
+        root, "train", lambda document: document["annotations"][0].update(category_id=document["categories"][-1]["id"])
+    )
+
+
+def fewer_images(root):
+    gone = json.loads((root / "annotations/instances_train.json").read_text())["images"][-1]["id"]
+
+    def drop(document):
+        document["images"].pop()
+        document["annotations"] = [each for each in document["annotations"] if each["image_id"] != gone]
+
+    edit(root, "train", drop)
+
+
 QUICK = ["optim.epochs=2", "loader.num_workers=0", "loader.eval_batch_size=4"]
 BAD_DATA = {
     "malformed": (malformed, "instances_train.json"),
@@ -134,6 +150,13 @@ BAD_OPTIONS = {
     "device=cuda": "device: 'cuda' was asked for, but torch sees no GPU",
     "ddp.sync_bn=true": "ddp.sync_bn: torch computes batch statistics over several processes on GPUs only",
     "checkpoint.select=map": "checkpoint.select: no metric 'map'",
+}
+# What rank 1 alone reads, or is told.
+UNLIKE = {
+    "another_label": (another_label, "records of split train"),
+    "fewer_images": (fewer_images, "records of split train"),
+    "other_classes": (other_classes, "classes: "),
+    "optim.lr=0.5": (None, "optim.lr: 0.001 on rank 0, but 0.5 on rank 1; expected the same command for every process"),
 }
 BAD_RUNS = {
     "truncated": (lambda run: os.truncate(run / LAST, 5000), "last.pt: not a checkpoint, or a truncated one"),
@@ -179,6 +202,12 @@ def together(scenes_root, tmp_path_factory):
         shutil.copytree(scenes_root, folder / name)
         damage(folder / name)
         cases[name] = Case("train", [*plain, f"data.root={folder / name}", f"out={folder}/refused/{name}"])
+    for name, (damage, _) in UNLIKE.items():
+        if damage:
+            shutil.copytree(scenes_root, folder / name)
+            damage(folder / name)
+        only = [f"data.root={folder / name}" if damage else name]
+        cases[name] = Case("train", [*smoke, f"out={folder}/refused/{name}"], rank=1, only=only)
     shutil.copytree(scenes_root, folder / "torn")
     torn_image(folder / "torn")
     torn = [*smoke, f"data.root={folder}/torn", "loader.num_workers=1"]
@@ -324,7 +353,10 @@ def one_message(outcomes, message):
     assert message in first
 
 
-@pytest.mark.parametrize(("name", "message"), [*BAD_OPTIONS.items(), *((n, m) for n, (_, m) in BAD_DATA.items())])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [*BAD_OPTIONS.items(), *((name, message) for name, (_, message) in [*BAD_DATA.items(), *UNLIKE.items()])],
+)
 def test_bad_input_is_said_once_and_leaves_nothing(together, name, message):
     outcomes, folder = together
     if name == "device=cuda" and torch.cuda.is_available():
