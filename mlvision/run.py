@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlvision.config import Config, build_options, load_options, read_overrides, save_options, to_plain
 from mlvision.data import read_split
@@ -151,9 +152,14 @@ def build_run(config: Config) -> Run:
     if config.ddp.sync_bn:
         distributed.sync_batch_norm(method, precision.device)
     check_options(method, config.optim, config.checkpoint, config.loader.batch_size // distributed.world_size())
+    check_batch_statistics(method, config)
     if config.compile:
         compile_backbone(method, config.compile)
     balanced = config.loader.sampling == "class_balanced"
+    if balanced and type(method).make_sampler is not Method.make_sampler:
+        raise InputError(
+            f"loader.sampling: method {config.method.name} has an order of its own, expected shuffled, got class_balanced"
+        )
     order = class_balanced(train, config.seed) if balanced else method.make_sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     label_maps = _open_label_maps(config, method, train)
@@ -194,6 +200,43 @@ def _check_same_data(*manifests: Manifest) -> None:
     """Refuse processes that read other images, labels or classes."""
     hashes = {f"records of split {manifest.split}": manifest.hash for manifest in manifests}
     distributed.check_same({"classes": manifests[0].class_hash} | hashes)
+
+
+def check_batch_statistics(method: Method, config: Config) -> None:
+    """Refuse one image a step where a batch norm sees one cell of it: there is nothing to take statistics of.
+
+    Raises:
+        InputError: names the layer.
+    """
+    rows = config.loader.batch_size // distributed.world_size() // config.optim.accumulate * method.num_views
+    if rows > 1:
+        return
+    lonely = []
+
+    def look(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            lonely.append(name)
+
+    norms = [
+        module.register_forward_pre_hook(partial(look, name))
+        for name, module in method.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    was_training = method.training
+    try:
+        with torch.no_grad():
+            side = config.view.size
+            image = torch.zeros(1, config.model.in_chans, side, side, dtype=torch.uint8, device=method.mean.device)
+            method.eval().predict(image)
+    finally:
+        method.train(was_training)
+        for norm in norms:
+            norm.remove()
+    if lonely:
+        raise InputError(
+            f"loader.batch_size: expected 2 images or more in each step, process and part: batch norm {lonely[0]} has one "
+            f"cell at view.size={config.view.size}, and no statistics of a single value"
+        )
 
 
 def compile_backbone(method: Method, backend: str) -> None:
