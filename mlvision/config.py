@@ -1,13 +1,14 @@
 """Configuration: dataclasses hold the defaults, a YAML says what a run changes, `key=value` overrides both.
 
-The only file that imports OmegaConf. YAML and overrides are merged as plain data first; then `data.name`, `head.name` and
-`method.name` choose their dataclasses from the tables, every key is checked, and one structured merge checks the types.
+A value stays as it is written until its option's type says what it means: an option whose type is text takes the text, on
+the command line and in a file alike. `data.name`, `head.name` and `method.name` choose their dataclasses from the tables;
+then every key and type is checked.
 """
 
-import copy
 import dataclasses
 import difflib
 import logging
+import re
 import sys
 import types
 import typing
@@ -17,8 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mlvision.data import DATASETS
 from mlvision.data.loader import LoaderConfig
@@ -29,12 +28,15 @@ from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
-from mlvision.errors import InputError, check_fields, describe_os_error
+from mlvision.errors import InputError, check_fields, describe_os_error, shown
 from mlvision.methods import METHODS, MethodConfig
 from mlvision.models import HEADS, BackboneConfig, HeadConfig
 
 TABLES: dict[type, dict[str, tuple]] = {DataConfig: DATASETS, HeadConfig: HEADS, MethodConfig: METHODS}
 _DEFAULT_CHOICE = {DataConfig: "coco", HeadConfig: "linear", MethodConfig: "baseline"}
+
+# A value, and the file or command line that gives it (empty: not known). Of an option's layers the last one counts.
+Layer = tuple[Any, str]
 
 
 @dataclass(frozen=True)
@@ -93,77 +95,51 @@ def parse_options(cls: type, argv: list[str], *, prog: str, description: str | N
     if any(argument in ("-h", "--help") for argument in argv):
         print(f"usage: {prog} [config.yaml ...] [key=value ...]\n\n{description}\n\n{describe_options(cls)}")
         raise SystemExit(0)
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    layers: list[Layer] = []
     for argument in argv:
-        if argument.endswith((".yaml", ".yml")) and "=" not in argument:
-            part, source = read_yaml(Path(argument)), argument
+        if argument.endswith((".yaml", ".yml")) and not is_override(argument):
+            part = read_yaml(Path(argument))
             known, known_to_runs = ({f.name for f in dataclasses.fields(c)} for c in (cls, Config))
             part = {key: value for key, value in part.items() if key in known or key not in known_to_runs}
             if "name" in known:
                 part.setdefault("name", Path(argument).stem)
-        elif "=" in argument and not argument.startswith("-"):
-            part, source = _read_override(argument), "the command line"
+            layers.append((part, argument))
         else:
-            raise InputError(f"'{argument}': expected a .yaml file or key=value; --help lists the options")
-        origin |= dict.fromkeys(_leaf_keys(part), source)
-        _merge_into(values, part)
-    return build_options(cls, values, origin)
+            layers.append(_read_override(argument, "a .yaml file or key=value"))
+    return _build(cls, layers)
 
 
-def build_options(cls: type, values: dict[str, Any], origin: dict[str, str] | None = None) -> Any:
-    """An instance of `cls` from nested plain data, every key and type checked; `origin` says where keys come from.
+def build_options(cls: type, values: Any, *, source: str = "", overrides: Sequence[str] = ()) -> Any:
+    """An instance of `cls` from nested plain data with `key=value` on top, every key and type checked.
+
+    Args:
+        source: the file that gives the values, for messages.
 
     Raises:
-        InputError: an unknown key, another choice's option, a wrong type, or a value with `${`.
+        InputError: an unknown key, another choice's option, a wrong type, or an override that is no `key=value`.
     """
-    origin = origin or {}
-    schema = _choose(cls, values, origin)
-    _check_keys(schema, values, "", origin, schema)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException:
-        key = next(key for key in _given_options(schema, values) if not _fits(schema, key, _lookup(values, key)))
-    group, _, option = key.rpartition(".")
-    expected = _type_name(_hints(type(_child(schema, group)))[option])
-    raise InputError(f"{key}: expected {expected}, got {_lookup(values, key)!r}{_where(origin, key)}")
+    return _build(cls, [(values, source), *(_read_override(argument, "key=value") for argument in overrides)])
 
 
-def _where(origin: dict[str, str], key: str) -> str:
-    """Says which file, or the command line, set an option or the first of its group; nothing where that is not known."""
-    return next((f" (in {source})" for leaf, source in origin.items() if f"{leaf}.".startswith(f"{key}.")), "")
+def is_override(argument: str) -> bool:
+    """Whether an argument is `key=value`. A path may hold "=" too, as those of tools/sweep.py do, but not behind a key."""
+    return re.match(r"[a-z_]\w*(\.[^./=]+)*=", argument, re.ASCII | re.IGNORECASE) is not None
 
 
-def _nest(key: str, value: Any) -> Any:
-    """`a.b.c` and a value to `{"a": {"b": {"c": value}}}`."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+def take_path(argv: Sequence[str], what: str) -> tuple[str, list[str]]:
+    """The path that a script's arguments begin with, and the rest of them.
+
+    Raises:
+        InputError: there is none; `what` was expected.
+    """
+    if not argv or (is_override(argv[0]) and not Path(argv[0]).exists()):
+        given = shown(argv[0]) if argv else "nothing"
+        raise InputError(f"expected {what} first, then key=value, got {given}; --help lists the options")
+    return argv[0], list(argv[1:])
 
 
-def _given_options(schema: Any, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The options, as dotted keys, that `values` sets; a dict or list that is one option's value is not entered."""
-    for key, value in values.items():
-        child = getattr(schema, key)
-        if dataclasses.is_dataclass(child):
-            yield from _given_options(child, value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-def _fits(schema: Any, key: str, value: Any) -> bool:
-    """Whether one option takes a value."""
-    try:
-        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _nest(key, value)))
-    except OmegaConfBaseException:
-        return False
-    except InputError:  # of the right type, out of range beside the defaults
-        return True
-    return True
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain data.
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A YAML mapping as plain data; its unquoted values stay as they are written, and take their types from the options.
 
     Raises:
         InputError: no such file, malformed (with line), or not a mapping.
@@ -172,29 +148,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise InputError(f"{path}: no such config file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.read_text(encoding="utf-8").strip() else {}
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: malformed YAML ({getattr(error, 'problem', None) or error})") from None
-    except (OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as a config ({str(error).splitlines()[0]})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as a config ({error})") from None
+    if values is None:  # an empty file
+        return {}
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping of options, got a {type(values).__name__}")
-    return values
-
-
-def read_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested plain data with `key=value` overrides merged into a copy.
-
-    Raises:
-        InputError: an argument that is no `key=value`.
-    """
-    values = copy.deepcopy(values)
-    for argument in overrides:
-        if "=" not in argument or argument.startswith("-"):
-            raise InputError(f"'{argument}': expected key=value; --help lists the options")
-        _merge_into(values, _read_override(argument))
+        raise InputError(f"{path}: expected a mapping of options, got {shown(_resolve(values))}")
     return values
 
 
@@ -210,9 +174,15 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def save_options(config: Any, path: Path) -> None:
-    """Write a config dataclass as YAML, every option spelled out."""
+    """Write a config dataclass as YAML, every option spelled out.
+
+    Raises:
+        InputError: an option that could not be read again, such as a text that holds NUL.
+    """
+    values = to_plain(config)
+    build_options(type(config), values)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    partial.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(path)
 
 
@@ -222,8 +192,7 @@ def load_options(cls: type, path: Path) -> Any:
     Raises:
         InputError: the file is missing, malformed, or has keys that `cls` does not know.
     """
-    values = read_yaml(path)
-    return build_options(cls, values, dict.fromkeys(_leaf_keys(values), str(path)))
+    return build_options(cls, read_yaml(path), source=str(path))
 
 
 def run_command(main: Callable[[list[str]], Any], *, several_processes: bool = False) -> NoReturn:
@@ -308,48 +277,212 @@ def _default_text(option: dataclasses.Field) -> str:
     return ""
 
 
-def _choose(cls: type, values: dict[str, Any], origin: dict[str, str]) -> Any:
+def _build(cls: type, layers: Sequence[Layer]) -> Any:
+    schema = _choose(cls, _by_key(layers, "options", "a mapping"))
+    return _fill(schema, layers, "", schema)
+
+
+def _choose(cls: type, options: dict[Any, list[Layer]]) -> Any:
     """An instance of `cls` with defaults, in which each table's field holds the dataclass that its `name` chooses."""
     chosen = {}
     for option, hint in _hints(cls).items():
         table = TABLES.get(_bare(hint))
         if table is None:
             continue
-        given = values.get(option)
-        default = _DEFAULT_CHOICE[_bare(hint)]
-        name = given.get("name", default) if isinstance(given, dict) else default
+        names = _by_key(options.get(option, []), option, _group(option)).get("name")
+        name, source = names[-1] if names else (_DEFAULT_CHOICE[_bare(hint)], "")
         if not isinstance(name, str) or name not in table:
-            key = f"{option}.name"
-            raise InputError(
-                f"{key}: expected one of {', '.join(table)}, got '{name}'{_near(str(name), list(table))}"
-                f"{_where(origin, key)}"
-            )
+            given, near = shown(_resolve(name)), _near(str(name), list(table))
+            raise InputError(f"{option}.name: expected one of {', '.join(table)}, got {given}{near}{_where(source)}")
         chosen[option] = table[name][0]()
     return cls(**chosen)
 
 
-def _check_keys(schema: Any, values: dict[str, Any], prefix: str, origin: dict[str, str], root: Any) -> None:
-    known = {option.name for option in dataclasses.fields(schema)}
-    for key, value in values.items():
-        full = f"{prefix}{key}"
-        where = _where(origin, full)
-        if key not in known:
-            raise InputError(f"{full}: no such option{_owner(schema, str(key))}{_suggest(root, schema, full)}{where}")
-        child = getattr(schema, key)
+def _fill(schema: Any, layers: Sequence[Layer], key: str, root: Any) -> Any:
+    """`schema` with the options that the layers of the group `key` give.
+
+    Args:
+        root: all options of the script, among which the nearest right one is looked for.
+    """
+    hints, given, prefix = _hints(type(schema)), {}, f"{key}." if key else ""
+    options = _by_key(layers, key, _group(key))
+    for name, of_name in options.items():
+        if name not in hints:
+            hint = f"{_owner(schema, str(name))}{_suggest(root, schema, f'{prefix}{name}')}"
+            raise InputError(f"{prefix}{name}: no such option{hint}{_where(of_name[-1][1])}")
+    for name, of_name in options.items():
+        child = getattr(schema, name)
         if dataclasses.is_dataclass(child):
-            if not isinstance(value, dict):
-                raise InputError(f"{full}: expected a group of options such as {full}.<option>, got {value!r}{where}")
-            _check_keys(child, value, f"{full}.", origin, root)
-        elif _holds_interpolation(value):
-            raise InputError(f"{full}: a value may not hold '${{' or be '???', got {value!r}{where}")
+            given[name] = _fill(child, of_name, f"{prefix}{name}", root)
+        else:
+            given[name] = _convert(of_name, hints[name], f"{prefix}{name}")
+    return dataclasses.replace(schema, **given)
 
 
-def _holds_interpolation(value: Any) -> bool:
+def _by_key(layers: Sequence[Layer], key: str, expected: str) -> dict[Any, list[Layer]]:
+    """What the layers of a mapping say of each of its keys."""
+    result: dict[Any, list[Layer]] = {}
+    for value, source in layers:
+        mapping = _parsed(value)
+        if not isinstance(mapping, dict):
+            raise InputError(f"{key}: expected {expected}, got {shown(_resolve(value))}{_where(source)}")
+        for name, inner in mapping.items():
+            result.setdefault(name, []).append((inner, source))
+    return result
+
+
+def _convert(layers: Sequence[Layer], hint: Any, key: str) -> Any:
+    """One option's value as its type wants it: a dict of what the layers say together, anything else of the last one.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    hint, (value, source) = _bare(hint), layers[-1]
+    expected = _type_name(hint)
+    if isinstance(hint, types.UnionType):
+        if value is None or (isinstance(value, _Written) and value in ("", "~", "null")):
+            return None
+        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    container, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        schema = hint()  # pyright: ignore[reportCallIssue]
+        return _fill(schema, layers, key, schema)
+    if container is dict:
+        return {
+            _convert([(name, source)], arguments[0], key): _convert(of_name, arguments[1], f"{key}.{name}")
+            for name, of_name in _by_key(layers, key, expected).items()
+        }
+    if hint is Any:
+        return _resolve(value)
+    items = _parsed(value)
+    if container in (list, tuple) and isinstance(items, list | tuple):
+        kinds = arguments * len(items) if container is list else arguments
+        if len(items) == len(kinds):
+            places = enumerate(zip(items, kinds, strict=True))
+            return container(_convert([(item, source)], kind, f"{key}[{i}]") for i, (item, kind) in places)
+    converted = _SCALARS[hint](value) if hint in _SCALARS else None
+    if converted is not None:
+        return converted
+    note = ""
+    if hint is str:
+        note = "; it holds NUL or what is not UTF-8" if isinstance(value, str) else "; quote it if it is meant as text"
+    raise InputError(f"{key}: expected {expected}, got {shown(_resolve(value))}{note}{_where(source)}")
+
+
+def _group(key: str) -> str:
+    return f"a group of options such as {key}.<option>"
+
+
+def _where(source: str) -> str:
+    return f" (in {source})" if source else ""
+
+
+class _Written(str):
+    """A value as it is typed on the command line or stands unquoted in a file: its option's type says what it means."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose unquoted values are `_Written`, but for null; tags, and keys that stand twice, are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which every text can be read again: within single quotes some line breaks would become others."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar(_TEXT, data, style=None if data.isprintable() else '"')
+
+
+_NULL, _MERGE, _TEXT, _LIST, _MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "merge", "str", "seq", "map"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.yaml_constructors = {
+    **{tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (_NULL, _LIST, _MAPPING, None)},
+    _TEXT: lambda _, node: node.value if node.style else _Written(node.value),
+}
+_Dumper.add_representer(str, _Dumper.represent_str)
+_MOST_VALUES = 1_000_000  # of one YAML: aliases of aliases make more than memory holds out of a few lines
+
+
+def _parse_yaml(text: str) -> Any:
+    """What a YAML holds.
+
+    Raises:
+        YAMLError: malformed, nested too deeply, or larger than anyone writes.
+    """
+    try:
+        content = yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    waiting, count = [content], 0
+    while waiting:
+        value, count = waiting.pop(), count + 1
+        if count > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values, or an alias that holds itself")
+        waiting += (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return content
+
+
+def _parsed(value: Any) -> Any:
+    """The list or mapping that a text from the command line writes, such as `[a, b]`; anything else as it is."""
+    if not isinstance(value, _Written) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return _parse_yaml(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _resolve(value: Any) -> Any:
+    """A value whose option takes anything, or that a message shows: what it looks like."""
+    value = _parsed(value)
     if isinstance(value, dict):
-        return any(map(_holds_interpolation, (*value, *value.values())))
+        return {_resolve(key): _resolve(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return any(map(_holds_interpolation, value))
-    return isinstance(value, str) and ("${" in value or value == "???")
+        return [_resolve(inner) for inner in value]
+    if not isinstance(value, _Written):
+        return value
+    if value in ("~", "null"):
+        return None
+    if value in ("true", "false"):
+        return value == "true"
+    numbers = (convert(value) for convert in (_whole_number, _number))
+    return next((number for number in numbers if number is not None), str(value))
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if isinstance(value, str) and not re.search("[\\0\\ud800-\\udfff]", value) else None
+
+
+def _switch(value: Any) -> bool | None:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    return words.get(value.lower()) if isinstance(value, str) else value if isinstance(value, bool) else None
+
+
+def _whole_number(value: Any) -> int | None:
+    if isinstance(value, str):  # no option takes a number of a hundred digits
+        return int(value) if len(value) < 100 and re.fullmatch("[+-]?[0-9]+(_[0-9]+)*", value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+# What a value is as text, switch or number; None if it is none.
+_SCALARS: dict[Any, Callable[[Any], Any]] = {str: _text, bool: _switch, int: _whole_number, float: _number}
 
 
 def _owner(schema: Any, key: str) -> str:
@@ -379,32 +512,14 @@ def _near(word: str, words: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _read_override(argument: str) -> dict[str, Any]:
+def _read_override(argument: str, expected: str) -> Layer:
+    if "=" not in argument or argument.startswith("-"):
+        raise InputError(f"{shown(argument)}: expected {expected}; --help lists the options")
     key, _, text = argument.partition("=")
-    if "${" in text:
-        raise InputError(f"{key}: a value may not hold '${{' or be '???', got {text!r} (in the command line)")
-    try:
-        value: Any = OmegaConf.from_dotlist([f"value={text}"])["value"] if text else ""
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    except (yaml.YAMLError, OmegaConfBaseException):
-        value = text  # no YAML, such as a lone comma: plain text, and the type check has the last word
-    return _nest(key, value)
-
-
-def _merge_into(values: dict[str, Any], part: dict[str, Any]) -> None:
-    for key, value in part.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge_into(values[key], value)
-        else:
-            values[key] = value
-
-
-def _leaf_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaf_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+    value: Any = _Written(text)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value, "the command line"
 
 
 def _schema_keys(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -414,18 +529,6 @@ def _schema_keys(schema: Any, prefix: str = "") -> Iterator[str]:
             yield from _schema_keys(child, f"{prefix}{option.name}.")
         else:
             yield f"{prefix}{option.name}"
-
-
-def _lookup(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
-def _child(schema: Any, key: str) -> Any:
-    for part in key.split(".") if key else ():
-        schema = getattr(schema, part)
-    return schema
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -441,6 +544,8 @@ def _type_name(hint: Any) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(_type_name(part) for part in typing.get_args(hint))
     arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return f"[{', '.join(_type_name(part) for part in arguments)}]"
     if arguments:
         return f"{hint.__origin__.__name__} of {' to '.join(_type_name(a) for a in arguments)}"
     return {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}.get(

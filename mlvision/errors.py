@@ -1,10 +1,12 @@
 """The one error type that means "what the user gave is wrong", and the check of option ranges that raises it."""
 
+import dataclasses
+import math
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_LONGEST = 600  # characters at each end of a message that is cut
+_MOST_CHARACTERS = 2000  # of a message: lists of names are long, values may be as large as a file
 
 
 class InputError(ValueError):
@@ -19,10 +21,10 @@ class InputError(ValueError):
 
     on_every_rank = False
 
-    def __init__(self, message: str) -> None:
-        # What a message repeats of a file may be of any length: its beginning names the file, its end what was expected.
-        whole = len(message) <= 2 * _LONGEST
-        super().__init__(message if whole else f"{message[:_LONGEST]} ... {message[-_LONGEST:]}")
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().split())
+        half = _MOST_CHARACTERS // 2
+        return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
 
 
 _SHORT = reprlib.Repr()
@@ -51,12 +53,29 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def check_fields(options: object, prefix: str, rules: Iterable[tuple[str, bool, str]]) -> None:
-    """Refuse the first option that breaks its rule: (field, whether it holds, what was expected).
+def check_fields(options: object, prefix: str, rules: Iterable[tuple[str, bool, str]] = ()) -> None:
+    """Refuse the first option that is no number of this world (NaN, infinite, or a whole number of more than 64 bits), or
+    breaks its rule: (field, whether it holds, what was expected).
 
     Raises:
         InputError: names the option by `prefix` and field, with what was expected and what was given.
     """
+    for option in dataclasses.fields(options):  # pyright: ignore[reportArgumentType]
+        value = getattr(options, option.name)
+        if not _is_sane(value):
+            raise InputError(
+                f"{prefix}{option.name}: expected finite numbers, whole ones of at most 64 bits, got {shown(value)}"
+            )
     for name, holds, expected in rules:
         if not holds:
-            raise InputError(f"{prefix}{name}: expected {expected}, got {getattr(options, name)!r}")
+            raise InputError(f"{prefix}{name}: expected {expected}, got {shown(getattr(options, name))}")
+
+
+def _is_sane(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_sane, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_sane, value))
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or math.isfinite(value)

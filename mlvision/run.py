@@ -26,7 +26,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mlvision.config import Config, build_options, load_options, read_overrides, save_options, to_plain
+from mlvision.config import Config, build_options, load_options, save_options, to_plain
 from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, rgb_array
 from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
@@ -440,7 +440,7 @@ def load_run(
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{path}: no run there (expected a folder with config.yaml, made by train.py)")
     saved_config = load_options(Config, folder / "config.yaml")
-    config = build_options(Config, read_overrides(to_plain(saved_config), overrides))
+    config = build_options(Config, to_plain(saved_config), overrides=overrides)
     overridden = {argument.partition("=")[0] for argument in overrides}
     device_used = resolve_device(config.device if "device" in overridden else device)
     if "threads" in overridden:
