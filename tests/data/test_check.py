@@ -227,10 +227,10 @@ def test_contact_sheet_depends_on_the_seed_alone(root):
 
 
 def test_names_of_any_text_are_drawn_and_written(tmp_path):
-    """A newline was an error of Pillow's, 10,000 letters took hours, bytes that are no UTF-8 were an error of the CSV."""
+    """Names that Pillow, a font or a table could stumble over; the manifest itself refuses longer ones and line breaks."""
     key = os.fsdecode(b"caf\xe9.png")
     picture(0).save(tmp_path / key)
-    names = ("two\nlines", "w" * 10_000, "\u732b", "\U0001f98a", os.fsdecode(b"\xff"), "a\0b", "\u202eturned")
+    names = ("w" * 500, "\u732b", "\U0001f98a", "a  b", "=1+1", "$x^2$", "\u202eturned")
     boxes = Boxes(
         np.tile(np.array([[0, 0, 1, 1]], np.float32), (len(names), 1)),
         np.arange(len(names)),
