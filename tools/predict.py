@@ -1,35 +1,58 @@
-"""Predict the labels of every image in a folder and write a CSV.
+"""Predict the labels of images: a folder, single files, or a split of the run's own data.
 
 python tools/predict.py runs/<name> images=folder out=predictions.csv
+python tools/predict.py runs/<name> images=[a.jpg,more/b.png] out=predictions.jsonl top_k=3
+python tools/predict.py runs/<name> split=val out=val.csv
+
+.csv has the columns image, labels (apart by ;) and one per class, its score. A name that a spreadsheet would take for a
+formula, by its first letter = + - or @, has an apostrophe in front there. .jsonl has one JSON object per line, {"image":
+..., "labels": [...], "scores": {class: score}}, with every name as it is. The labels are those whose score reaches
+`threshold`, or with `top_k` the classes of the highest scores, the highest first.
+
+Options of data.* are the run's own, overridden.
 """
 
 import csv
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import IO, Annotated, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from mlvision.config import describe_options, parse_options, run_command
-from mlvision.data.folder import folder_manifest
+from mlvision.data.folder import images_manifest
 from mlvision.data.images import drop_unreadable
 from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.loader import LoaderConfig, eval_loader
-from mlvision.errors import InputError
-from mlvision.run import add_classes, check_images, load_run
+from mlvision.data.manifest import Manifest
+from mlvision.data.text_files import printable
+from mlvision.errors import InputError, check_fields
+from mlvision.files import check_out, spreadsheet_text, whole_file
+from mlvision.run import LoadedRun, add_classes, check_images, load_run, read_for
 from mlvision.types import reaches
+
+SEPARATOR = ";"  # of labels in one cell
+OWN_COLUMNS = ("image", "labels")
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    images: Annotated[str, "folder whose images are predicted, sub-folders included"] = ""
-    out: Annotated[str, "CSV to write"] = "predictions.csv"
+    images: Annotated[
+        list[str], "what is predicted: a folder, sub-folders included, an image file, or a list of both"
+    ] = field(default_factory=list)
+    split: Annotated[str, "instead of images: role of the run's own images, test, val or train"] = ""
+    out: Annotated[str, "file to write, .csv or .jsonl"] = "predictions.csv"
     extra_labels: Annotated[
         list[str], "names of classes that the model was not trained on; a head that compares with names can take them"
     ] = field(default_factory=list)
     threshold: Annotated[float, "a class is a label where its score is at least this"] = 0.5
+    top_k: Annotated[int, "so many classes of the highest scores are the labels, whatever the threshold; 0: by it"] = 0
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
+    threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and say so"] = (
         "error"
     )
@@ -37,52 +60,141 @@ class PredictOptions:
     batch_size: Annotated[int, "images a batch"] = 64
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
 
+    def __post_init__(self) -> None:
+        rules = (
+            ("images", not (self.images and self.split), "nothing next to split="),
+            ("threshold", 0 <= self.threshold <= 1, "a score, from 0 to 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("threads", self.threads >= 0, "0 or more"),
+            ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
+        )
+        check_fields(self, "", rules)
+
+
+class Predicted(NamedTuple):
+    """One image: its key, the indices of its labels, and the score of each class."""
+
+    key: str
+    labels: list[int]
+    scores: list[float]
+
 
 def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print(f"usage: python tools/predict.py RUN [key=value ...]\n\n{__doc__}\n{describe_options(PredictOptions)}")
         return
     path, *rest = argv
-    options = parse_options(PredictOptions, rest, prog="python tools/predict.py", description=__doc__)
-    if options.on_bad_image not in ("error", "skip"):
-        raise InputError(f"on_bad_image: expected error or skip, got '{options.on_bad_image}'")
-    out = Path(options.out)
-    if not out.parent.is_dir():
-        raise InputError(f"out: the folder {out.parent} does not exist")
-    run = load_run(path, device=options.device, weights=options.weights)
-    if options.extra_labels:
-        run = add_classes(run, options.extra_labels)
-    if not options.images:
-        raise InputError("images: expected a folder, got nothing")
-    manifest = folder_manifest(Path(options.images), run.classes, options.max_pixels)
-    print(manifest.protocol)
-    check_images(run.config.model.in_chans, manifest)
-    if options.on_bad_image == "skip":
-        manifest, bad = drop_unreadable(manifest, options.num_workers)
-        for key, reason in bad:
-            print(f"left out: {key} ({reason})")
-    loader = eval_loader(
-        manifest, run.view, LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
-    )
+    of_data = [argument for argument in rest if argument.startswith("data.")]
+    own = [as_list(argument) for argument in rest if argument not in of_data]
+    options = parse_options(PredictOptions, own, prog="python tools/predict.py", description=__doc__)
+    out = check_out(options.out, tuple(WRITERS))
+    write = WRITERS[out.suffix.lower()]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    run = load_run(path, device=options.device, weights=options.weights, overrides=of_data)
+    of_run, run = run, add_classes(run, options.extra_labels) if options.extra_labels else run
+    manifest = read_images(of_run, options)
+    if options.top_k > len(run.classes):
+        raise InputError(f"top_k: expected at most the {len(run.classes)} classes, got {options.top_k}")
+    if write is write_csv:
+        check_columns(run.classes)
+    with whole_file(out, newline="") as file:  # written batch by batch, so memory stays flat
+        write(file, run.classes, predictions(run, manifest, options))
+    print(f"{len(manifest)} images, {len(run.classes)} classes: {printable(str(out))}")
+    names = [*run.classes, *(record.key for record in manifest.records)] if write is write_csv else []
+    num_changed = sum(spreadsheet_text(name) != name for name in names)
+    if num_changed:
+        print(f"{num_changed} names begin like a formula and have an apostrophe in front; .jsonl has them as they are")
 
-    # Written batch by batch into a partial file, so memory stays flat and a failure leaves no half table.
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as file, torch.inference_mode():
-            writer = csv.writer(file)
-            writer.writerow(["image", "labels", *run.classes])
-            for batch in loader:
-                with run.precision.autocast():
-                    logits = run.method.predict(batch.images.to(run.precision.device))
-                scores = run.method.scores(logits.float()).cpu()
-                predicted = reaches(scores, options.threshold).tolist()
-                for row, found, decisions in zip(batch.index.tolist(), scores.tolist(), predicted, strict=True):
-                    labels = [name for name, decision in zip(run.classes, decisions, strict=True) if decision]
-                    writer.writerow([manifest.records[row].key, ";".join(labels), *(f"{s:.6f}" for s in found)])
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"{len(manifest)} images, {len(run.classes)} classes: {out}")
+
+def as_list(argument: str) -> str:
+    """`images=folder` for `images=[folder]`, whatever letters the path has."""
+    key, _, value = argument.partition("=")
+    if key not in ("images", "extra_labels") or value.startswith("["):
+        return argument
+    return f"{key}={json.dumps([value] if value else [])}"
+
+
+def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:
+    """The images that are asked for, without those that are to be left out.
+
+    Raises:
+        InputError: none, or more than one way to name them; a file that is none.
+    """
+    if not options.images and not options.split:
+        raise InputError(
+            "images: expected a folder or image files, got nothing; split= names a split of the run's data"
+        )
+    if options.split:
+        skipping = replace(run.config.data, on_bad_image=options.on_bad_image)
+        config = replace(run.config, data=skipping, loader=replace(run.config.loader, num_workers=options.num_workers))
+        manifest, unreadable = read_for(replace(run, config=config), options.split)
+        bad = [(key, reason) for _, key, reason in unreadable]
+    else:
+        manifest, bad = images_manifest(options.images, run.classes, options.max_pixels), []
+        check_images(run.config.model.in_chans, manifest)
+        if options.on_bad_image == "skip":
+            manifest, bad = drop_unreadable(manifest, options.num_workers)
+    print(printable(manifest.protocol))
+    for key, reason in bad:
+        print(f"left out: {printable(key)} ({printable(reason)})")
+    return manifest
+
+
+def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> Iterator[Predicted]:
+    """What the run says of each image, in the order of the manifest."""
+    loading = LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
+    loader = eval_loader(manifest, run.view, loading)
+    for batch in tqdm(loader, desc="predicting", unit=" batches", disable=None):
+        with torch.inference_mode(), run.precision.autocast():
+            logits = run.method.predict(batch.images.to(run.precision.device))
+        scores = run.method.scores(logits.float()).cpu()
+        if options.top_k:
+            labels = scores.topk(options.top_k, dim=1).indices.tolist()
+        else:
+            labels = [reached.nonzero().flatten().tolist() for reached in reaches(scores, options.threshold)]
+        for row, own_labels, own_scores in zip(batch.index.tolist(), labels, scores.tolist(), strict=True):
+            key = manifest.records[row].key
+            if any(map(math.isnan, own_scores)):
+                raise InputError(f"{key}: the model gives NaN for it: its weights are damaged, or {options.device} is")
+            yield Predicted(key, own_labels, own_scores)
+
+
+def check_columns(classes: Sequence[str]) -> None:
+    """Refuse class names that a reader of the CSV would take for something else.
+
+    Raises:
+        InputError: a name that is a column's already, or that holds what sets labels apart.
+    """
+    for name in classes:
+        fault = ""
+        if name in OWN_COLUMNS:
+            fault = "is also the name of a column"
+        elif SEPARATOR in name:
+            fault = f"holds the '{SEPARATOR}' that sets labels apart"
+        if fault:
+            raise InputError(f"out: class '{name}' {fault} of a .csv; write a .jsonl instead")
+
+
+def write_csv(file: IO[str], classes: Sequence[str], rows: Iterable[Predicted]) -> None:
+    writer = csv.writer(file)
+    writer.writerow([*OWN_COLUMNS, *map(spreadsheet_text, classes)])
+    for row in rows:
+        labels = SEPARATOR.join(classes[label] for label in row.labels)
+        writer.writerow([spreadsheet_text(row.key), spreadsheet_text(labels), *(f"{s:.6f}" for s in row.scores)])
+
+
+def write_jsonl(file: IO[str], classes: Sequence[str], rows: Iterable[Predicted]) -> None:
+    for row in rows:
+        scores = {name: round(score, 6) for name, score in zip(classes, row.scores, strict=True)}
+        labels = [classes[label] for label in row.labels]
+        file.write(json.dumps({"image": row.key, "labels": labels, "scores": scores}, ensure_ascii=False) + "\n")
+
+
+WRITERS: dict[str, Callable[[IO[str], Sequence[str], Iterable[Predicted]], None]] = {
+    ".csv": write_csv,
+    ".jsonl": write_jsonl,
+}
 
 
 if __name__ == "__main__":

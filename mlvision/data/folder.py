@@ -1,6 +1,8 @@
 """Folders that are searched for images: which files count, in which order, and what is said of the others."""
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,3 +117,33 @@ def folder_manifest(folder: Path, classes: tuple[str, ...], max_pixels: int = MA
     records = tuple(Record(name, os.path.join(folder, name), labels=(), unknown=unknown) for name in search.images)
     note = "; ".join(filter(None, (f"{len(records):,} images below {folder}", search.note())))
     return Manifest(classes, records, split=str(folder), protocol=note, max_pixels=max_pixels)
+
+
+def images_manifest(paths: Sequence[str], classes: tuple[str, ...], max_pixels: int = MAX_PIXELS) -> Manifest:
+    """Images of whose labels nothing is known: files, and those below folders.
+
+    The key of an image below the only folder is its path from there; otherwise keys begin with the path as it was given.
+
+    Raises:
+        InputError: as `folder_manifest`, no such file, or an image that is given twice.
+    """
+    if len(paths) == 1 and not os.path.isfile(paths[0]):
+        return folder_manifest(Path(paths[0]), classes, max_pixels)
+    files: list[str] = []
+    notes = []
+    for path in paths:
+        if os.path.isdir(path):
+            below = folder_manifest(Path(path), classes, max_pixels)
+            files += [os.path.join(path, record.key) for record in below.records]
+            notes.append(below.protocol)
+        elif os.path.isfile(path):
+            files.append(path)
+        else:
+            raise InputError(f"images: {printable(path)}: no such file or folder")
+    twice = next((path for path, count in Counter(map(os.path.normpath, files)).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"images: {printable(twice)} is given twice")
+    unknown = tuple(range(len(classes)))
+    records = tuple(Record(Path(path).as_posix(), path, labels=(), unknown=unknown) for path in files)
+    notes = notes or [f"{len(files):,} image files"]
+    return Manifest(classes, records, split="images", protocol="; ".join(notes), max_pixels=max_pixels)

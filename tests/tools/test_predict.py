@@ -1,4 +1,6 @@
 import csv
+import json
+import os
 import shutil
 
 import numpy as np
@@ -6,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+import eval as eval_script
 import train as train_script
 from mlvision import load_run
 from mlvision.data import build_manifest
+from mlvision.engine.checkpoint import load_checkpoint, save_checkpoint
 from mlvision.errors import InputError
-from mlvision.run import add_classes
+from mlvision.run import add_classes, read_for
 from tools import predict
 
 
@@ -103,12 +107,22 @@ def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, 
     ("argument", "message"),
     [
         ("images=/nowhere", "images: /nowhere is not a folder"),
+        ("images=", "images: expected a folder or image files, got nothing; split= names a split"),
+        ("images=[/nowhere,/elsewhere]", "images: /nowhere: no such file or folder"),
+        ("split=test", "images: expected nothing next to split="),
+        ("threshold=50", "threshold: expected a score, from 0 to 1, got 50"),
+        ("threshold=-0.1", "threshold: expected a score, from 0 to 1, got -0.1"),
+        ("threshold=.nan", "threshold: expected a score, from 0 to 1, got nan"),
+        ("top_k=-1", "top_k: expected 0 or more, got -1"),
+        ("out=x.json", "out: expected a name that ends in .csv or .jsonl, got 'x.json'"),
+        ("out=predictions", "out: expected a name that ends in .csv or .jsonl, got 'predictions'"),
+        ("out=/dev/null", "out: expected a name that ends in .csv or .jsonl, got '/dev/null'"),
         ("imges=x", "imges: no such option; did you mean images?"),
         ("out=/nowhere/x.csv", "out: the folder /nowhere does not exist"),
     ],
 )
 def test_bad_options(run_folder, argument, message, tmp_path):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message.replace("[", "\\[")):
         predict.main([str(run_folder), f"images={tmp_path}", argument])
 
 
@@ -188,3 +202,162 @@ def test_a_trained_text_run_needs_no_encoder(text_run, tmp_path):
 def test_classes_cannot_be_added_to_a_head_that_reads_no_names(run_folder, tmp_path):
     with pytest.raises(InputError, match="extra_labels: head linear knows its own"):
         predict.main([str(run_folder), f"images={tmp_path}", "extra_labels=[lighthouse]"])
+
+
+@pytest.fixture
+def photos(scenes_root, tmp_path):
+    """Three photos, one of them in a sub-folder."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    sources = sorted((scenes_root / "images/test").iterdir())[:3]
+    for source, name in zip(sources, ("a.jpg", "b.jpg", "deep/c.jpg"), strict=True):
+        shutil.copy(source, folder / name)
+    return folder
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_json_lines_hold_what_the_csv_holds(run_folder, photos, tmp_path):
+    arguments = [str(run_folder), f"images={photos}", "num_workers=0", "threshold=0.3"]
+    predict.main([*arguments, f"out={tmp_path}/p.csv"])
+    predict.main([*arguments, f"out={tmp_path}/p.jsonl"])
+    (_, _, *classes), *rows = read_csv(tmp_path / "p.csv")
+    lines = read_jsonl(tmp_path / "p.jsonl")
+    assert len(lines) == len(rows) == 3
+    for line, (image, labels, *scores) in zip(lines, rows, strict=True):
+        assert list(line) == ["image", "labels", "scores"]
+        assert line["image"] == image
+        assert ";".join(line["labels"]) == labels
+        assert list(line["scores"]) == classes
+        assert [f"{score:.6f}" for score in line["scores"].values()] == scores
+
+
+def test_single_files_and_several_folders(run_folder, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photos / "a.jpg", "odd [1], #2.jpg")
+    out = tmp_path / "p.csv"
+    for images, keys in (
+        ("images=photos/a.jpg", ["photos/a.jpg"]),
+        ("images=odd [1], #2.jpg", ["odd [1], #2.jpg"]),
+        ("images=[photos/b.jpg,photos/a.jpg]", ["photos/b.jpg", "photos/a.jpg"]),
+        ("images=[photos/a.jpg,photos/deep]", ["photos/a.jpg", "photos/deep/c.jpg"]),
+        ("images=photos", ["a.jpg", "b.jpg", "deep/c.jpg"]),
+    ):
+        predict.main([str(run_folder), images, f"out={out}", "num_workers=0"])
+        assert [row[0] for row in read_csv(out)[1:]] == keys
+    for images in ("images=[photos/a.jpg,./photos/a.jpg]", "images=[photos,photos/deep/c.jpg]"):
+        with pytest.raises(InputError, match=r"images: photos/(a|deep/c).jpg is given twice"):
+            predict.main([str(run_folder), images, f"out={out}", "num_workers=0"])
+
+
+def test_a_split_of_the_runs_own_data(run_folder, tmp_path):
+    out = tmp_path / "p.jsonl"
+    predict.main([str(run_folder), "split=test", f"out={out}", "num_workers=0"])
+    run = load_run(run_folder, device="cpu")
+    manifest, _ = read_for(run, "test")
+    assert [line["image"] for line in read_jsonl(out)] == [record.key for record in manifest.records]
+    kept = eval_script.main([str(run_folder), "device=cpu"])
+    assert kept["protocol"]
+    with np.load(run_folder / "predictions_test.npz") as arrays:  # as eval.py keeps them
+        scores = torch.from_numpy(arrays["logits"]).sigmoid()
+    lines = torch.tensor([list(line["scores"].values()) for line in read_jsonl(out)])
+    torch.testing.assert_close(lines, scores, atol=2e-5, rtol=0)
+    with pytest.raises(InputError, match="data.split: expected one of train, val, test, got 'tset'"):
+        predict.main([str(run_folder), "split=tset", f"out={out}"])
+
+
+def test_the_classes_of_the_highest_scores(run_folder, photos, tmp_path):
+    out = tmp_path / "p.jsonl"
+    arguments = [str(run_folder), f"images={photos}", f"out={out}", "num_workers=0", "threads=1"]
+    predict.main([*arguments, "top_k=3", "threshold=1"])
+    for line in read_jsonl(out):
+        assert line["labels"] == sorted(line["scores"], key=lambda name: -line["scores"][name])[:3]
+    with pytest.raises(InputError, match="top_k: expected at most the 20 classes, got 21"):
+        predict.main([*arguments, "top_k=21"])
+
+
+@pytest.fixture
+def renamed(run_folder, tmp_path):
+    """The run, with other names for its first classes."""
+
+    def rename(*names):
+        folder = tmp_path / "renamed"
+        shutil.copytree(run_folder, folder, dirs_exist_ok=True)
+        for path in (folder / "checkpoints").iterdir():
+            state = load_checkpoint(path)
+            classes = [*names, *state["classes"][len(names) :]]
+            save_checkpoint(path, state | {"classes": classes})
+        return folder, classes
+
+    return rename
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("labels", "out: class 'labels' is also the name of a column of a .csv; write a .jsonl instead"),
+        ("image", "out: class 'image' is also the name of a column of a .csv; write a .jsonl instead"),
+        ("x;y", "out: class 'x;y' holds the ';' that sets labels apart of a .csv; write a .jsonl instead"),
+    ],
+)
+def test_class_names_that_a_csv_would_not_tell_apart(renamed, photos, tmp_path, name, message):
+    folder, classes = renamed(name)
+    arguments = [str(folder), f"images={photos}", "num_workers=0", "threshold=0"]
+    with pytest.raises(InputError) as caught:
+        predict.main([*arguments, f"out={tmp_path}/p.csv"])
+    assert str(caught.value) == message
+    assert not (tmp_path / "p.csv").exists()
+    predict.main([*arguments, f"out={tmp_path}/p.jsonl"])
+    assert all(line["labels"] == list(line["scores"]) == classes for line in read_jsonl(tmp_path / "p.jsonl"))
+
+
+def test_names_of_any_letters_survive(renamed, photos, tmp_path, capsys):
+    """Quotes, commas, other scripts and the start of a formula; in file names line breaks and bytes that are no text."""
+    names = ['a "quoted", one', "犬", "=1+1", "-cat", "'=x"]
+    folder, classes = renamed(*names)
+    shutil.move(photos / "a.jpg", photos / "=a.jpg")
+    os.rename(photos / "b.jpg", os.fsencode(photos) + b"/b\xff\xfe.jpg")
+    shutil.move(photos / "deep/c.jpg", photos / "deep/new\nline.jpg")
+    arguments = [str(folder), f"images={photos}", "num_workers=0", "threshold=0"]
+    predict.main([*arguments, f"out={tmp_path}/p.csv"])
+    assert "4 names begin like a formula and have an apostrophe in front; .jsonl has them" in capsys.readouterr().out
+    predict.main([*arguments, f"out={tmp_path}/p.jsonl"])
+    (_, _, *columns), *rows = read_csv(tmp_path / "p.csv")
+    assert columns == [{"=1+1": "'=1+1", "-cat": "'-cat", "'=x": "''=x"}.get(name, name) for name in classes]
+    assert [row[0] for row in rows] == ["'=a.jpg", "b\\udcff\\udcfe.jpg", "deep/new\\nline.jpg"]
+    lines = read_jsonl(tmp_path / "p.jsonl")
+    assert [line["image"] for line in lines] == ["=a.jpg", "b\\udcff\\udcfe.jpg", "deep/new\\nline.jpg"]
+    assert all(line["labels"] == classes for line in lines)
+    assert rows[0][1] == ";".join(classes)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_only_a_file_is_ever_replaced(run_folder, photos, tmp_path, kind):
+    out = tmp_path / "p.csv"
+    (tmp_path / "precious").write_text("precious")
+    {"link": lambda: out.symlink_to("precious"), "folder": out.mkdir, "pipe": lambda: os.mkfifo(out)}[kind]()
+    with pytest.raises(
+        InputError, match=f"out: {out} is a {kind}, which would be replaced; expected a file or a new name"
+    ):
+        predict.main([str(run_folder), f"images={photos}", f"out={out}", "num_workers=0"])
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.csv", "photos", "precious"]
+
+
+def test_scores_that_are_no_numbers_are_refused(renamed, photos, tmp_path):
+    folder, _ = renamed("a")
+    for path in (folder / "checkpoints").iterdir():
+        state = load_checkpoint(path)
+        for weights in filter(None, (state["method"], state["ema"])):
+            weights["classifier.head.linear.bias"] = torch.full_like(weights["classifier.head.linear.bias"], torch.nan)
+        save_checkpoint(path, state)
+    with pytest.raises(InputError, match="a.jpg: the model gives NaN for it"):
+        predict.main([str(folder), f"images={photos}", f"out={tmp_path}/p.csv", "num_workers=0"])
+    assert not list(tmp_path.glob("p.csv*"))
