@@ -1,4 +1,5 @@
-"""Evaluate a trained run on one split: metrics.json, a per-class table, a precision-recall figure, and its record.
+"""Evaluate a trained run on one split: metrics.json, the scores of all its images, a per-class table, a precision-recall
+figure, and its record.
 
 python eval.py runs/<name>
 python eval.py runs/<name> data.split=val device=cpu
@@ -10,6 +11,8 @@ import csv
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from mlvision.config import Config, describe_options, run_command
 from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
@@ -17,6 +20,7 @@ from mlvision.data.manifest import Manifest, object_areas
 from mlvision.engine.distributed import on_every_rank, on_main, rank, world_size
 from mlvision.engine.evaluate import Predictions, predict
 from mlvision.errors import InputError
+from mlvision.files import spreadsheet_text, whole_file, write_arrays
 from mlvision.metrics import (
     average_precision_by_size,
     bootstrap_interval,
@@ -98,11 +102,14 @@ def report(
     of_checkpoint = Path(path).is_file()
     name = f"{role}_{Path(path).stem}" if of_checkpoint else role
     table_file, figure_file = run.folder / f"per_class_{name}.csv", run.folder / f"precision_recall_{name}.png"
-    with open(table_file, "w", encoding="utf-8", newline="") as file:
+    scores_file = run.folder / f"predictions_{name}.npz"
+    save_predictions(scores_file, predictions[run.weights], manifest, activation)
+    with whole_file(table_file, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
-        writer.writerows(table)
-    draw_precision_recall(figure_file, logits, targets, manifest.classes)
+        writer.writerows(row | {"class": spreadsheet_text(row["class"])} for row in table)
+    with whole_file(figure_file, "wb") as file:
+        draw_precision_recall(file, logits, targets, manifest.classes)
     metrics = {
         "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
         f"{run.config.view.eval_side} px, split {manifest.split}; plain AP, F-measures at 0.5",
@@ -112,7 +119,7 @@ def report(
         **results,
     }
     write_metrics(run, name, metrics)
-    written = ["metrics.json", table_file.name, figure_file.name]
+    written = ["metrics.json", scores_file.name, table_file.name, figure_file.name]
     if role == "test" and not of_checkpoint:
         if is_trained(run.folder, run.config):
             write_record(run, metrics)
@@ -128,6 +135,31 @@ def report(
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
     print(f"written to {run.folder}: {', '.join(written)}")
     return metrics
+
+
+def save_predictions(path: Path, predictions: Predictions, manifest: Manifest, activation: str) -> None:
+    """Keep the scores of a split, so that whatever is measured or fitted afterwards needs no second pass.
+
+    The .npz needs nothing else to be understood; its rows are in the order of the manifest:
+
+    | array | |
+    | --- | --- |
+    | logits | `[N, C]` float32, of the weights that metrics.json names as the run's |
+    | targets | `[N, C]` float32: 1 present, 0 absent, NaN unknown |
+    | index | `[N]` int64: rows of the manifest |
+    | keys | `[N]` text: the images |
+    | classes | `[C]` text: the columns |
+    | activation | text: what makes scores of logits, softmax over the classes or sigmoid of each |
+    """
+    arrays = {
+        "logits": predictions.logits.numpy(),
+        "targets": predictions.targets.numpy(),
+        "index": predictions.index.numpy(),
+        "keys": np.array([manifest.records[row].key for row in predictions.index.tolist()]),
+        "classes": np.array(manifest.classes),
+        "activation": np.array(activation),
+    }
+    write_arrays(path, arrays)
 
 
 if __name__ == "__main__":

@@ -63,8 +63,28 @@ def test_a_run_folder_holds_what_it_promises(trained):
     record = json.loads((folder / "record.json").read_text())
     assert record["metrics"] == metrics
     assert Image.open(folder / "precision_recall_test.png").size[0] > 300
+    assert not list(folder.glob("**/*.partial"))
     rows = list(csv.DictReader(open(folder / "per_class_test.csv", newline="")))
     assert [row["class"] for row in rows] == list(load_run(folder).classes)
+
+
+def test_the_scores_of_the_split_are_kept(trained):
+    """All that the metrics were computed of, readable without pickle and without this code."""
+    folder, metrics = trained
+    run = load_run(folder, device="cpu")
+    manifest, _ = read_for(run, "test")
+    with np.load(folder / "predictions_test.npz", allow_pickle=False) as arrays:
+        kept = dict(arrays)
+    assert kept["keys"].tolist() == [record.key for record in manifest.records]
+    assert kept["classes"].tolist() == list(run.classes)
+    assert kept["activation"] == "sigmoid"
+    assert (kept["logits"].dtype, kept["targets"].dtype, kept["index"].dtype) == ("f4", "f4", "i8")
+    predictions = predict(run.method, eval_loader(manifest, run.view, run.config.loader), run.precision)
+    np.testing.assert_array_equal(kept["targets"], predictions.targets.numpy())
+    np.testing.assert_allclose(kept["logits"], predictions.logits.numpy(), atol=1e-5)
+    assert kept["index"].tolist() == list(range(len(manifest)))
+    ap = average_precision(kept["logits"], kept["targets"])
+    assert np.nanmean(ap) == pytest.approx(metrics["ema"]["mAP"], abs=1e-6)
 
 
 def test_the_images_file_splits_the_training_images(trained, scenes_root):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Float, Float64, Shaped
@@ -27,7 +28,7 @@ RECALLS = np.linspace(0, 1, 201)
 
 
 def draw_precision_recall(
-    path: str | Path,
+    path: str | Path | IO[bytes],
     logits: Float[ArrayT, "N C"],
     targets: Shaped[ArrayT, "N C"],
     classes: Sequence[str],
