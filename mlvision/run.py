@@ -41,6 +41,7 @@ from mlvision.engine.precision import Precision, resolve_device, resolve_precisi
 from mlvision.engine.seed import seed_everything, set_deterministic
 from mlvision.errors import InputError, shown
 from mlvision.explain.callback import CamGrids
+from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import METHODS, Method
 from mlvision.models import Preprocessing, TextHead, TextHeadConfig, build_classifier
@@ -601,8 +602,12 @@ def start_folder(run: Run, folder: Path) -> None:
 def note_resumption(run: Run, folder: Path) -> None:
     """Add this machine and code to environment.json: a run may go on with others than it began with."""
     environment = read_written(folder / "environment.json")
-    environment.setdefault("resumed", []).append(describe_environment(run.precision.device))
-    write_json(folder / "environment.json", environment)
+    resumed = environment.get("resumed", [])
+    if not isinstance(resumed, list):
+        raise InputError(f"{folder / 'environment.json'}: 'resumed' is no list, as it was written; the file is damaged")
+    write_json(
+        folder / "environment.json", environment | {"resumed": [*resumed, describe_environment(run.precision.device)]}
+    )
 
 
 def _script() -> str:
@@ -746,9 +751,9 @@ def read_written(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write strict JSON, NaN as null, whole or not at all; infinity would be a fault and is refused."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(_without_nan(values), indent=2, allow_nan=False)
+    with whole_file(path) as file:
+        file.write(text + "\n")
 
 
 def _without_nan(value: Any) -> Any:

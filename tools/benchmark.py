@@ -42,6 +42,7 @@ from mlvision.engine.precision import Precision, resolve_device, resolve_precisi
 from mlvision.errors import InputError
 from mlvision.explain import Subject, explain
 from mlvision.explain.perturb import slic_segments
+from mlvision.files import check_out
 from mlvision.labels import pool_label_map
 from mlvision.labels.annotate import top_k_of
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
@@ -779,6 +780,8 @@ def main(argv: list[str]) -> None:
     options = parse_options(BenchmarkOptions, rest, prog="benchmark.py", description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.out:
+        check_out(options.out)
     environment = describe_environment(torch.device(options.device))
     print(
         f"{environment['machine']}, threads={environment['threads']}, load {os.getloadavg()[0]:.1f}; median of "

@@ -7,6 +7,7 @@ python tools/explain.py compare runs/<name> num_images=200 out=comparison
 python tools/explain.py prototypes runs/<name> split=val
 """
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -311,7 +312,7 @@ def new_folder(out: str | Path) -> Path:
         InputError: it is there already, or the folder that it belongs in is not.
     """
     path = Path(out)
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere, too
         raise InputError(f"out: {out} is there already; give another folder")
     if not path.parent.is_dir():
         raise InputError(f"out: the folder {path.parent} does not exist")

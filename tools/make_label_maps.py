@@ -35,6 +35,7 @@ from mlvision.engine.distributed import is_main, on_every_rank
 from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
 from mlvision.engine.precision import resolve_device, resolve_precision
 from mlvision.errors import InputError, check_fields
+from mlvision.files import whole_file
 from mlvision.labels.annotate import annotate, verify
 from mlvision.labels.importers import PublishedMap, detect_axes, fingerprint, import_published
 from mlvision.labels.oracle import oracle_map
@@ -436,9 +437,8 @@ def report(path: str, options: ReportOptions) -> str:
     teacher = made_by(store, manifest, options) if options.teacher else None
     quality = judge_label_maps(store, manifest, judging_manifest(manifest, options), options, teacher)
     write_json(folder / JSON, quality)
-    partial = folder / f"{PNG}.partial"
-    draw_quality(partial, quality)
-    partial.replace(folder / PNG)
+    with whole_file(folder / PNG, "wb") as file:
+        draw_quality(file, quality)
     return f"{summarise(quality)}\nwritten: {folder / JSON}, {folder / PNG}"
 
 

@@ -8,7 +8,6 @@ Each record (docs/results/<grid>/<run>.json) was written by eval.py. Runs that d
 `runs`, the table of these evaluated run folders is printed and nothing is written.
 """
 
-import json
 import re
 import statistics
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,11 @@ from typing import Annotated, Any
 import yaml
 
 from mlvision.config import Config, build_options, parse_options, run_command
-from mlvision.errors import InputError
+from mlvision.data.text_files import read_text
+from mlvision.errors import InputError, shown
 from mlvision.explain.comparison import markdown
-from mlvision.run import config_difference
+from mlvision.files import check_out, whole_file
+from mlvision.run import config_difference, read_written
 
 COLUMNS = ("mAP", "CF1", "OF1")
 HEADER = """# Results
@@ -64,10 +65,14 @@ def main(argv: list[str]) -> None:
         print(table(experiments, options.bounds))
         return
     records, readme = Path(options.records), Path(options.readme)
+    out = check_out(options.out)
     text = render(records, Path(options.grids))
     if options.readme:
-        readme.write_text(fill_readme(readme.read_text(encoding="utf-8"), records), encoding="utf-8")
-    Path(options.out).write_text(text, encoding="utf-8")
+        filled = fill_readme(read_text(str(readme)), records)
+        with whole_file(readme) as file:
+            file.write(filled)
+    with whole_file(out) as file:
+        file.write(text)
     print(f"written: {options.out}" + (f" and the table of {readme}" if options.readme else ""))
 
 
@@ -87,12 +92,7 @@ def comparisons(folder: Path) -> str:
     """
     of_data: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not a comparison of tools/explain.py ({error})") from None
-        if not {"protocol", "methods", "model", "options", "environment"} <= result.keys():
-            raise InputError(f"{path}: not a comparison of tools/explain.py")
+        result = read_comparison(path)
         name = re.sub(r"-seed\d+$", "", path.stem)
         first = of_data.setdefault(name, [result])[0]
         if alike(first) != alike(result):
@@ -112,6 +112,19 @@ def comparisons(folder: Path) -> str:
             f"- Command: `{results[0]['environment']['command']}`; commit {commits}; {machines}.\n",
         ]
     return "\n".join(lines)
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    result = read_written(path)
+    kinds = {"protocol": str, "model": str, "methods": dict, "options": dict, "environment": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(result.get(name), kind)]
+    facts = {"commit": str, "machine": str, "threads": int, "command": str}
+    wrong = wrong or [
+        f"environment.{key}" for key, kind in facts.items() if type(result["environment"].get(key)) is not kind
+    ]
+    if wrong:
+        raise InputError(f"{path}: not a comparison of tools/explain.py: {wrong[0]} is missing or of another kind")
+    return result
 
 
 def alike(result: dict[str, Any]) -> tuple[Any, ...]:
@@ -167,15 +180,20 @@ def read_grids(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such record; eval.py writes it")
+    record = read_written(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        chosen = chosen_metrics(record)
-        used = (*(chosen[name] for name in COLUMNS), record["parameters"], record["metrics"]["protocol"])
-        used += (record["config"]["seed"], record["environment"]["commit"], record["environment"]["machine"])
-        if None in used:
-            raise KeyError("a value that is used is null")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        config, environment = record["config"], record["environment"]
+        numbers = [chosen_metrics(record)[name] for name in COLUMNS]
+        numbers += [record["parameters"], config["seed"], config["optim"]["epochs"], config["view"]["size"]]
+        texts = [record["metrics"]["protocol"], environment["commit"], environment["machine"]]
+        texts += [config["model"]["name"], config["precision"]]
+        environment.get("label_maps")
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a record of eval.py ({error!r})") from None
+    wrong = [value for value in numbers if type(value) not in (int, float)]
+    wrong += [value for value in texts if not isinstance(value, str)]
+    if wrong:
+        raise InputError(f"{path}: not a record of eval.py: a value that is used is {shown(wrong[0])}")
     return record
 
 

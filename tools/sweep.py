@@ -7,7 +7,6 @@ A run whose record is there already is skipped; one that was interrupted goes on
 """
 
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 from mlvision.config import Config, build_options, parse_options, run_command
 from mlvision.errors import InputError
 from mlvision.labels.store import LabelMapStore
-from mlvision.run import config_difference, is_trained
+from mlvision.run import config_difference, is_trained, read_written
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,9 +132,9 @@ def is_finished(record: Path, run: Planned) -> bool:
     if not record.is_file():
         return False
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = read_written(record)
         recorded, maps = build_options(Config, content["config"]), content.get("environment", {}).get("label_maps")
-    except (json.JSONDecodeError, KeyError, TypeError, InputError) as error:
+    except (KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(f"{record}: not a record of this version ({error}); remove it to run it again") from None
     asked = parse_options(Config, list(run.arguments), prog="train.py", description="")
     # What the grid leaves to the machine is as the machine had it.

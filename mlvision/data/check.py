@@ -24,6 +24,7 @@ from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
 from mlvision.data.records import Boxes, Record
 from mlvision.data.text_files import read_bytes
 from mlvision.errors import InputError, listed, shown
+from mlvision.files import spreadsheet_text, whole_file
 from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
 
@@ -175,18 +176,20 @@ def write_check(check: DataCheck, folder: Path, samples: int, seed: int) -> None
     """Writes check.json, check.csv (a row per class) and, where images were opened, contact_sheet.png into `folder`."""
     sheet = None if check.labels_only else contact_sheet(check, samples, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "check.json").write_text(json.dumps(check.as_plain(), indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / "check.json") as file:
+        file.write(json.dumps(check.as_plain(), indent=1) + "\n")
     columns = {
         f"{split}_{kind}": column.tolist()
         for split, checked in check.splits.items()
         for kind, column in checked.class_counts().items()
     }
-    with open(folder / "check.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole_file(folder / "check.csv", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *columns])
-        writer.writerows(zip(check.classes, *columns.values(), strict=True))
+        writer.writerows(zip(map(spreadsheet_text, check.classes), *columns.values(), strict=True))
     if sheet is not None:
-        sheet.save(folder / "contact_sheet.png")
+        with whole_file(folder / "contact_sheet.png", "wb") as file:
+            sheet.save(file, format="PNG")
 
 
 def format_check(check: DataCheck, most: int = 10) -> str:

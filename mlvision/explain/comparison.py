@@ -16,6 +16,7 @@ from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, Subject
 from mlvision.explain.measure import FACTS, PAIR, Judged, MeasureConfig, measure, randomised, sensitivity
 from mlvision.explain.selection import OUTCOMES
+from mlvision.files import spreadsheet_text
 from mlvision.metrics.faithfulness import cross_label_matrix
 
 
@@ -110,9 +111,9 @@ def write_pairs(
         classes: all class names.
     """
     words = {
-        "image": lambda row: keys[row],
-        "label": lambda label: classes[label],
-        "against": lambda label: "" if label < 0 else classes[label],
+        "image": lambda row: spreadsheet_text(keys[row]),
+        "label": lambda label: spreadsheet_text(classes[label]),
+        "against": lambda label: "" if label < 0 else spreadsheet_text(classes[label]),
         "outcome": lambda outcome: "unknown" if outcome < 0 else OUTCOMES[outcome],
     }
     names = list(dict.fromkeys(key for table in tables.values() for key in table))

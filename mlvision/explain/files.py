@@ -27,6 +27,7 @@ from PIL import Image
 
 from mlvision.errors import InputError
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
+from mlvision.files import write_arrays
 
 PAGE = 8  # images
 
@@ -54,22 +55,22 @@ def _write_maps(
     maps = image.maps[method][places]
     # float16 ends at 65,504: each image has its own scale, and its shape survives whatever the unit.
     scale = np.float32(np.abs(maps).max(initial=0) or 1)
-    np.savez_compressed(
-        path,
-        maps=(maps / scale).astype(np.float16),
-        scale=scale,
-        extent=np.array(image.extent, dtype=np.float32),
-        kind=np.array(image.kinds.get(method, "attribution")),
-        labels=image.labels[places].astype(np.int64),
-        against=np.array([image.rival(place) for place in places], dtype=np.int64),
-        names=np.array([image.name(place, classes) for place in places]),
-        classes=np.array(classes),
-        scores=image.scores,
-        logits=np.full_like(image.scores, np.nan) if image.logits is None else image.logits,
-        targets=image.targets,
-        key=np.array(image.key),
-        about=np.array(json.dumps({"method": method, **facts})),
-    )
+    arrays = {
+        "maps": (maps / scale).astype(np.float16),
+        "scale": scale,
+        "extent": np.array(image.extent, dtype=np.float32),
+        "kind": np.array(image.kinds.get(method, "attribution")),
+        "labels": image.labels[places].astype(np.int64),
+        "against": np.array([image.rival(place) for place in places], dtype=np.int64),
+        "names": np.array([image.name(place, classes) for place in places]),
+        "classes": np.array(classes),
+        "scores": image.scores,
+        "logits": np.full_like(image.scores, np.nan) if image.logits is None else image.logits,
+        "targets": image.targets,
+        "key": np.array(image.key),
+        "about": np.array(json.dumps({"method": method, **facts})),
+    }
+    write_arrays(path, arrays)
 
 
 def save_pages(

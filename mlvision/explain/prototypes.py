@@ -16,6 +16,7 @@ from mlvision.errors import InputError
 from mlvision.explain.producers import DenseHead
 from mlvision.explain.render import GAP, OUTCOME_COLOURS, draw_text, draw_tile, number, side_by_side, stack
 from mlvision.explain.subject import Subject
+from mlvision.files import spreadsheet_text
 from mlvision.models import TextHead
 from mlvision.types import Batch
 
@@ -99,7 +100,8 @@ def write_prototypes(path: Path, found: Prototypes, labels: Sequence[int], manif
             columns = (found.indices[label].tolist(), found.cells[label].tolist(), found.nearness[label].tolist())
             for rank, (index, cell, near) in enumerate(zip(*columns, strict=True)):
                 target, key = manifest.target(index)[label], manifest.records[index].key
-                writer.writerow((manifest.classes[label], rank, key, *cell, *found.grid, f"{near:.5f}", target))
+                names = spreadsheet_text(manifest.classes[label]), rank, spreadsheet_text(key)
+                writer.writerow((*names, *cell, *found.grid, f"{near:.5f}", target))
 
 
 def draw_prototypes(

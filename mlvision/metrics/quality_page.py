@@ -2,7 +2,7 @@
 
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def _source(quality: dict[str, Any]) -> str:
     return f"maps by {maps['teacher']}, {kind}, {classes} each of {maps['grid'][0]} x {maps['grid'][1]} cells"
 
 
-def draw_quality(path: Path, quality: dict[str, Any]) -> None:
+def draw_quality(path: Path | IO[bytes], quality: dict[str, Any]) -> None:
     """The page, a PNG: a row of panels over all classes, a row with bars for each class.
 
     Args:
