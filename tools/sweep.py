@@ -3,13 +3,19 @@
 python tools/sweep.py configs/grids/first_path.yaml
 python tools/sweep.py configs/grids/first_path.yaml dry_run=true
 
-A run whose record is there already is skipped; one that was interrupted goes on from its checkpoint.
+A run whose record is there already is skipped; one that was interrupted goes on from its checkpoint. SIGTERM and Ctrl-C have
+the runs under way save, and end with them.
 """
 
+import contextlib
+import ctypes
 import itertools
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +27,7 @@ from mlvision.labels.store import LabelMapStore
 from mlvision.run import config_difference, is_trained, read_written
 
 ROOT = Path(__file__).parents[1]
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Planned:
     arguments: tuple[str, ...]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """The exit code: 128 and the number of the signal that stopped the sweep, else 0."""
     options = parse_options(SweepOptions, argv, prog="python tools/sweep.py", description=__doc__)
     runs = Path(options.runs or f"runs/{options.name}")
     records = Path(options.records or f"docs/results/{options.name}")
@@ -66,21 +74,88 @@ def main(argv: list[str]) -> None:
     if all(finished):
         print(f"every run has its record in {records}; records=<another folder> runs them again")
     if options.dry_run:
-        return
+        return 0
     waiting = [run for run, done in zip(planned, finished, strict=True) if not done]
 
+    scripts = Scripts()
+
     def finish(run: Planned) -> bool:
-        if not train_and_evaluate(run, runs / run.label):
+        if not train_and_evaluate(run, runs / run.label, scripts):
             return False
-        records.mkdir(parents=True, exist_ok=True)
-        shutil.copy(runs / run.label / "record.json", records / f"{run.label}.json")
+        keep_record(runs / run.label / "record.json", records / f"{run.label}.json")
         return True
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with scripts.ended_by_signals(), ThreadPoolExecutor(options.jobs) as pool:
         succeeded = list(pool.map(finish, waiting))
     failed = [run.label for run, done in zip(waiting, succeeded, strict=True) if not done]
+    if scripts.ended_by:
+        name = signal.Signals(scripts.ended_by).name
+        print(f"stopped by {name} with {len(failed)} of {len(waiting)} runs to do; the same command goes on")
+        return 128 + scripts.ended_by
     if failed:
         raise InputError(f"{len(failed)} of {len(waiting)} runs failed: {', '.join(failed)}; their messages are above")
+    return 0
+
+
+def keep_record(written: Path, kept: Path) -> None:
+    """Copy a record, whole or not at all: half of one would stand in the way of the grid."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_name(kept.name + ".partial")
+    try:
+        shutil.copy(written, partial)
+        partial.replace(kept)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Scripts:
+    """The scripts that run for a sweep, each in a process, and what happens to them when the sweep gets a signal.
+
+    Attributes:
+        ended_by: number of the first SIGTERM or SIGINT, after which no script is started; else 0.
+    """
+
+    def __init__(self) -> None:
+        self.ended_by = 0
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    @contextlib.contextmanager
+    def ended_by_signals(self) -> Iterator[None]:
+        """Pass SIGTERM on to every script, and Ctrl-C as SIGTERM; training saves then. Who waits for scripts waits on."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are none of its business
+            return
+        previous = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def succeeds(self, script: str, *arguments: str) -> bool:
+        """Run a script of the repository; False where it fails, or nothing is started any more."""
+        if self.ended_by:
+            return False
+        command = [sys.executable, str(ROOT / script), *arguments]
+        # In a group of its own: a terminal's Ctrl-C reaches it through this process only, which passes it on once.
+        with subprocess.Popen(command, process_group=0, preexec_fn=self._end_with_parent) as process:
+            self._running.add(process)
+            if self.ended_by:  # since the last look
+                process.terminate()
+            code = process.wait()
+            self._running.remove(process)
+        return code == 0
+
+    def _end(self, number: int, _frame: object) -> None:
+        self.ended_by = self.ended_by or number
+        for process in tuple(self._running):
+            process.terminate()
+
+    def _end_with_parent(self) -> None:
+        """In the new process: SIGTERM comes to it when the sweep is killed, which can pass nothing on then."""
+        if self._prctl is not None:
+            self._prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def plan(options: SweepOptions) -> list[Planned]:
@@ -154,15 +229,11 @@ def is_finished(record: Path, run: Planned) -> bool:
     return True
 
 
-def train_and_evaluate(run: Planned, folder: Path) -> bool:
+def train_and_evaluate(run: Planned, folder: Path, scripts: Scripts) -> bool:
     """train.py and eval.py in processes of their own; False where one fails, or training was stopped before its end."""
-
-    def succeeds(script: str, *arguments: str) -> bool:
-        return subprocess.run([sys.executable, str(ROOT / script), *arguments], check=False).returncode == 0
-
     config = parse_options(Config, list(run.arguments), prog="train.py", description="")
-    trained = succeeds("train.py", *run.arguments, f"out={folder}", "resume=auto")
-    return trained and is_trained(folder, config) and succeeds("eval.py", str(folder))
+    trained = scripts.succeeds("train.py", *run.arguments, f"out={folder}", "resume=auto")
+    return trained and is_trained(folder, config) and scripts.succeeds("eval.py", str(folder))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
+import errno
 import json
+import os
+import signal
 import statistics
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +34,7 @@ def test_a_grid_is_run_once_and_becomes_a_table(grid, tmp_path, monkeypatch, cap
     assert [json.loads(r.read_text())["config"]["optim"]["lr"] for r in records] == [0.001, 0.01]
 
     calls = []
-    monkeypatch.setattr(sweep, "train_and_evaluate", lambda run, folder: calls.append(run.label) or False)
+    monkeypatch.setattr(sweep, "train_and_evaluate", lambda run, *_: calls.append(run.label) or False)
     with pytest.raises(InputError, match="2 of 2 runs failed"):
         sweep.main([str(grid)])
     assert calls == ["rates-optim.lr=0.001-seed1", "rates-optim.lr=0.01-seed1"]  # the finished ones are skipped
@@ -149,15 +154,84 @@ def test_the_closed_gap_is_measured_seed_by_seed(tmp_path, capsys):
 def test_a_run_that_was_stopped_is_not_evaluated(grid, tmp_path, monkeypatch):
     """SIGTERM saves and exits with 0: the sweep counts it as not finished, and the test split is not read."""
     (run, *_) = sweep.plan(sweep.parse_options(sweep.SweepOptions, [str(grid)], prog="", description=""))
-    started = []
-    monkeypatch.setattr(
-        sweep.subprocess,
-        "run",
-        lambda command, check: started.append(Path(command[1]).name) or sweep.subprocess.CompletedProcess(command, 0),
-    )
+    scripts, started = sweep.Scripts(), []
+    monkeypatch.setattr(scripts, "succeeds", lambda script, *_: started.append(script) or True)
     monkeypatch.setattr(sweep, "is_trained", lambda folder, config: False)
-    assert not sweep.train_and_evaluate(run, tmp_path / "run")
+    assert not sweep.train_and_evaluate(run, tmp_path / "run", scripts)
     assert started == ["train.py"]
+
+
+# Stands for train.py: says that it runs, and when it is told to end; lasts for minutes otherwise.
+SLOW = """
+import signal, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+def end(*_):
+    with open(here / "ended", "a") as file:
+        file.write("x")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+(here / "started").touch()
+time.sleep(200)
+"""
+
+
+@pytest.fixture
+def slow_training(tmp_path, monkeypatch):
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "train.py").write_text(SLOW)
+    monkeypatch.setattr(sweep, "ROOT", folder)
+    return folder
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_with_the_sweep(grid, slow_training, capsys, number):
+    def send():
+        wait_for(slow_training / "started")
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    assert sweep.main([str(grid)]) == 128 + number
+    assert (slow_training / "ended").read_text() == "x"  # once, and no other run was started
+    said = capsys.readouterr().out
+    assert f"stopped by {number.name} with 4 of 4 runs to do; the same command goes on" in said
+
+
+def test_training_ends_with_a_sweep_that_is_killed(grid, slow_training):
+    child = os.fork()
+    if child == 0:
+        try:
+            sweep.main([str(grid)])
+        finally:
+            os._exit(1)
+    wait_for(slow_training / "started")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    wait_for(slow_training / "ended")
+
+
+def test_a_record_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text("{}")
+    kept = tmp_path / "records/grid/run.json"
+
+    def full(source, target):
+        target.write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.shutil, "copy", full)
+        with pytest.raises(OSError, match="No space left"):
+            sweep.keep_record(tmp_path / "record.json", kept)
+    assert not list(kept.parent.iterdir())
+    sweep.keep_record(tmp_path / "record.json", kept)
+    assert [path.name for path in kept.parent.iterdir()] == ["run.json"]
+    assert kept.read_text() == "{}"
 
 
 def test_a_record_of_other_label_maps_is_noticed(tmp_path, monkeypatch):
