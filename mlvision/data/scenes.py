@@ -1,9 +1,10 @@
 """`scenes`: a generator that writes a COCO-format folder of multi-object images, from a seed alone."""
 
 import json
+import multiprocessing
 import os
-import shutil
-import uuid
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlvision.data.drawing import GLYPHS, background, distractor, glyph_coverage, mask_polygons, paint
+from mlvision.data.unfinished import unfinished
 from mlvision.errors import InputError
 
 SPLITS = ("train", "test")
@@ -188,14 +190,9 @@ def write_scenes(config: ScenesConfig, out: Path) -> None:
         print(f"{out}: holds this very set of scenes already; left as it is")
         return
     # Everything goes to a sibling that is renamed at the end: a run that is killed leaves no folder named `out`.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished-{uuid.uuid4().hex[:8]}")
-    try:
-        _write_all(config, unfinished)
-        os.rename(unfinished, out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with unfinished(out) as folder:
+        _write_all(config, folder)
+        os.rename(folder, out)
 
 
 def _already_written(config: ScenesConfig, out: Path) -> bool:
@@ -233,12 +230,21 @@ def _write_images(config: ScenesConfig, split: str, count: int, folder: Path) ->
     with ExitStack() as stack:
         drawn: Iterator[list[dict[str, Any]]] = map(work, range(count))
         if config.num_workers:
-            pool = stack.enter_context(ProcessPoolExecutor(config.num_workers))
+            pool = ProcessPoolExecutor(config.num_workers, initializer=_start_worker)
+            stack.callback(pool.shutdown, cancel_futures=True)
             drawn = pool.map(work, range(count), chunksize=16)
         objects = list(tqdm(drawn, total=count, desc=f"scenes {split}", disable=None))
     for i, each in enumerate(chain.from_iterable(objects)):
         each["id"] = i + 1  # 0 reads as "no match" in pycocotools
     return objects
+
+
+def _start_worker() -> None:
+    """Ctrl-C is for the main process. A killed one ends nobody: its workers would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write_image(config: ScenesConfig, split: str, folder: Path, index: int) -> list[dict[str, Any]]:

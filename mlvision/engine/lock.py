@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from mlvision.data.unfinished import is_alive
 from mlvision.errors import InputError
 
 LOCK = "in_use"
@@ -98,15 +99,7 @@ def _holds(path: Path, process: str, host: str, supported: bool) -> bool:
     """Whether the process that wrote the file still holds it, although the file could be locked here."""
     if host != socket.gethostname():
         return _is_renewed(path)
-    if supported:
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+    return not supported and is_alive(int(process))
 
 
 def _is_renewed(path: Path) -> bool:

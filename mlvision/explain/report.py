@@ -14,7 +14,6 @@ import html
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from mlvision.data.unfinished import unfinished
 from mlvision.errors import InputError
 from mlvision.explain.render import ORDER, ExplainedImage, ShownMethod, colour_table, shared_limit, shown_part
 
@@ -72,22 +72,17 @@ def write_report(folder: str | Path, report: ReportData, *, max_side: int = MAX_
     if not names or len(set(names)) < len(names):
         raise InputError(f"report: expected methods of different names, got {names}")
     _check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Everything goes to a sibling that is renamed at the end: a run that is killed leaves no half report.
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:8]}")
-    try:
-        _write_all(unfinished, report, max_side)
+    with unfinished(folder) as written:
+        _write_all(written, report, max_side)
         if folder.exists():
             _check_free(folder)
-            old = unfinished.with_name(unfinished.name.replace("unfinished", "old"))
+            old = written.with_name(written.name.replace("unfinished", "old"))
             os.rename(folder, old)
-            os.rename(unfinished, folder)
+            os.rename(written, folder)
             shutil.rmtree(old)
         else:
-            os.rename(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+            os.rename(written, folder)
     return folder / "index.html"
 
 

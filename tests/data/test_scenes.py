@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import os
 import signal
+import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -373,3 +375,27 @@ def test_a_killed_run_leaves_no_folder_that_looks_finished(tmp_path, monkeypatch
     assert not (tmp_path / "set").exists()
     write_scenes(LITTLE, tmp_path / "set")
     assert len(read(tmp_path / "set", "train").imgs) == LITTLE.train_images
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]  # what the killed one had begun is gone
+
+
+def test_workers_leave_with_a_killed_process(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+
+    def draw_slowly(*_):
+        os.write(writer, b"x")
+        time.sleep(250)
+
+    monkeypatch.setattr(scenes, "draw_scene", draw_slowly)
+    child = os.fork()
+    if child == 0:
+        try:
+            write_scenes(replace(LITTLE, num_workers=2), tmp_path / "set")
+        finally:
+            os._exit(1)
+    os.close(writer)
+    os.read(reader, 1)  # a worker is at work
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while os.read(reader, 1):  # the pipe ends with the last process that holds it
+        pass
+    os.close(reader)
