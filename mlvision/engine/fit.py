@@ -186,6 +186,7 @@ def fit(
         InputError: an option or the checkpoint to resume from does not fit.
     """
     total_steps = optim.epochs * len(train_loader)
+    log_every = log.steps_between(total_steps)
     rate = learning_rate_factor(optim, total_steps)
     identity = {"classes": list(classes), "data_hashes": data_hashes}
     guard = FiniteGuard(precision.device, train_loader.images_per_step)
@@ -228,7 +229,7 @@ def fit(
                 steps = InStep(stop.ends(train_loader), stop)
                 for batch in steps:
                     train_step(state, forward, batch, guard, precision, rate(state.step), optim)
-                    at_log_step = state.step % log.every_steps == 0 or state.step == total_steps
+                    at_log_step = state.step % log_every == 0 or state.step == total_steps
                     state.logged = log_step(state, guard, keys) if at_log_step else {}
                     for callback in callbacks:
                         callback.on_step_end(state)

@@ -16,11 +16,15 @@ from typing import Annotated
 from mlvision.errors import InputError
 
 _HEADER = "step,epoch,name,value\n"
+# Facts of a validation that are the same each time: no curves.
+_CONSTANT = {"threshold", "num_images", "num_classes", "num_skipped_classes", "num_unknown"}
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every_steps: Annotated[int, "training loss and rates are read back and written every so many steps"] = 50
+    every_steps: Annotated[
+        int, "training loss and rates are read back and written every so many steps; more often in runs of few steps"
+    ] = 50
     tensorboard: Annotated[bool, "write TensorBoard events"] = True
     cam_images: Annotated[int, "validation images whose CAM grids go to TensorBoard after each epoch; 0: none"] = 0
 
@@ -29,6 +33,10 @@ class LogConfig:
             raise InputError(f"log.every_steps: expected at least 1, got {self.every_steps}")
         if self.cam_images < 0:
             raise InputError(f"log.cam_images: expected 0 or more, got {self.cam_images}")
+
+    def steps_between(self, total_steps: int) -> int:
+        """Steps from one log step to the next in a run of so many: a curve has 20 points or more, of 2 steps at least."""
+        return min(self.every_steps, max(2, total_steps // 20))
 
 
 class RunLog:
@@ -98,7 +106,8 @@ class RunLog:
         """Write values that depend on the machine: to TensorBoard only."""
         if self.tensorboard is not None:
             for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
+                if name.rpartition("/")[2] not in _CONSTANT:
+                    self.tensorboard.add_scalar(name, value, step)
 
     def line(self, text: str) -> None:
         """Print one line for people, at once."""

@@ -3,8 +3,9 @@ import signal
 import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlvision.engine.log import RunLog
+from mlvision.engine.log import LogConfig, RunLog
 from mlvision.errors import InputError
 
 
@@ -62,8 +63,6 @@ def test_a_lost_file_is_refused_and_not_begun_anew(tmp_path):
 
 def test_tensorboard_after_a_kill_shows_each_step_once(tmp_path):
     """What was written after the checkpoint is purged, what was written before it is on the disk though nobody closed."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     child = os.fork()
     if child == 0:
         try:
@@ -88,3 +87,26 @@ def test_tensorboard_after_a_kill_shows_each_step_once(tmp_path):
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(step, pytest.approx(1 / step)) for step in range(1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "expected"),
+    [(50, 10_000, 50), (50, 1000, 50), (50, 400, 20), (50, 90, 4), (50, 12, 2), (1, 12, 1)],
+)
+def test_a_curve_has_20_points_or_more(every, total, expected):
+    between = LogConfig(every_steps=every).steps_between(total)
+    assert between == expected
+    assert total < 40 or total // between >= 20
+
+
+def test_tensorboard_draws_no_constants(tmp_path):
+    log = RunLog(tmp_path, tensorboard=True)
+    values = {"val/raw/mAP": 0.5, "val/raw/threshold": 0.5, "val/raw/num_images": 7, "val/raw/loss": 3.0}
+    log.metrics(1, 0, values)
+    log.close()
+    assert sorted(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]) == [
+        "val/raw/loss",
+        "val/raw/mAP",
+    ]
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[2] for row in rows] == list(values)
