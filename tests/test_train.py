@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,6 +191,19 @@ def test_a_run_on_other_bands_than_red_green_and_blue(smoke_arguments, tmp_path)
         predict_tool.main([str(tmp_path / "run"), f"images={root}", f"out={tmp_path / 'predictions.csv'}"])
     with pytest.raises(InputError, match="takes images of 4 channels; explanations are drawn on pictures"):
         explain_tool.main([str(tmp_path / "run")])
+
+
+def test_the_validation_loss_is_that_of_the_labels(trained):
+    folder, _ = trained
+    logged = metric_rows(folder)
+    last = max(step for step, _ in logged)
+    for weights in ("raw", "ema"):
+        run = load_run(folder / LAST, device="cpu", weights=weights)
+        manifest, _ = read_for(run, "val")
+        found = predict(run.method, eval_loader(manifest, run.view, run.config.loader), run.precision)
+        p = found.logits.double().sigmoid()
+        expected = -(p.log() * found.targets + (1 - p).log() * (1 - found.targets)).sum(dim=1).mean()
+        assert logged[last, f"val/{weights}/loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_best_checkpoint_is_the_best_validation_epoch(trained):
@@ -629,12 +643,13 @@ def test_a_run_in_use_is_refused_in_one_line_and_left_as_it_is(smoke_arguments, 
 def test_ctrl_c_saves_and_says_how_to_go_on(smoke_arguments, tmp_path, monkeypatch, capsys):
     class CtrlC(ProgressBar):
         def on_step_end(self, state):
-            if state.step == 3:
+            if state.step == 7:  # in the second epoch
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(train_script, "ProgressBar", CtrlC)
     folder = tmp_path / "run"
     assert train_script.main([*smoke_arguments, f"out={folder}"]) == 130
-    assert load_checkpoint(folder / LAST)["step"] == 3
-    said = f"stopped by SIGINT at step 3; saved; to go on, give the same command with out={folder} resume=auto"
-    assert capsys.readouterr().out.splitlines()[-1] == said
+    assert load_checkpoint(folder / LAST)["step"] == 7
+    *_, epoch, last = capsys.readouterr().out.splitlines()
+    assert last == f"stopped by SIGINT at step 7; saved; to go on, give the same command with out={folder} resume=auto"
+    assert re.fullmatch(r"epoch 1/3  step 5  loss \d\.\d+  val mAP .*\d+ images/s  \d+ \w+ left  best", epoch)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 from PIL import Image
-from tqdm import tqdm
 
 from mlvision.config import describe_options, parse_options, run_command
 from mlvision.data.folder import folder_manifest
@@ -38,6 +37,7 @@ from mlvision.explain.report import ReportData, write_report
 from mlvision.explain.selection import class_index, parse_labels
 from mlvision.labels import LabelMapStore
 from mlvision.models.weights import state_hash
+from mlvision.progress import track
 from mlvision.run import LoadedRun, describe_environment, load_run, read_for, write_json
 from mlvision.types import Batch
 
@@ -320,7 +320,7 @@ def new_folder(out: str | Path) -> Path:
 
 
 def progress(batches: Loader, what: str) -> Iterable[Batch]:
-    return tqdm(batches, desc=what, unit=" batches", disable=None)
+    return track(batches, len(batches), what, "batches", images=batches.images_per_step)
 
 
 def rows_of(num: int, manifest: Manifest) -> Int64[np.ndarray, " n"]:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mlvision.config import Config, describe_options, parse_options, run_command
 from mlvision.data import DataConfig, read_split
@@ -44,6 +43,7 @@ from mlvision.metrics.quality_page import draw_quality, summarise
 from mlvision.models import BackboneConfig
 from mlvision.models.dense import COMBINATIONS, AveragedTeacher, Teacher, build_teacher, check_identity
 from mlvision.models.weights import state_hash
+from mlvision.progress import Progress
 from mlvision.run import check_images, load_run, read_role, write_json
 from mlvision.types import ACTIVATIONS, LabelMap
 
@@ -258,11 +258,11 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
     blocks = writer.outstanding()
     wanted = [keys[row] for block in blocks for row in block]
     published = import_published(root, wanted, num_classes, axes=axes, fill=options.fill)  # looks for the files once
-    with tqdm(total=len(wanted), desc="published maps", unit=" images", disable=None) as bar:
+    with Progress(len(wanted), "published maps") as progress:
         for block in blocks:
             maps = stacked(itertools.islice(published, len(block)))
             writer.write(block, maps.values, maps.ids, torch.as_tensor(maps.fill))
-            bar.update(len(block))
+            progress.update(len(block))
     return LabelMapStore.open(options.out)
 
 

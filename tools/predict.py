@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Annotated, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from mlvision.config import describe_options, parse_options, run_command
 from mlvision.data.folder import images_manifest
@@ -31,6 +30,7 @@ from mlvision.data.manifest import Manifest
 from mlvision.data.text_files import printable
 from mlvision.errors import InputError, check_fields
 from mlvision.files import check_out, spreadsheet_text, whole_file
+from mlvision.progress import track
 from mlvision.run import LoadedRun, add_classes, check_images, load_run, read_for
 from mlvision.types import reaches
 
@@ -145,7 +145,7 @@ def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> 
     """What the run says of each image, in the order of the manifest."""
     loading = LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
     loader = eval_loader(manifest, run.view, loading)
-    for batch in tqdm(loader, desc="predicting", unit=" batches", disable=None):
+    for batch in track(loader, len(loader), "predicting", "batches", images=options.batch_size):
         with torch.inference_mode(), run.precision.autocast():
             logits = run.method.predict(batch.images.to(run.precision.device))
         scores = run.method.scores(logits.float()).cpu()

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from tqdm import tqdm
-
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
 from mlvision.data.records import Record
 from mlvision.data.text_files import find_split_file, read_json, read_text
 from mlvision.errors import InputError, listed, shown
+from mlvision.progress import track
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 RGB = ("B04", "B03", "B02")
@@ -179,7 +178,7 @@ def _read_v1(config: BigEarthNetConfig, split: str, root: str, folder: str) -> _
         raise InputError(f"{source}, line {reader.line_num}: {error}") from error
     joined = {old: new for new, many in JOINED.items() for old in many} if config.num_classes == 19 else None
     labels_of: dict[str, set[str]] = {}
-    for line, name in enumerate(tqdm(names, desc=f"labels of {split}", disable=None), start=1):
+    for line, name in enumerate(track(names, len(names), f"labels of {split}"), start=1):
         key = f"{folder}/{name}"
         if not name or key in labels_of:
             raise InputError(f"{source}, line {line}: {f'repeats {shown(name)}' if name else 'names no patch'}")

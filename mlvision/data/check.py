@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
-from tqdm import tqdm
 
 from mlvision.data import read_split
 from mlvision.data.coco import CocoConfig
@@ -27,6 +26,7 @@ from mlvision.errors import InputError, listed, shown
 from mlvision.files import spreadsheet_text, whole_file
 from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
+from mlvision.progress import track
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _check_split(manifest: Manifest, num_workers: int) -> SplitCheck:
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checked = pool.map(check_file, manifest.records)
-        results = list(tqdm(checked, total=len(manifest), desc=manifest.split, disable=None))
+        results = list(track(checked, len(manifest), manifest.split))
     unreadable = [(r.key, why) for r, (_, why) in zip(manifest.records, results, strict=True) if why is not None]
     return SplitCheck(manifest, tuple(digest for digest, _ in results), tuple(unreadable))
 

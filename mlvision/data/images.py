@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
-from tqdm import tqdm
 
 from mlvision.data import jpeg
 from mlvision.data.limits import MAX_PIXELS, check_pixels
@@ -27,6 +26,7 @@ from mlvision.data.manifest import Manifest
 from mlvision.data.records import Record
 from mlvision.data.text_files import printable, read_bytes
 from mlvision.errors import InputError
+from mlvision.progress import track
 
 # Pillow's names of the formats that are read, each with the suffixes of its files in lower case. Pillow knows others, which
 # hold no photograph, are only recognised, or are handed to a further program (EPS).
@@ -200,7 +200,7 @@ def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest,
     # Threads: both decoders release the interpreter lock.
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         checked = pool.map(reason, manifest.records)
-        reasons = list(tqdm(checked, total=len(manifest), desc=f"decoding {manifest.split}", disable=None))
+        reasons = list(track(checked, len(manifest), f"decoding {manifest.split}"))
     bad = [(record.key, why) for record, why in zip(manifest.records, reasons, strict=True) if why is not None]
     if not bad:
         return manifest, []

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
-from tqdm import tqdm
 
 from mlvision.data.drawing import GLYPHS, background, distractor, glyph_coverage, mask_polygons, paint
 from mlvision.data.unfinished import unfinished
 from mlvision.errors import InputError
+from mlvision.progress import track
 
 SPLITS = ("train", "test")
 
@@ -233,7 +233,7 @@ def _write_images(config: ScenesConfig, split: str, count: int, folder: Path) ->
             pool = ProcessPoolExecutor(config.num_workers, initializer=_start_worker)
             stack.callback(pool.shutdown, cancel_futures=True)
             drawn = pool.map(work, range(count), chunksize=16)
-        objects = list(tqdm(drawn, total=count, desc=f"scenes {split}", disable=None))
+        objects = list(track(drawn, count, f"scenes {split}"))
     for i, each in enumerate(chain.from_iterable(objects)):
         each["id"] = i + 1  # 0 reads as "no match" in pycocotools
     return objects

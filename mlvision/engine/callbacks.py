@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from tqdm import tqdm
-
 from mlvision.engine.distributed import is_main
+from mlvision.progress import Progress
 
 if TYPE_CHECKING:
     from mlvision.engine.fit import FitState
@@ -32,25 +30,28 @@ class Callback(Protocol):
 
 
 class ProgressBar(Callback):
-    """A tqdm bar over the steps of an epoch, with the loss of the last log step; silent where stderr is no terminal."""
+    """Steps of an epoch with the loss of the last log step: a bar on a terminal, else a line every half minute."""
 
     def __init__(self):
-        self._bar = tqdm(disable=True)
+        self._progress: Progress | None = None
 
     def on_epoch_start(self, state: FitState) -> None:
-        self._bar = tqdm(
-            total=state.steps_per_epoch,
-            initial=state.step - state.epoch * state.steps_per_epoch,
-            desc=f"epoch {state.epoch + 1}/{state.epochs}",
-            unit="step",
-            leave=False,
-            disable=not (is_main() and sys.stderr.isatty()),
+        self._progress = Progress(
+            state.steps_per_epoch,
+            f"epoch {state.epoch + 1}/{state.epochs}",
+            "steps",
+            done=state.step - state.epoch * state.steps_per_epoch,
+            more=(state.epochs - state.epoch - 1) * state.steps_per_epoch,
+            images=state.images_per_step,
+            shown=is_main(),
         )
 
     def on_step_end(self, state: FitState) -> None:
-        self._bar.update()
+        assert self._progress is not None
         if state.logged:
-            self._bar.set_postfix(loss=f"{state.logged['train/loss']:.4f}", refresh=False)
+            self._progress.note(f"loss {state.logged['train/loss']:.4f}")
+        self._progress.update()
 
     def on_epoch_end(self, state: FitState) -> None:
-        self._bar.close()
+        assert self._progress is not None
+        self._progress.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -33,8 +34,10 @@ from mlvision.engine.precision import Precision
 from mlvision.engine.seed import rng_state, set_rng_state
 from mlvision.engine.stop import StopSignal
 from mlvision.errors import InputError
+from mlvision.losses import binary_cross_entropy, softmax_cross_entropy
 from mlvision.methods.base import Method
 from mlvision.metrics import multilabel_summary
+from mlvision.progress import duration
 from mlvision.types import Batch, StepOutput
 
 LAST, BEST = "checkpoints/last.pt", "checkpoints/best.pt"
@@ -86,6 +89,9 @@ class FitState:
         validation: the last validation's metrics, by name: `val/raw/mAP`, `val/ema/mAP`, ...
         best: the highest selection metric so far, or None.
         best_epoch: the epoch that gave it, from 0.
+        images_per_step: over all ranks.
+        started: when this process began to train, and at which step.
+        loss: mean of the training loss up to the last log step, since the one before; None before the first.
         stopped_by: the signal that ended training before its end, on whichever rank it came; else empty.
     """
 
@@ -103,7 +109,10 @@ class FitState:
     logged: dict[str, float] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     window: LossWindow = field(default_factory=LossWindow)
+    loss: float | None = None
     stopped_by: str = ""
+    images_per_step: int = 1
+    started: tuple[float, int] = field(default_factory=lambda: (time.perf_counter(), 0))
 
     def weights(self) -> dict[str, Any]:
         """What evaluation and prediction need."""
@@ -202,10 +211,12 @@ def fit(
             log=RunLog(run_dir, log.tensorboard, resume) if is_main() else SilentLog(),
             steps_per_epoch=len(train_loader),
             epochs=optim.epochs,
+            images_per_step=train_loader.images_per_step,
         )
         if saved is not None:
             check_identity(run_dir / LAST, saved, identity)
             state.restore(run_dir / LAST, saved)
+        state.started = time.perf_counter(), state.step
         return state
 
     def save() -> None:
@@ -348,6 +359,7 @@ def log_step(state: FitState, guard: FiniteGuard, keys: list[str]) -> dict[str, 
     guard.check(keys)
     values = state.window.pop() | {"train/lr": state.optimizer.param_groups[0]["lr"]}
     on_every_rank(lambda: state.log.metrics(state.step, state.epoch, values))
+    state.loss = values["train/loss"]
     return values
 
 
@@ -359,7 +371,8 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
             share_buffers(method)
             found = predict(method, loader, precision)
             summary = multilabel_summary(found.logits, found.targets, activation=method.activation)
-            state.validation |= {f"val/{weights}/{name}": value for name, value in summary.items()}
+            loss = validation_loss(found.logits, found.targets, method.activation)
+            state.validation |= {f"val/{weights}/{name}": value for name, value in (summary | {"loss": loss}).items()}
     on_every_rank(lambda: state.log.metrics(state.step, state.epoch, state.validation))
     if select == "last":
         return True
@@ -368,6 +381,12 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
     if improved:
         state.best, state.best_epoch = value, state.epoch
     return improved
+
+
+def validation_loss(logits: Float[Tensor, "N C"], targets: Float[Tensor, "N C"], activation: str) -> float:
+    """Cross-entropy with the labels as they are, whatever the method trains: summed over classes, mean over images."""
+    loss = softmax_cross_entropy if activation == "softmax" else binary_cross_entropy
+    return float(loss(logits, targets))
 
 
 def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConfig, images_per_rank: int) -> None:
@@ -396,7 +415,11 @@ def close_epoch(state: FitState, callbacks: Sequence[Callback], images_per_secon
     state.log.timings(state.step, {"time/images_per_second": images_per_second})
     found = {weights: state.validation.get(f"val/{weights}/mAP") for weights in ("raw", "ema")}
     measured = "  ".join(f"{weights} {value:.4f}" for weights, value in found.items() if value is not None)
+    loss = "" if state.loss is None else f"  loss {state.loss:.4f}"
+    since, first_step = state.started
+    per_step = (time.perf_counter() - since) / max(state.step - first_step, 1)
+    left = duration((state.epochs * state.steps_per_epoch - state.step) * per_step)
     state.log.line(
-        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}  val mAP (plain): {measured}  "
-        f"{images_per_second:.0f} images/s{'  best' if improved else ''}"
+        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}{loss}  val mAP (plain): {measured}  "
+        f"{images_per_second:.0f} images/s  {left} left{'  best' if improved else ''}"
     )

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
 from mlvision.data.manifest import Manifest, Record
@@ -34,6 +33,7 @@ from mlvision.metrics.quality_tables import (
     verdict,
 )
 from mlvision.models.dense import Teacher
+from mlvision.progress import track
 from mlvision.types import Batch, CropBox, LabelMap
 
 VISIBLE = 0.25  # a crop shows a label from this share of its area on, as `visible` of the relabel method
@@ -144,7 +144,8 @@ def collect(
 ) -> dict[str, np.ndarray]:
     """The tables that the report is made of, as metrics/quality_tables.py describes them."""
     parts = []
-    for start in tqdm(range(0, len(rows), _ROWS), desc="label quality", unit=" batches", disable=None):
+    starts = range(0, len(rows), _ROWS)
+    for start in track(starts, len(starts), "label quality", "batches", images=_ROWS):
         parts.append(_collect_rows(store, judge, rows[start : start + _ROWS], config))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

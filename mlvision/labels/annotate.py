@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
-from tqdm import tqdm
 
 from mlvision.errors import InputError
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, Rows, StoreMeta
+from mlvision.progress import Progress
 from mlvision.types import ACTIVATIONS
 
 MapsOf = Callable[[Any], Float[Tensor, "B C h w"]]
@@ -79,12 +79,11 @@ def annotate(maps_of: MapsOf, batches: Iterable[tuple[Rows, Any]], writer: Label
     """
     meta = writer.meta
     total = sum(map(len, writer.outstanding()))
-    hidden = None if writer.rank == 0 else True  # None: where stderr is no terminal
-    with torch.inference_mode(), tqdm(total=total, desc="label maps", unit=" images", disable=hidden) as bar:
+    with torch.inference_mode(), Progress(total, "label maps", shown=writer.rank == 0) as progress:
         for rows, images in batches:
             maps = _dense(maps_of, images, meta)
             writer.write(rows, *(top_k_of(maps, meta.top_k, meta.kind, meta.activation) if meta.top_k else (maps,)))
-            bar.update(len(rows))
+            progress.update(len(rows))
     left = writer.outstanding()
     if left:
         raise InputError(f"{writer.path}: the batches ended with {len(left)} blocks left, from row {left[0].start}")
