@@ -10,7 +10,6 @@ the runs under way save, and end with them.
 import contextlib
 import ctypes
 import itertools
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 from mlvision.config import Config, build_options, parse_options, run_command
 from mlvision.errors import InputError
+from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.run import config_difference, is_trained, read_written
 
@@ -100,12 +100,8 @@ def main(argv: list[str]) -> int:
 def keep_record(written: Path, kept: Path) -> None:
     """Copy a record, whole or not at all: half of one would stand in the way of the grid."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_name(kept.name + ".partial")
-    try:
-        shutil.copy(written, partial)
-        partial.replace(kept)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(kept, "wb") as file:
+        file.write(written.read_bytes())
 
 
 class Scripts:

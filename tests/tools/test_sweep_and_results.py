@@ -220,13 +220,12 @@ def test_a_record_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "record.json").write_text("{}")
     kept = tmp_path / "records/grid/run.json"
 
-    def full(source, target):
-        target.write_text("")
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.shutil, "copy", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match=r"run.json: could not be written \(No space left on device\)"):
             sweep.keep_record(tmp_path / "record.json", kept)
     assert not list(kept.parent.iterdir())
     sweep.keep_record(tmp_path / "record.json", kept)
