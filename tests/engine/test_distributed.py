@@ -28,9 +28,8 @@ from mlvision.engine.guard import NonFiniteError
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.run import read_training_manifests
 
-pytestmark = pytest.mark.timeout(
-    1500
-)  # half a minute on two idle cores; two processes on busy ones wait for each other
+# Half a minute on two idle cores; two processes on busy ones wait for each other.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).with_name("ranks.py")
