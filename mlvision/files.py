@@ -63,14 +63,32 @@ def _fault_of_place(path: Path) -> str:
         return f"{path}: {error.strerror}"
     if stat.S_ISREG(mode):
         return ""
-    kinds = (
-        (stat.S_ISLNK, "a link"),
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-    )
-    kind = next((word for is_kind, word in kinds if is_kind(mode)), "a device")
-    return f"{path} is {kind}, which would be replaced; expected a file or a new name"
+    return f"{path} is {_kind(mode)}, which would be replaced; expected a file or a new name"
+
+
+def check_out_folder(path: Path | str, option: str = "out") -> Path:
+    """Refuse a place, given by an option, where no folder can be; for before anything is computed. Links are followed.
+
+    Raises:
+        InputError: a file, a device or a link that leads to no folder has this name.
+    """
+    path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"{option}: expected the name of a folder, got {str(path)!r}")
+    if os.path.lexists(path) and not path.is_dir():
+        raise InputError(f"{option}: {path} is {_kind(os.lstat(path).st_mode)}; expected a folder or a new name")
+    return path
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFLNK: "a link",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 @contextmanager

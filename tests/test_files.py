@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlvision.errors import InputError
-from mlvision.files import check_out, open_arrays, read_torch, spreadsheet_text, whole_file
+from mlvision.files import check_out, check_out_folder, open_arrays, read_torch, spreadsheet_text, whole_file
 
 
 def test_a_file_appears_at_the_end_of_the_block(tmp_path):
@@ -98,6 +98,21 @@ def test_what_is_no_regular_file_is_refused_before_and_at_writing(tmp_path, monk
         pass
     assert os.path.samestat(before, os.lstat(path))
     assert sorted(os.listdir()) == ["out.csv", "there"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dangling link", "a pipe"])
+def test_what_is_no_folder_is_refused_before_anything_is_computed(tmp_path, kind):
+    path = tmp_path / "out"
+    path.write_text("x") if kind == "a file" else place(kind, path)
+    with pytest.raises(InputError, match=f"^records: {path} is {kind.replace('dangling ', '')}; expected a folder"):
+        check_out_folder(path, "records")
+
+
+def test_folders_and_links_to_them_are_taken(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for name in ("there", "link", "new", "new/below"):
+        assert check_out_folder(tmp_path / name) == tmp_path / name
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "/dev/full"])

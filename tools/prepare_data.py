@@ -6,13 +6,13 @@ python tools/prepare_data.py scenes out=datasets/scenes
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated
 
 from mlvision.config import parse_options, run_command
 from mlvision.data.check import CheckOptions, check_data, format_check, write_check
 from mlvision.data.scenes import ScenesConfig, write_scenes
 from mlvision.errors import InputError
+from mlvision.files import check_out_folder
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def check(argv: list[str]) -> int:
     options = parse_options(CheckOptions, argv, prog="prepare_data.py check", description=str(check.__doc__))
     if options.samples < 1:
         raise InputError(f"samples={options.samples}: expected at least 1")
+    folder = check_out_folder(options.out or f"runs/check-{options.data.name}")
     result = check_data(options.data, options.num_workers, options.labels_only)
-    folder = Path(options.out or f"runs/check-{options.data.name}")
     write_check(result, folder, options.samples, options.seed)
     print(format_check(result))
     print(f"written: {folder}/check.json, check.csv" + ("" if options.labels_only else ", contact_sheet.png"))
@@ -41,7 +41,7 @@ def scenes(argv: list[str]) -> int:
     if not options.out:
         raise InputError("out is not set: give the folder to write, such as out=datasets/scenes")
     generator = ScenesConfig(**{option.name: getattr(options, option.name) for option in fields(ScenesConfig)})
-    write_scenes(generator, Path(options.out))
+    write_scenes(generator, check_out_folder(options.out))
     print(f"written: {options.out}")
     return 0
 

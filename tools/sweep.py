@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from mlvision.config import Config, build_options, parse_options, run_command
 from mlvision.errors import InputError
-from mlvision.files import whole_file
+from mlvision.files import check_out_folder, whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.run import config_difference, is_trained, read_written
 
@@ -61,8 +61,8 @@ class Planned:
 def main(argv: list[str]) -> int:
     """The exit code: 128 and the number of the signal that stopped the sweep, else 0."""
     options = parse_options(SweepOptions, argv, prog="python tools/sweep.py", description=__doc__)
-    runs = Path(options.runs or f"runs/{options.name}")
-    records = Path(options.records or f"docs/results/{options.name}")
+    runs = check_out_folder(options.runs or f"runs/{options.name}", "runs")
+    records = check_out_folder(options.records or f"docs/results/{options.name}", "records")
     if options.jobs < 1:
         raise InputError(f"jobs: expected at least 1, got {options.jobs}")
     planned = plan(options)

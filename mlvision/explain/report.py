@@ -88,6 +88,8 @@ def write_report(folder: str | Path, report: ReportData, *, max_side: int = MAX_
 
 def _check_free(folder: Path) -> None:
     """Refuses a folder with anything that a report did not write: it would be lost."""
+    if folder.is_symlink():
+        raise InputError(f"{folder}: a link is in the way of the report, which would replace it; name another folder")
     if not folder.exists():
         return
     if not folder.is_dir():

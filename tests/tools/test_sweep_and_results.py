@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import random
 import signal
 import statistics
 import threading
@@ -125,7 +126,7 @@ def test_a_foreign_file_among_the_records_is_named(tmp_path):
 def record(seed, value):
     """What the table uses of a record."""
     measured = {"mAP": value, "CF1": 0.0, "OF1": 0.0}
-    config = {"seed": seed, "model": {"name": "net"}, "view": {"size": 8}, "optim": {"epochs": 1}}
+    config = {"seed": seed, "precision": "fp32", "model": {"name": "net"}, "view": {"size": 8}, "optim": {"epochs": 1}}
     environment = {"commit": "c", "machine": "m"}
     metrics = {"weights": "raw", "raw": measured, "protocol": "p"}
     return {"config": config, "parameters": 1, "metrics": metrics, "environment": environment}
@@ -264,3 +265,87 @@ def test_seeds_of_different_label_maps_are_not_averaged(grid, tmp_path):
     first.with_name(first.name.replace("seed0", "seed1")).write_text(json.dumps(other))
     with pytest.raises(InputError, match="were trained on different label maps"):
         results_table.render(tmp_path / "records", tmp_path)
+
+
+RECORD = ROOT / "docs/results/first_path/ucmerced_efficientnet_lite0_baseline-seed0.json"
+
+
+def changed(path: Path, keys: str, value) -> Path:
+    """A committed JSON file with one entry of another value."""
+    content = json.loads(RECORD.read_text())
+    *way, last = keys.split(".")
+    inner = content
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ("metrics", []), ("metrics", None), ("metrics.ema", 0.5), ("metrics.ema.mAP", "0.9"), ("metrics.ema.CF1", None),
+        ("metrics.weights", "other"), ("metrics.weights", []), ("metrics.protocol", 3), ("parameters", "many"),
+        ("parameters", True), ("config", "x"), ("config.seed", [0]), ("config.optim", 3), ("config.optim.epochs", "12"),
+        ("config.view", []), ("config.model.name", None), ("environment", "x"), ("environment.commit", 5),
+        ("environment.machine", None),
+    ],
+)  # fmt: skip
+def test_records_with_values_of_another_kind_are_one_line(tmp_path, keys, value):
+    path = changed(tmp_path / "record.json", keys, value)
+    with pytest.raises(InputError, match="record.json: not a record of eval.py"):
+        results_table.read_record(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
+def test_files_that_are_no_records_are_one_line(tmp_path, grid, content):
+    record = tmp_path / "records/mini/rates-optim.lr=0.001-seed0.json"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(content)
+    for read in (
+        lambda: results_table.read_record(record),
+        lambda: results_table.read_comparison(record),
+        lambda: sweep.main([str(grid), "dry_run=true"]),
+    ):
+        with pytest.raises(InputError) as caught:
+            read()
+        assert str(record) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["record", "comparison"])
+def test_damaged_records_are_one_line_or_a_table(tmp_path, kind):
+    source = RECORD if kind == "record" else min((ROOT / "docs/results/explainers").glob("*.json"))
+    whole, draw, refused = source.read_bytes(), random.Random(0), []
+    path = tmp_path / "damaged.json"
+    for _ in range(300):
+        content, place = bytearray(whole), draw.randrange(len(whole))
+        if draw.random() < 0.1:
+            del content[place:]
+        else:
+            content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        try:
+            if kind == "record":
+                results_table.table({"x": [results_table.read_record(path)]}, [])
+            else:
+                results_table.alike(results_table.read_comparison(path))
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert all(message.startswith(str(path)) and "\n" not in message for message in refused)
+
+
+@pytest.mark.parametrize("option", ["runs", "records"])
+def test_a_file_in_the_place_of_a_folder_is_noticed_before_training(grid, tmp_path, option):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{option}: {tmp_path / 'file'} is a file; expected a folder"):
+        sweep.main([str(grid), f"{option}={tmp_path / 'file'}"])
+
+
+def test_the_page_does_not_replace_a_link(tmp_path):
+    (tmp_path / "page.md").symlink_to(tmp_path / "elsewhere.md")
+    with pytest.raises(InputError, match=r"out: .*page.md is a link, which would be replaced"):
+        results_table.main([f"records={ROOT / 'docs/results'}", f"out={tmp_path / 'page.md'}", "readme="])
