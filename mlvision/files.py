@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -25,8 +26,8 @@ from mlvision.errors import InputError, first_line
 _SPREADSHEET_STARTS = ("=", "+", "-", "@", "\t", "\r")
 # What unpacking a damaged zip archive, or parsing the header of an array in it, raises.
 _DAMAGED = (
-    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError,
-    tokenize.TokenError, OverflowError, RuntimeError, MemoryError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    SyntaxError, tokenize.TokenError, ArithmeticError, RuntimeError, MemoryError,
 )  # fmt: skip
 
 

@@ -2,10 +2,7 @@
 
 import hashlib
 import os
-import struct
-import tokenize
-import zipfile
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +13,7 @@ from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
 from mlvision.data.records import Record
 from mlvision.data.text_files import check_distinct, find_split_file, read_lines, read_names
 from mlvision.errors import InputError, listed, shown
+from mlvision.files import one_line, open_arrays
 
 # What the numbers of a matrix mean, by name.
 VALUES = {
@@ -26,11 +24,7 @@ VALUES = {
 }
 
 
-# What numpy and zipfile raise at a file that is cut, flipped or something else.
-_DAMAGE = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
-    ValueError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+_LONGEST = 4 * 4096  # bytes of an image's name in an array of text, four a letter; systems have no longer paths
 
 
 @dataclass(frozen=True)
@@ -65,19 +59,23 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
         raise InputError(f"data.values={config.values}: expected one of {', '.join(VALUES)}")
     root = check_root(config)
     source = find_split_file(root, config.labels, split, "file")
-    if source.endswith((".npy", ".npz")):
-        if not config.names:
-            raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
-        matrix, listed = _load_array(source, config.labels_array, "labels_array"), None
-        if matrix.ndim != 2 or matrix.dtype.kind not in "biuf" or not matrix.size:
-            raise InputError(f"{source}: expected numbers [images, classes], got {matrix.dtype} {matrix.shape}")
-    else:
-        matrix, listed = _read_text_matrix(source, with_names=not config.names)
+    is_array = source.endswith((".npy", ".npz"))
+    if is_array and not config.names:
+        raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
     names_source = find_split_file(root, config.names, split, "file") if config.names else source
-    names = _read_image_names(names_source, config.names_array) if listed is None else listed
-    if len(names) != len(matrix):
-        raise InputError(f"{source}: has {len(matrix):,} rows, {names_source} names {len(names):,} images")
-    classes = _class_names(os.path.join(root, config.classes) if config.classes else "", matrix.shape[1], source)
+    matrix, names = (None, []) if is_array else _read_text_matrix(source, with_names=not config.names)
+    names = _read_image_names(names_source, config.names_array) if config.names else names
+
+    def classes_of(shape: tuple[int, ...], dtype: np.dtype) -> tuple[str, ...]:
+        if len(shape) != 2 or dtype.kind not in "biuf" or 0 in shape:
+            raise InputError(f"{source}: expected numbers [images, classes], got {dtype} {shape}")
+        if shape[0] != len(names):
+            raise InputError(f"{source}: has {shape[0]:,} rows, {names_source} names {len(names):,} images")
+        return _class_names(os.path.join(root, config.classes) if config.classes else "", shape[1], source)
+
+    if matrix is None:
+        matrix = _load_array(source, config.labels_array, "labels_array", classes_of)
+    classes = classes_of(matrix.shape, matrix.dtype)
 
     present, unknown = _meaning(matrix, config.values, source)
     keys = [image_key(config.images, name) for name in names]
@@ -99,22 +97,24 @@ def _digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _load_array(path: str, key: str, option: str) -> Shaped[np.ndarray, "..."]:
-    """The array of a .npy, or one of a .npz."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            if key and key not in loaded.files:
-                raise InputError(f"data.{option}={key}: {path} holds {listed(loaded.files) or 'no array'}")
-            if not key and len(loaded.files) != 1:
-                raise InputError(f"data.{option} is not set: {path} holds {listed(loaded.files) or 'no array'}")
-            return loaded[key or loaded.files[0]]
-    except InputError:
-        raise
-    except _DAMAGE as error:
-        raise InputError(f"{path}: cannot be read as an array: {' '.join(str(error).split())[:200]}") from error
+def _load_array(
+    path: str, key: str, option: str, check: Callable[[tuple[int, ...], np.dtype], object]
+) -> Shaped[np.ndarray, "..."]:
+    """The array of a .npy, or one of a .npz, which is unpacked after `check` has let its shape and dtype pass: a small file
+    may hold an array that fills the memory."""
+    if path.endswith(".npy"):
+        with one_line(path):
+            array = np.lib.format.open_memmap(path, mode="r")
+        check(array.shape, array.dtype)
+        return np.array(array)
+    with open_arrays(path) as arrays:
+        if key and key not in arrays:
+            raise InputError(f"data.{option}={key}: {path} holds {listed(list(arrays)) or 'no array'}")
+        if not key and len(arrays) != 1:
+            raise InputError(f"data.{option} is not set: {path} holds {listed(list(arrays)) or 'no array'}")
+        stored = arrays[key or next(iter(arrays))]
+        check(stored.shape, stored.dtype)
+        return stored.read()
 
 
 def _read_text_matrix(path: str, with_names: bool) -> tuple[Float64[np.ndarray, "N C"], list[str] | None]:
@@ -147,9 +147,16 @@ def _is_number(text: str) -> bool:
 def _read_image_names(path: str, key: str) -> list[str]:
     if not path.endswith((".npy", ".npz")):
         return read_lines(path)
-    names = _load_array(path, key, "names_array")
-    if names.ndim != 1 or names.dtype.kind not in "US":
-        raise InputError(f"{path}: expected a list of texts, got {names.dtype} {names.shape}")
+
+    def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if len(shape) != 1 or dtype.kind not in "US":
+            raise InputError(f"{path}: expected a list of texts, got {dtype} {shape}")
+        if dtype.itemsize > _LONGEST:
+            raise InputError(
+                f"{path}: a name of an image has up to {dtype.itemsize:,} bytes; expected at most {_LONGEST:,}"
+            )
+
+    names = _load_array(path, key, "names_array", check)
     return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
 
 

@@ -1,6 +1,7 @@
 """matrix.py on small files in the layouts of the hashing lists (HashNet) and of SPML's formatted_{split}_*.npy."""
 
 import hashlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -136,12 +137,15 @@ def test_arrays_that_are_no_matrix_are_refused(root):
 
     with pytest.raises(InputError, match="labels.npy: expected numbers .images, classes., got int64 .2,"):
         read_array(np.array([1, 0]))
-    with pytest.raises(InputError, match="labels.npy: cannot be read as an array: Object arrays cannot be loaded"):
+    with pytest.raises(
+        InputError,
+        match="labels.npy: the file is damaged, or was cut short .Array can't be memory-mapped: Python objects",
+    ):
         read_array(np.array([[1, None]], dtype=object))
     with pytest.raises(InputError, match="data.names is not set: .*labels.npy holds no image names"):
         read_array(LABELS, names="")
     (root / "labels.npy").write_bytes(b"\x93NUMPY\x01\x00")
-    with pytest.raises(InputError, match="labels.npy: cannot be read as an array"):
+    with pytest.raises(InputError, match="labels.npy: the file is damaged, or was cut short"):
         read(root, labels="labels.npy", names="names.txt")
     np.save(root / "names.npy", np.array([1, 2]))
     np.save(root / "labels.npy", LABELS)
@@ -153,8 +157,34 @@ def test_arrays_that_are_no_matrix_are_refused(root):
     with pytest.raises(InputError, match="data.labels_array=c: .*labels.npz holds a, b"):
         read(root, labels="labels.npz", names="names.txt", labels_array="c")
     (root / "labels.npz").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(InputError, match="labels.npz: cannot be read as an array"):
+    with pytest.raises(InputError, match="labels.npz: the file is damaged, or was cut short"):
         read(root, labels="labels.npz", names="names.txt", labels_array="c")
+
+
+def test_small_files_of_huge_arrays_are_not_unpacked(root):
+    """Zeros that fill 320 MB in a file of 0.3 MB, of other rows and columns than expected; names of a million letters."""
+    (root / "names.txt").write_text("\n".join(NAMES))
+    (root / "two.txt").write_text("cat\ndog")
+    np.savez_compressed(root / "rows.npz", np.broadcast_to(np.zeros(40, dtype=np.float32), (2_000_000, 40)))
+    np.savez_compressed(root / "columns.npz", np.broadcast_to(np.float32(0), (len(NAMES), 40_000_000)))
+    np.savez_compressed(root / "names.npz", np.zeros(40, dtype="<U1000000"))
+    np.save(root / "labels.npy", LABELS)
+    tracemalloc.start()
+    try:
+        for options, message in (
+            ({"labels": "rows.npz", "names": "names.txt"}, "rows.npz: has 2,000,000 rows, .*names.txt names"),
+            (
+                {"labels": "columns.npz", "names": "names.txt", "classes": "two.txt"},
+                "has 40000000 columns, .*two.txt names 2",
+            ),
+            ({"labels": "labels.npy", "names": "names.npz"}, "names.npz: a name of an image has up to 4,000,000 bytes"),
+        ):
+            with pytest.raises(InputError, match=message):
+                read(root, **options)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_missing_files_are_named(root):
