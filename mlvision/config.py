@@ -29,6 +29,7 @@ from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
 from mlvision.errors import InputError, check_fields, describe_os_error, shown
+from mlvision.files import whole_file
 from mlvision.methods import METHODS, MethodConfig
 from mlvision.models import HEADS, BackboneConfig, HeadConfig
 
@@ -181,9 +182,9 @@ def save_options(config: Any, path: Path) -> None:
     """
     values = to_plain(config)
     build_options(type(config), values)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(path)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def load_options(cls: type, path: Path) -> Any:

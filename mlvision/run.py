@@ -584,9 +584,9 @@ def start_folder(run: Run, folder: Path) -> None:
     bad_images.csv where images were skipped, and the embeddings of the labels' names where the head compares with them."""
     folder.mkdir(parents=True, exist_ok=True)
     if run.bad_images:
-        with open(folder / "bad_images.csv", "w", encoding="utf-8", newline="") as file:
+        with whole_file(folder / "bad_images.csv", newline="") as file:
             csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
-    with open(folder / "images.csv", "w", encoding="utf-8", newline="") as file:
+    with whole_file(folder / "images.csv", newline="") as file:
         rows = [(role, key) for role, m in (("train", run.train), ("val", run.val)) for key in m.keys]
         csv.writer(file).writerows([("split", "key"), *rows])
     environment = describe_environment(run.precision.device)

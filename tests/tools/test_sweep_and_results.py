@@ -221,12 +221,12 @@ def test_a_record_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "record.json").write_text("{}")
     kept = tmp_path / "records/grid/run.json"
 
-    def full(_):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match=r"run.json: could not be written \(No space left on device\)"):
+        patch.setattr("mlvision.files.os.fsync", full)
+        with pytest.raises(InputError, match="run.json: could not be written .No space left on device.; nothing was"):
             sweep.keep_record(tmp_path / "record.json", kept)
     assert not list(kept.parent.iterdir())
     sweep.keep_record(tmp_path / "record.json", kept)
