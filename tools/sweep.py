@@ -46,6 +46,9 @@ class SweepOptions:
     bounds: Annotated[list[str], "labels of two experiments between which the results measure the closed gap"] = field(
         default_factory=list
     )
+    remarks: Annotated[list[str], "what a reader has to know of the figures; stands below their table"] = field(
+        default_factory=list
+    )
     jobs: Annotated[int, "runs at once; on a shared CPU, give each fewer threads"] = 1
     dry_run: Annotated[bool, "print what would be run, and its state, without running it"] = False
 

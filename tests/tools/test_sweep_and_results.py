@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import threading
@@ -102,7 +103,25 @@ def test_the_committed_pages_are_those_of_the_records():
     text = results_table.render(ROOT / "docs/results", ROOT / "configs/grids")
     assert (ROOT / "docs/results.md").read_text() == text
     readme = (ROOT / "README.md").read_text()
-    assert results_table.fill_readme(readme, ROOT / "docs/results") == readme
+    assert results_table.fill_readme(readme, ROOT / "docs/results", ROOT / "configs/grids") == readme
+
+
+def test_a_grids_remarks_stand_below_its_table(tmp_path):
+    record = ROOT / "docs/results/heads_scenes/csra-seed0.json"
+    for grid in ("odd", "plain"):
+        (tmp_path / "records" / grid).mkdir(parents=True)
+        shutil.copy(record, tmp_path / "records" / grid)
+    (tmp_path / "odd.yaml").write_text("remarks: ['Read *twice*.', Short.]\n")
+    odd, plain = results_table.render(tmp_path / "records", tmp_path).split("\n## ")[1:]
+    last_row = odd.index("| csra |")
+    assert last_row < odd.index("- **Remark**: Read *twice*.\n- **Remark**: Short.\n") < odd.index("- Protocol")
+    assert "Remark" not in plain
+    page = results_table.fill_readme(
+        f"{results_table.README_START}\n{results_table.README_END}", tmp_path / "records", tmp_path
+    )
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    assert [row.split()[1] for row in rows] == ["odd\\*", "plain"]
+    assert "\n\\* Read with the remarks" in page
 
 
 def test_unlike_runs_are_not_averaged(grid, tmp_path):
