@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
-from mlvision.data.records import Record
+from mlvision.data.records import Record, Records
 from mlvision.data.text_files import find_split_file, read_json, read_text
 from mlvision.errors import InputError, listed, shown
 from mlvision.progress import track
@@ -149,7 +149,7 @@ def read_bigearthnet(config: BigEarthNetConfig, split: str) -> Manifest:
     read = _read_v1 if config.version == "v1" else _read_v2
     source, labels_of = read(config, split, root, folder)
     class_of = {name: c for c, name in enumerate(classes)}
-    records = tuple(
+    records = Records(
         Record(key, os.path.join(root, key), tuple(sorted(class_of[name] for name in labels)), bands=stack)
         for key, labels in labels_of.items()
         if labels

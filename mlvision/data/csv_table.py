@@ -8,13 +8,13 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated
 
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Record
+from mlvision.data.records import Record, Records
 from mlvision.data.text_files import read_text
 from mlvision.errors import InputError, listed, shown
 
@@ -104,15 +104,11 @@ def read_csv(config: CsvConfig, split: str) -> Manifest:
 
     joined = [tuple(sorted({label for row in rows for label in labels[row]})) for rows in chosen.values()]
     num_repeats = sum(len(labels[row]) for rows in chosen.values() for row in rows) - sum(map(len, joined))
-    manifest = Manifest(
-        classes,
-        tuple(
-            Record(key, os.path.join(root, key), of_image, unknown[rows[0]])
-            for key, rows, of_image in zip(keys, chosen.values(), joined, strict=True)
-        ),
-        split,
+    records = Records(
+        Record(key, os.path.join(root, key), of_image, unknown[rows[0]])
+        for key, rows, of_image in zip(keys, chosen.values(), joined, strict=True)
     )
-    check_files(config, manifest.records, source)
+    check_files(config, records, source)
     left_out = sum(split_of[rows[0]] is None for rows in rows_of.values())
     what = "rows" if config.rows == "image" else "images"
     protocol = f"{config.file}{rule}, {len(keys):,} of {len(rows_of):,} {what}"
@@ -120,7 +116,7 @@ def read_csv(config: CsvConfig, split: str) -> Manifest:
         protocol += f" ({left_out:,} {what} belong to no split)"
     if num_repeats:
         notes.append(f"{num_repeats:,} labels that stand twice for an image count once")
-    return replace(manifest, protocol=", ".join([protocol, *notes]))
+    return Manifest(classes, records, split, ", ".join([protocol, *notes]))
 
 
 def _no_such_split(config: CsvConfig, table: "_Table", split: str, split_of: Sequence[str | None]) -> InputError:
@@ -152,19 +148,22 @@ def _group_rows(
 
 def _find_by_stem(root: str, keys: Sequence[str], source: str) -> list[str]:
     """The keys; of one without an image's suffix, that of the only image file with its stem, if there is one."""
-    folders = {posixpath.dirname(key) for key in keys if not _is_image(key)}
+    stems = {key for key in keys if not _is_image(key)}
+    if not stems:
+        return list(keys)
     files_of: dict[str, list[str]] = {}
     names_there = set()
-    for folder in folders:
+    for folder in {posixpath.dirname(key) for key in stems}:
         path = os.path.join(root, folder)
         for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
             key = posixpath.join(folder, name)
             names_there.add(key)
             if _is_image(name):
                 files_of.setdefault(posixpath.splitext(key)[0], []).append(key)
+    stems -= names_there
     complete = []
     for key in keys:
-        files = [key] if _is_image(key) or key in names_there else files_of.get(key, [key])
+        files = files_of.get(key, [key]) if key in stems else [key]
         if len(files) > 1:
             raise InputError(f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files)}")
         complete.append(files[0])
@@ -328,15 +327,18 @@ def _read_class_columns(config: CsvConfig, table: _Table) -> _Labels:
         raise InputError(f"{table.source}: no column is left for a class; columns: {listed(table.header)}")
     indices = [table.column_index(name) for name in columns]
     meanings = _meanings(config)
-    meaning_of = {cell: meanings.get(_normal(cell)) for cell in {row[i] for row in table.rows for i in indices}}
+    cells = list(zip(*table.rows, strict=True))
+    meaning_of = {cell: meanings.get(_normal(cell)) for cell in set().union(*(cells[i] for i in indices))}
     labels, unknown = [], []
     for row, fields in enumerate(table.rows):
         of_row = [meaning_of[fields[i]] for i in indices]
         if None in of_row:
             bad = of_row.index(None)
             raise table.error(row, _no_meaning(config, columns[bad], fields[indices[bad]]))
-        labels.append(tuple(c for c, meaning in enumerate(of_row) if meaning == "present"))
-        unknown.append(tuple(c for c, meaning in enumerate(of_row) if meaning == "unknown"))
+        labels.append(tuple([c for c, meaning in enumerate(of_row) if meaning == "present"]))
+        unknown.append(
+            tuple([c for c, meaning in enumerate(of_row) if meaning == "unknown"]) if "unknown" in of_row else ()
+        )
     return tuple(columns), labels, unknown
 
 

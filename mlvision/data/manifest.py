@@ -144,8 +144,8 @@ class Manifest:
         """sha256 of the record list (keys, labels, unknowns): the same images, labels and order."""
         digest = hashlib.sha256()
         for index, key in enumerate(self.keys):
-            row = [key, self._columns.labels(index).tolist(), self._columns.unknown(index).tolist()]
-            digest.update(json.dumps(row).encode() + b"\n")
+            row = f"[{json.dumps(key)}, {self._columns.labels(index)}, {self._columns.unknown(index)}]\n"
+            digest.update(row.encode())
         return digest.hexdigest()
 
     @cached_property
@@ -225,8 +225,8 @@ def hide_labels(manifest: Manifest, known: float, seed: int) -> Manifest:
         digest = hashlib.shake_256(f"{seed} {key}".encode()).digest(4 * len(manifest.classes))
         draw = np.frombuffer(digest, dtype="<u4") / 2**32
         hidden = set(np.flatnonzero(draw >= known).tolist())
-        labels.append(tuple(label for label in columns.labels(index).tolist() if label not in hidden))
-        unknown.append(tuple(sorted(hidden.union(columns.unknown(index).tolist()))))
+        labels.append(tuple(label for label in columns.labels(index) if label not in hidden))
+        unknown.append(tuple(sorted(hidden.union(columns.unknown(index)))))
     note = f"each label known with probability {known:g} (seed {seed})"
     protocol = f"{manifest.protocol}; {note}" if manifest.protocol else note
     return replace(manifest, records=columns.relabel(labels, unknown), protocol=protocol)
@@ -279,12 +279,12 @@ def check_inside(config: DataConfig, manifest: Manifest) -> None:
             )
 
 
-def check_files(config: DataConfig, records: Sequence[Record], source: str) -> None:
+def check_files(config: DataConfig, records: Records, source: str) -> None:
     """Refuses records whose image file is missing, unless `config` leaves that out; `source` is the file that names them."""
     if not config.check_files:
         return
-    there = {record.path for record in on_disk(records)}
-    missing = [record.path for record in records if record.path not in there]
+    is_there = _on_disk(records.paths)
+    missing = [path for path, there in zip(records.paths, is_there, strict=True) if not there]
     if missing:
         raise InputError(
             f"{source}: {len(missing):,} of its {len(records):,} image files are missing, the first is "
@@ -292,11 +292,21 @@ def check_files(config: DataConfig, records: Sequence[Record], source: str) -> N
         )
 
 
-def on_disk(records: Sequence[Record]) -> list[Record]:
-    """The records whose image file is there.
+def on_disk(records: Records) -> Records:
+    """The records whose image file is there."""
+    return records.take(row for row, there in enumerate(_on_disk(records.paths)) if there)
+
+
+def _on_disk(paths: Sequence[str]) -> list[bool]:
+    """Whether each file is there.
 
     Each folder is listed once: asking the file system for one file at a time takes minutes on network storage.
     """
-    folders = {os.path.dirname(record.path) for record in records}
-    listings = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
-    return [r for r in records if os.path.basename(r.path) in listings[os.path.dirname(r.path)]]
+    listings: dict[str, set[str]] = {}
+    is_there = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        is_there.append(name in listings[folder])
+    return is_there

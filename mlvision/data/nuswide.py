@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key, on_disk
-from mlvision.data.records import Record
+from mlvision.data.records import Record, Records
 from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
 from mlvision.errors import InputError, shown
 
@@ -76,11 +76,11 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
 
     keys = [image_key(config.images, name) for name in names]
     check_distinct(keys, source, "image", "line")
-    records: Sequence[Record] = [
+    records = Records(
         Record(key, os.path.join(root, key), tuple(np.flatnonzero(row).tolist()))
         for key, row in zip(keys, table, strict=True)
         if row.any() or config.protocol == "all"
-    ]
+    )
     note = "every image" if config.protocol == "all" else "images with at least one label"
     if config.missing == "skip" and config.check_files:
         num_listed = len(records)
@@ -89,7 +89,7 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
     check_files(config, records, source)
     if not records:
         raise InputError(f"{source}: split {split!r} is empty: none of its {len(names):,} images is left ({note})")
-    manifest = Manifest(classes, tuple(records), split)
+    manifest = Manifest(classes, records, split)
     protocol = (
         f"NUS-WIDE, {split}Imagelist.txt, {note} ({len(records):,} of {len(names):,}: "
         f"{VARIANTS.get((split, len(records)), 'not a variant known by its number of images')}), "

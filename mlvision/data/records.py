@@ -6,12 +6,14 @@ count, which copies the page that the processes shared. Arrays are shared for go
 
 import copy
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped
 
 from mlvision.data.bands import BandStack
 
@@ -168,10 +170,10 @@ class _Texts:
     def __init__(self, texts: Iterable[str]) -> None:
         encoded = [text.encode() for text in texts]
         self._bytes = b"".join(encoded)
-        self._ends = _ends(map(len, encoded))
+        self._ends = array("q", accumulate(map(len, encoded)))
 
     def __getitem__(self, row: int) -> str:
-        return self._bytes[_start(self._ends, row) : self._ends[row]].decode()
+        return self._bytes[self._ends[row - 1] if row else 0 : self._ends[row]].decode()
 
 
 class _Labels:
@@ -179,16 +181,18 @@ class _Labels:
 
     def __init__(self, rows: Iterable[tuple[int, ...]]) -> None:
         tuples, self._which = _distinct(rows)
-        self._values = np.fromiter((c for labels in tuples for c in labels), dtype=np.int32)
-        self._ends = _ends(map(len, tuples))
+        self._values = array("i", chain.from_iterable(tuples))
+        self._ends = array("q", accumulate(map(len, tuples)))
 
-    def __getitem__(self, row: int) -> Shaped[np.ndarray, " n"]:
-        which = int(self._which[row])
-        return self._values[_start(self._ends, which) : self._ends[which]]
+    def __getitem__(self, row: int) -> list[int]:
+        which = self._which[row]
+        return self._values[self._ends[which - 1] if which else 0 : self._ends[which]].tolist()
 
 
 class Records(Sequence[Record]):
     """The records of a manifest; each object is made when it is asked for.
+
+    Columns that are read one place at a time are arrays of the standard library, which are quicker at that than numpy's.
 
     Args:
         records: any records; what they hold is copied into columns.
@@ -211,10 +215,10 @@ class Records(Sequence[Record]):
         self._keys = _Texts(keys)
         self._paths, self._which_path = _distinct(paths)
         self._labels, self._unknown, self._difficult = _Labels(labels), _Labels(unknown), _Labels(difficult)
-        self._objects = Objects.of(boxes) if objects is None else objects
-        self._sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+        self._objects = objects or (Objects.of(boxes) if any(one is not None for one in boxes) else None)
+        self._sizes = array("i", chain.from_iterable(sizes))
         self._bands, self._which_bands = _distinct(bands)
-        self._rows = np.arange(len(keys))
+        self._rows = array("q", range(len(keys)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -226,16 +230,16 @@ class Records(Sequence[Record]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.take(range(len(self))[index])
-        row = int(self._rows[index])
+        row = self._rows[index]
         key = self._keys[row]
-        width, height = self._sizes[row].tolist()
+        width, height = self._sizes[2 * row : 2 * row + 2]
         return Record(
             key,
             self._path(row, key),
-            tuple(self._labels[row].tolist()),
-            tuple(self._unknown[row].tolist()),
-            tuple(self._difficult[row].tolist()),
-            self._objects[row],
+            tuple(self._labels[row]),
+            tuple(self._unknown[row]),
+            tuple(self._difficult[row]),
+            self._objects[row] if self._objects else None,
             (width, height) if width else None,
             self._bands[self._which_bands[row]],
         )
@@ -243,7 +247,7 @@ class Records(Sequence[Record]):
     def take(self, indices: Iterable[int]) -> "Records":
         """The records at `indices`, in that order; the columns are shared."""
         part = copy.copy(self)
-        part._rows = self._rows[np.fromiter(indices, dtype=np.int64)]
+        part._rows = array("q", (self._rows[i] for i in indices))
         return part
 
     def relabel(self, labels: Sequence[tuple[int, ...]], unknown: Sequence[tuple[int, ...]]) -> "Records":
@@ -254,28 +258,28 @@ class Records(Sequence[Record]):
 
     def _stored(self, column: Sequence[tuple[int, ...]]) -> _Labels:
         """A column in the order of what is stored; images that are none of these records have nothing in it."""
-        stored: list[tuple[int, ...]] = [()] * len(self._sizes)
-        for row, labels in zip(self._rows.tolist(), column, strict=True):
+        stored: list[tuple[int, ...]] = [()] * (len(self._sizes) // 2)
+        for row, labels in zip(self._rows, column, strict=True):
             stored[row] = labels
         return _Labels(stored)
 
     @property
     def keys(self) -> list[str]:
         """The key of every record; without making the records."""
-        return [self._keys[row] for row in self._rows.tolist()]
+        return [self._keys[row] for row in self._rows]
 
     @property
     def paths(self) -> list[str]:
         """The path of every record; without making the records."""
-        return [self._path(row, self._keys[row]) for row in self._rows.tolist()]
+        return [self._path(row, self._keys[row]) for row in self._rows]
 
-    def labels(self, index: int) -> Shaped[np.ndarray, " n"]:
+    def labels(self, index: int) -> list[int]:
         """`labels` of one record; without making it."""
-        return self._labels[int(self._rows[index])]
+        return self._labels[self._rows[index]]
 
-    def unknown(self, index: int) -> Shaped[np.ndarray, " n"]:
+    def unknown(self, index: int) -> list[int]:
         """`unknown` of one record; without making it."""
-        return self._unknown[int(self._rows[index])]
+        return self._unknown[self._rows[index]]
 
     def _path(self, row: int, key: str) -> str:
         text, is_joined = self._paths[self._which_path[row]]
@@ -291,8 +295,8 @@ def _start(ends: Int64[np.ndarray, " n"], i: int) -> int:
     return int(ends[i - 1]) if i else 0
 
 
-def _distinct(values: Iterable[Any]) -> tuple[list[Any], Int32[np.ndarray, " n"]]:
+def _distinct(values: Iterable[Any]) -> tuple[list[Any], array]:
     """The values that differ from each other, and which of them each value is."""
     place: dict[Any, int] = {}
-    which = np.fromiter((place.setdefault(value, len(place)) for value in values), dtype=np.int32)
+    which = array("i", (place.setdefault(value, len(place)) for value in values))
     return list(place), which

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
-from mlvision.data.records import Record
+from mlvision.data.records import Record, Records
 from mlvision.data.text_files import find_split_file, read_names
 from mlvision.errors import InputError, shown
 
@@ -127,13 +127,13 @@ def read_sen12ms(config: Sen12msConfig, split: str) -> Manifest:
         present = _shares(shares_of[name], name, label_file, config.scheme) >= config.threshold
         key = os.path.normpath(os.path.join(config.images, match[1], match[2], name))
         records.append(Record(key, os.path.join(root, key), tuple(np.flatnonzero(present).tolist()), bands=stack))
-    records.sort(key=lambda record: os.path.basename(record.key))
-    check_files(config, records, source)
+    columns = Records(sorted(records, key=lambda record: os.path.basename(record.key)))
+    check_files(config, columns, source)
     protocol = (
         f"SEN12MS, {os.path.basename(source)}, {len(records):,} patches, {config.scheme} classes present from a share of "
         f"{config.threshold:g}, bands {' '.join(config.bands)}, {config.scaling}"
     )
-    return Manifest(SCHEMES[config.scheme], tuple(records), split, protocol)
+    return Manifest(SCHEMES[config.scheme], columns, split, protocol)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Record
+from mlvision.data.records import Record, Records
 from mlvision.data.text_files import check_distinct, find_split_file, read_json, read_names
 from mlvision.errors import InputError, shown
 
@@ -55,12 +55,13 @@ def read_vg500(config: Vg500Config, split: str) -> Manifest:
         labels = _labels(name, labels_of, label_file, len(classes), f"{source}, line {line}")
         key = image_key(folder_of.get(name, config.images[0]), name)
         records.append(Record(key, os.path.join(root, key), labels))
-    check_distinct([record.key for record in records], source, "image", "line")
-    check_files(config, records, source)
+    columns = Records(records)
+    check_distinct(columns.keys, source, "image", "line")
+    check_files(config, columns, source)
     protocol = (
         f"Visual Genome, {os.path.basename(source)}, {len(records):,} images, {len(classes)} classes ({config.labels})"
     )
-    return Manifest(classes, tuple(records), split, protocol)
+    return Manifest(classes, columns, split, protocol)
 
 
 def _read_classes(config: Vg500Config, root: str) -> tuple[str, ...]:
