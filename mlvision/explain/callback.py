@@ -24,7 +24,8 @@ class CamGrids:
     """A callback for `fit`: after each validation, where the model found the labels of the same few images.
 
     Shown are the labels that are present or predicted, with the averaged weights where there are any. A model that has no
-    maps at an epoch (all of them flat) says so in the log; training goes on.
+    maps at an epoch (all of them flat) is noted in the log. No picture ends a training: whatever else goes wrong here is
+    warned of once, with its traceback, and training goes on without the page.
 
     Args:
         images: uint8, as the model sees them at evaluation.
@@ -43,6 +44,7 @@ class CamGrids:
     ):
         self._images, self._targets, self._keys, self._classes = images, targets, list(keys), list(classes)
         self._explainer, self._threshold = explainer or GradCam(), threshold
+        self._has_failed = False
 
     def on_epoch_start(self, state: Any) -> None:
         """Nothing."""
@@ -54,13 +56,20 @@ class CamGrids:
         if state.log.tensorboard is None:
             return
         model = state.method if state.ema is None else state.ema.module
+        name = type(self._explainer).__name__
         try:
-            page = self.draw(model)
+            state.log.tensorboard.add_image(f"explain/{name}", self.draw(model), state.step, dataformats="HWC")
         except InputError as error:
             _log.info("no CAM grid after epoch %d: %s", state.epoch, error)
-            return
-        name = type(self._explainer).__name__
-        state.log.tensorboard.add_image(f"explain/{name}", page, state.step, dataformats="HWC")
+        except (
+            Exception
+        ) as error:  # the weights of hours are worth more than a picture; the traceback shows a bug of ours
+            if not self._has_failed:
+                _log.warning(
+                    "no CAM grid after epoch %d (%s: %s); training goes on, further failures are not reported",
+                    state.epoch, type(error).__name__, error, exc_info=True,
+                )  # fmt: skip
+            self._has_failed = True
 
     def draw(self, model: nn.Module) -> UInt8[np.ndarray, "rows columns 3"]:
         """The page: a row an image.

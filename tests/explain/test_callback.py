@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from mlvision.engine.callbacks import Callback
+from mlvision.explain import callback
 from mlvision.explain.callback import CamGrids
 from mlvision.methods import Baseline, BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
@@ -68,6 +69,42 @@ def test_flat_maps_do_not_stop_training(method, grids, caplog):
         grids.on_epoch_end(State(method, writer))
     assert not writer.images
     assert "no CAM grid after epoch 1" in caplog.text
+
+
+def test_no_picture_ends_a_training(method, monkeypatch, caplog):
+    """The title of a page cannot be a text of several lines, and a disk can be full."""
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    writer, random = Writer(), torch.get_rng_state()
+    grids = CamGrids(images, torch.ones(1, 3), ["a.jpg"], ["x", "y", "z"])
+
+    def fail(*_, **__):
+        raise ValueError("can't measure length of multiline text")
+
+    monkeypatch.setattr(callback, "draw_grid", fail)
+    method.train()
+    with caplog.at_level("INFO", logger="mlvision"):
+        grids.on_epoch_end(State(method, writer))
+        grids.on_epoch_end(State(method, writer))
+    assert not writer.images
+    assert caplog.text.count("no CAM grid after epoch 1 (ValueError: can't measure length of multiline text)") == 1
+    assert "in fail" in caplog.text  # the traceback
+    assert method.training
+    assert torch.equal(random, torch.get_rng_state())
+    monkeypatch.undo()
+    monkeypatch.setattr(writer, "add_image", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    grids.on_epoch_end(State(method, writer))
+    monkeypatch.undo()
+    grids.on_epoch_end(State(method, writer))
+    assert len(writer.images) == 1
+    monkeypatch.setattr(callback, "draw_grid", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        grids.on_epoch_end(State(method, writer))
+
+
+@pytest.mark.parametrize(("key", "name"), [("a\nb.jpg", "x"), ("a.jpg", "x\ny"), ("a\r\n.jpg", "")])
+def test_names_of_several_lines_do_not_end_a_training(key, name, method):
+    images = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    CamGrids(images, torch.ones(1, 3), [key], [name, "y", "z"]).on_epoch_end(State(method, Writer()))
 
 
 def test_it_has_every_moment_of_a_callback():
