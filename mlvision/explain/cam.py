@@ -76,10 +76,15 @@ class LayerCam(GradCam):
 
 @dataclass(frozen=True)
 class GradCamPlusPlus(GradCam):
-    """Channels weighted by the positive part of their gradients, in cells weighted by eq. 19 of the paper."""
+    """Channels weighted by the positive part of their gradients, in cells weighted by eq. 19 of the paper.
+
+    DEVIATION: of a channel's activations only the positive ones count in the weights. The paper's maps come out of a ReLU
+    and have no others; at a linear bottleneck or a LayerNorm the negative ones would take the denominator through 0. A
+    cell's weight is between 0 and 1/2 of its gradient.
+    """
 
     def _combine(self, activations: Activations, gradients: Gradients) -> Float[Tensor, "B L h w"]:
-        total = activations.sum((2, 3))[:, None, :, None, None]
+        total = activations.clamp(min=0).sum((2, 3))[:, None, :, None, None]
         squares = gradients.square()
         below = 2 * squares + total * squares * gradients
         weights = squares / below.where(below != 0, 1) * gradients.clamp(min=0)

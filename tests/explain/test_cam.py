@@ -133,6 +133,37 @@ def test_grad_cam_plus_plus_against_its_equation(resnet, images):
             assert (ours[image, label] - expected).abs().max() <= 1e-4 * scale
 
 
+def test_grad_cam_plus_plus_stays_bounded_at_linear_bottlenecks():
+    """Channels sum to -2 + 1e-4 and to 6, both slopes are 1: by the equation the first would weigh 1e4, the second 1/8."""
+
+    class Channels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bottleneck = nn.Conv2d(3, 2, 1, bias=False)
+            self.bottleneck.weight.data = torch.tensor([[-1.0, 0, 0], [0, 1, 0]])[..., None, None]
+
+        def forward(self, images):
+            return self.bottleneck(images).sum((1, 2, 3))[:, None]
+
+    image = torch.zeros(1, 3, 2, 4)
+    image[0, 0] = (2 - 1e-4) / 8
+    image[0, 1] = 6 / 8
+    found = explain(Channels(), image, "grad_cam_pp", layer="bottleneck", allow_flat=True).maps
+    # sum over cells of weight * activation: half of the whole slope where nothing is positive, 1 / (2 + 6) where 6 is
+    expected = 8 * (1 / 2) * -image[0, 0] + 8 * (1 / 8) * image[0, 1]
+    torch.testing.assert_close(found[0, 0], expected)
+
+
+def test_the_weights_of_grad_cam_plus_plus_are_at_most_half_of_the_positive_slopes():
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv2_050", num_classes=3).eval()
+    images, layer = torch.rand(1, 3, 64, 96), "blocks.5.2.bn3"
+    a, g = differentiate(Subject(model), images, select("all", torch.zeros(1, 3)), layer)
+    assert a.min() < 0
+    most = torch.einsum("bld,bdhw->blhw", g.clamp(min=0).sum((3, 4)), a.abs()) / 2
+    assert (explain(model, images, "grad_cam_pp", layer=layer).maps.abs() <= most * (1 + 1e-4)).all()
+
+
 def test_a_layer_that_does_not_exist_gets_the_nearest_names(resnet, images):
     with pytest.raises(InputError, match="no module 'layer5'; nearest: layer"):
         explain(resnet, images, layer="layer5")
