@@ -1,11 +1,14 @@
 """Which labels of which images are explained."""
 
+import logging
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -15,6 +18,10 @@ from mlvision.types import reaches, to_scores
 
 SELECTIONS = ("all", "predicted", "ground_truth", "errors", "relevant")
 OUTCOMES = ("TP", "FP", "FN", "TN")
+# Before a class that has the name of a rule, on a command line.
+CLASS_PREFIX = "class:"
+
+_log = logging.getLogger(__name__)
 
 Label = int | str
 Contrast = tuple[Label, Label]
@@ -67,7 +74,7 @@ class Selection:
         return self.scores(torch.eye(num_classes, device=self.labels.device).expand(len(self.labels), -1, -1)).mT
 
 
-Labels = str | Tensor | Selection | Sequence[Label | Contrast] | Sequence[Sequence[Label | Contrast]]
+Labels = str | int | Tensor | np.ndarray | Selection | Sequence[Label | Contrast] | Sequence[Sequence[Label | Contrast]]
 
 
 def _gather(logits: Float[Tensor, "B ... C"], labels: Int64[Tensor, "B L"]) -> Float[Tensor, "B ... L"]:
@@ -89,9 +96,10 @@ def select(
 
     Args:
         labels: `all`; `predicted` (score at least the threshold); `ground_truth` (target 1); `errors` (false positives and
-            missed labels); `relevant` (present or predicted, and not unknown); `top<k>` (the k highest logits); one list of
-            class indices or names for every image, in which a pair `(a, b)` explains logit a - logit b; a list of such
-            lists, one an image; a tensor `[B, L]`, -1 for none; or a Selection.
+            missed labels); `relevant` (present or predicted, and not unknown); `top<k>` (the k highest logits); one class
+            index, or one list of class indices or names, for every image, in which a pair `(a, b)` explains logit a - logit
+            b; a list of such lists, one per image; a tensor or array `[B, L]`, -1 for none; or a Selection. A name in a list
+            is always a class, also one that is called like a rule.
         targets: 1 present, 0 absent, NaN unknown: `ground_truth`, `errors` and `relevant` need them.
         threshold: of the scores in [0, 1], one or one a class.
         classes: the names, where labels are given by name.
@@ -102,7 +110,11 @@ def select(
         EmptySelectionError: no image has such a label.
     """
     num_images, num_classes = logits.shape
+    if isinstance(labels, np.ndarray):
+        labels = torch.from_numpy(labels) if labels.ndim == 2 and labels.dtype.kind in "iu" else labels.tolist()
     if isinstance(labels, str):
+        if classes is not None and labels in classes and not _is_rule(labels):
+            raise InputError(f"labels: '{labels}' is a class; a list explains it: ['{labels}']")
         chosen = _by_rule(labels, logits, targets, threshold, activation)
         what = f"labels={labels}"
     elif isinstance(labels, Selection):
@@ -125,6 +137,8 @@ def select(
         if labels.numel() and int(labels.max()) >= num_classes:
             raise InputError(f"labels: {int(labels.max())} is beyond the {num_classes} classes")
         chosen, what = Selection(labels.long().cpu()), "labels"
+    elif isinstance(labels, int):
+        chosen, what = _by_list([[labels]] * num_images, num_classes, classes), "labels"
     else:
         per_image = [isinstance(entry, Sequence) and not isinstance(entry, str | tuple) for entry in labels]
         if any(per_image) and (not all(per_image) or len(labels) != num_images):
@@ -137,6 +151,10 @@ def select(
             f"{what}: none of the {num_images} images has such a label; there is nothing to explain"
         )
     return chosen.to(logits.device)
+
+
+def _is_rule(word: str) -> bool:
+    return word in SELECTIONS or re.fullmatch(r"top\d+", word) is not None
 
 
 def outcomes(
@@ -210,21 +228,29 @@ def _by_list(lists: Sequence[Sequence[Any]], num_classes: int, classes: Sequence
 def parse_labels(words: Sequence[str], classes: Sequence[str], known: bool = True) -> str | list[Label | Contrast]:
     """A command line's words as `select` takes them: one rule's name, or class names and contrasts `a - b`.
 
+    A single word that is both a rule and a class is the rule; `class:<name>` is the class.
+
     Args:
         known: whether the images' labels are known, which some rules need.
 
     Raises:
-        InputError: a rule beside other words, one that needs labels where none are known, or an unknown class.
+        InputError: a rule next to other words, one that needs labels where none are known, or an unknown class.
     """
-    rules = [word for word in words if word in SELECTIONS or re.fullmatch(r"top\d+", word)]
+    rules = [word for word in words if _is_rule(word) and (len(words) == 1 or word not in classes)]
     if rules and len(words) > 1:
         raise InputError(f"labels: '{rules[0]}' stands alone, or classes are listed; got {', '.join(words)}")
     if rules:
+        if rules[0] in classes:
+            _log.warning(
+                "labels: '%s' is taken as the rule; the class of that name is %s%s", rules[0], CLASS_PREFIX, rules[0]
+            )
         if rules[0] in ("ground_truth", "errors", "relevant") and not known:
             raise InputError(f"labels: {rules[0]} needs the images' labels, and a folder has none; leave images= empty")
         return rules[0]
     labels: list[Label | Contrast] = []
     for word in words:
+        if word not in classes and word.startswith(CLASS_PREFIX):
+            word = word.removeprefix(CLASS_PREFIX)
         a, minus, b = word.partition(" - ")
         contrast = bool(minus) and word not in classes
         if word not in classes and (rule := get_close_matches(word, SELECTIONS, n=1, cutoff=0.8)):
@@ -235,7 +261,7 @@ def parse_labels(words: Sequence[str], classes: Sequence[str], known: bool = Tru
     return labels
 
 
-def class_index(label: Label, num_classes: int, classes: Sequence[str] | None) -> int:
+def class_index(label: Any, num_classes: int, classes: Sequence[str] | None) -> int:
     """The index of a label given by name or index.
 
     Raises:
@@ -247,9 +273,13 @@ def class_index(label: Label, num_classes: int, classes: Sequence[str] | None) -
         if label not in classes:
             raise InputError(f"labels: no class '{label}'{_nearest(label, classes)}")
         return list(classes).index(label)
-    if not 0 <= label < num_classes:
-        raise InputError(f"labels: expected 0 to {num_classes - 1}, got {label}")
-    return int(label)
+    try:
+        index = num_classes if isinstance(label, bool) else operator.index(label)
+    except TypeError:  # a part of a number, or no number
+        index = num_classes
+    if not 0 <= index < num_classes:
+        raise InputError(f"labels: expected 0 to {num_classes - 1}, got {label!r}")
+    return index
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

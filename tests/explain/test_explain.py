@@ -84,6 +84,10 @@ def test_directions_and_scores_agree():
         (Selection(torch.tensor([[0], [7]])), "7 is beyond the 4 classes"),
         (torch.tensor([[True, False], [True, True]]), "class indices"),
         ([(0, 1, 2)], "a contrast is a pair"),
+        ("ship", r"'ship' is a class; a list explains it: \['ship'\]"),
+        (4, "expected 0 to 3, got 4"),
+        ([True], "expected 0 to 3, got True"),
+        (np.array([0.5, 1.0]), "expected 0 to 3, got 0.5"),
         ([], "nothing to explain"),
         (torch.full((2, 1), -1), "nothing to explain"),
     ],
@@ -98,6 +102,33 @@ def test_a_misspelt_rule_is_told_from_a_misspelt_class():
         parse_labels(["predictd"], ["pencil", "alembic"])
     with pytest.raises(InputError, match="no class 'pencl'; nearest: pencil"):
         parse_labels(["pencl"], ["pencil", "alembic"])
+
+
+RULES = ["all", "predicted", "ground_truth", "errors", "relevant", "top3"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_class_that_is_called_like_a_rule_can_be_reached(rule, caplog):
+    classes = ["ship", rule, "car", "tree"]
+    with caplog.at_level("WARNING", logger="mlvision"):
+        assert parse_labels([rule], classes) == rule
+    assert f"'{rule}' is taken as the rule; the class of that name is class:{rule}" in caplog.text
+    assert parse_labels([f"class:{rule}"], classes) == [rule]
+    assert parse_labels([rule, "ship"], classes) == [rule, "ship"]
+    assert parse_labels([f"ship - {rule}"], classes) == [("ship", rule)]
+    assert select([rule], LOGITS, classes=classes).labels.tolist() == [[1], [1]]
+    caplog.clear()
+    assert parse_labels([rule], CLASSES) == rule
+    assert not caplog.text
+    with pytest.raises(InputError, match=f"'{rule}' stands alone"):
+        parse_labels([rule, "ship"], CLASSES)
+
+
+def test_the_prefix_of_a_class_may_be_part_of_its_name():
+    assert parse_labels(["class:all"], ["class:all", "all"]) == ["class:all"]
+    assert parse_labels(["class:ship"], CLASSES) == ["ship"]
+    with pytest.raises(InputError, match="no class 'shp'; nearest: ship"):
+        parse_labels(["class:shp"], CLASSES)
 
 
 def test_ground_truth_needs_targets():
