@@ -21,7 +21,7 @@ from mlvision.explain.impute import BASELINES
 from mlvision.explain.perturb import PRECISIONS, perturbed_logits
 from mlvision.explain.selection import outcomes
 from mlvision.explain.subject import undisturbed
-from mlvision.labels.oracle import oracle_map
+from mlvision.labels.oracle import object_cover, oracle_map
 from mlvision.metrics.faithfulness import cross_label_drops, deletion_measures, patch_order, specificity
 from mlvision.metrics.localisation import mass_in_mask, pointing_in_mask, rank_accuracy
 from mlvision.metrics.map_shape import entropy, gini, map_discrimination, max_sensitivity, png_bytes, spearman
@@ -29,6 +29,7 @@ from mlvision.models.dense import resample
 from mlvision.types import to_scores
 
 COVER_GRID = (56, 56)  # on which annotated areas are compared with maps
+FINER = 4  # times as fine on each side is the grid of objects that cover no cell by a half
 SMALL = 0.15  # of the image: on larger objects any map that is hot in the middle hits
 CUT = 0.2  # of the patches are removed for the cross-label drops
 # Columns that say which pair it is, and with those of its size and cost all that are no measures of the explanation.
@@ -86,6 +87,8 @@ class Judged:
         rows: `[B]`, of the images in the manifest.
         logits: `[B, C]` of the images as they are.
         scores: `[B, C]` in [0, 1].
+        mask: `[P, H3, W3]`: where a point counts as on these objects: cells that they cover by a half or more, on a finer
+            grid than `cover` so that small objects have cells too.
         cover: `[P, H2, W2]`: the share of each fine cell that the objects of a pair's label cover; NaN without annotation.
     """
 
@@ -96,6 +99,7 @@ class Judged:
     logits: Float[Tensor, "B C"]
     scores: Float[Tensor, "B C"]
     threshold: float
+    mask: Bool[np.ndarray, "P H3 W3"]
     cover: Float32[np.ndarray, "P H2 W2"]
     forward_seconds: float
 
@@ -106,7 +110,8 @@ class Judged:
         columns = {name: getattr(self, name)[here] for name in ("pixels", "targets", "logits", "scores")}
         pairs = here[image].cpu().numpy()
         rows, selection = self.rows[which.to(self.rows.device)], self.selection.rows(here)
-        return replace(self, **columns, rows=rows, selection=selection, cover=self.cover[pairs])
+        cover, mask = self.cover[pairs], self.mask[pairs]
+        return replace(self, **columns, rows=rows, selection=selection, cover=cover, mask=mask)
 
     @property
     def pairs(self) -> tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]:
@@ -155,16 +160,23 @@ def judge_on(
     logits, seconds = logits.clone(), sorted(times)[1]
     scores = to_scores(logits, activation)
     image, place = selection.valid.nonzero(as_tuple=True)
-    covers = cover_of_labels(
+    cover, mask = areas_of_labels(
         [records[i] for i in image.tolist()], selection.labels[image, place].tolist(), logits.shape[1]
     )
-    return Judged(pixels, targets.to(logits), selection, rows, logits, scores, threshold, covers, seconds)
+    return Judged(pixels, targets.to(logits), selection, rows, logits, scores, threshold, cover, mask, seconds)
 
 
-def cover_of_labels(
+def areas_of_labels(
     records: Sequence[Record], labels: Sequence[int], num_classes: int
-) -> Float32[np.ndarray, "P H2 W2"]:
-    """The area of each label's objects in its image, by polygons and masks, else by boxes; NaN where none is annotated."""
+) -> tuple[Float32[np.ndarray, "P H2 W2"], Bool[np.ndarray, "P H3 W3"]]:
+    """The area of each label's objects in its image, by polygons and masks, else by boxes: `cover` and `mask` of `Judged`.
+
+    The mask is what the label's objects together cover by a half or more of a cell of COVER_GRID. An object that covers no
+    such cell by a half counts by the cells of a grid FINER times as fine; if it covers none of those by a half either, by
+    those that it touches.
+    """
+    fine = (FINER * COVER_GRID[0], FINER * COVER_GRID[1])
+    masks = np.zeros((len(records), *fine), dtype=bool)
     covers = np.full((len(records), *COVER_GRID), np.nan, dtype=np.float32)
     for row, (record, label) in enumerate(zip(records, labels, strict=True)):
         boxes = record.boxes
@@ -177,7 +189,12 @@ def cover_of_labels(
                 boxes.xyxy[which], boxes.labels[which], boxes.crowd[which], segmentation, num_classes, COVER_GRID
             )
             covers[row] = found.cover[0]
-    return covers
+            masks[row] = (covers[row] >= 0.5).repeat(FINER, axis=0).repeat(FINER, axis=1)
+            for box, shape in zip(boxes.xyxy[which], segmentation, strict=True):
+                if object_cover(box, shape, COVER_GRID).max() < 0.5:
+                    share = object_cover(box, shape, fine)
+                    masks[row] |= share >= 0.5 if share.max() >= 0.5 else share > 0
+    return covers, masks
 
 
 def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureConfig) -> Measured:
@@ -205,7 +222,7 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
         "forwards": np.full(len(image), seconds / judged.forward_seconds),
         "flat": explanation.flat[image, place].cpu().numpy(),
     }
-    columns |= _shape(maps, config.lattice) | _localisation(maps, judged.cover, config.tolerance)
+    columns |= _shape(maps, config.lattice) | _localisation(maps, judged.cover, judged.mask, config.tolerance)
     drops: dict[str, np.ndarray] = {}
     for baseline in config.baselines:
         measures, drops[baseline] = _deletion(subject, judged, maps, baseline, config)
@@ -241,7 +258,10 @@ def _shape(maps: Float[Tensor, "P h w"], lattice: int) -> dict[str, np.ndarray]:
 
 
 def _localisation(
-    maps: Float[Tensor, "P h w"], cover: Float32[np.ndarray, "P H2 W2"], tolerance: float
+    maps: Float[Tensor, "P h w"],
+    cover: Float32[np.ndarray, "P H2 W2"],
+    mask: Bool[np.ndarray, "P H3 W3"],
+    tolerance: float,
 ) -> dict[str, np.ndarray]:
     """By the annotated areas; evidence against a label is no place to look for it, so only positive values have mass."""
     names = ("pointing", "pointing_small", "mass", "mass_lift", "rank_accuracy")
@@ -250,7 +270,7 @@ def _localisation(
     if known.any():
         some, area = maps.numpy()[known], cover[known]
         share, chance = mass_in_mask(some, area)
-        hits = pointing_in_mask(some, area, tolerance)
+        hits = pointing_in_mask(some, mask[known].astype(np.float32), tolerance)
         found["pointing"][known] = hits
         found["pointing_small"][known] = np.where(area.mean((1, 2)) < SMALL, hits, np.nan)
         found["mass"][known], found["mass_lift"][known] = share, share / chance

@@ -1,5 +1,7 @@
 """Measures on models whose right answer is known: each label is the brightness of its own region."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -12,9 +14,10 @@ from mlvision.explain import Subject, build_explainer
 from mlvision.explain.comparison import cases, label_means
 from mlvision.explain.measure import (
     COVER_GRID,
+    FINER,
     MeasureConfig,
     Removals,
-    cover_of_labels,
+    areas_of_labels,
     deletion_curves,
     judge_on,
     measure,
@@ -219,11 +222,64 @@ def test_memory_at_the_size_of_the_images_does_not_grow_with_the_labels():
 
 
 def test_areas_of_the_annotation():
-    covers = cover_of_labels([_record([0, 2]), _record([0]), Record("b", "b", (1,))], [2, 1, 1], 3)
+    covers, masks = areas_of_labels([_record([0, 2]), _record([0]), Record("b", "b", (1,))], [2, 1, 1], 3)
     assert covers.shape == (3, *COVER_GRID)
+    assert (masks[0, ::FINER, ::FINER] == (covers[0] >= 0.5)).all()
+    assert masks.sum() == masks[0].sum() == FINER**2 * (covers[0] >= 0.5).sum()
     rows, columns = np.nonzero(covers[0] > 0.5)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 15, 40, 55)  # 8 of 28 and 30 to 42 of 42
     assert np.isnan(covers[1:]).all()
+
+
+def _annotated(*boxes):
+    """An image with objects of label 0 at x1, y1, x2, y2, in cells of the grid of covers."""
+    xyxy = np.array(boxes, np.float32) / np.array([*COVER_GRID[::-1]] * 2, np.float32)
+    objects = np.zeros(len(boxes), int)
+    return Record(
+        "a", "a", (0,), boxes=Boxes(xyxy, objects, objects.astype(bool), objects.astype(bool), (None,) * len(boxes))
+    )
+
+
+def test_objects_too_small_for_the_grid_count_by_their_own_pixels():
+    """By hand: each box in cells of the grid; what is expected in cells of the grid that is four times as fine."""
+    quarter = (10.0, 20.0, 10.5, 20.5)
+    cross = (10.75, 20.75, 11.25, 21.25)  # a sixteenth of each of four cells
+    speck = (3.1, 5.1, 3.11, 5.11)  # a 10,000th of a cell
+    line = (30.0, 40.0, 30.25, 50.0)
+    for boxes, expected in (
+        ([quarter], [(80, 82, 40, 42)]),
+        ([cross], [(83, 85, 43, 45)]),
+        ([speck], [(20, 21, 12, 13)]),
+        ([line], [(160, 200, 120, 121)]),
+        ([(0.0, 0.0, 7.0, 9.0), cross], [(0, 36, 0, 28), (83, 85, 43, 45)]),
+        ([(4.0, 4.0, 4.0, 9.0)], []),  # no area
+    ):
+        mask = np.zeros([FINER * side for side in COVER_GRID], bool)
+        for top, bottom, left, right in expected:
+            mask[top:bottom, left:right] = True
+        np.testing.assert_array_equal(areas_of_labels([_annotated(*boxes)], [0], 1)[1][0], mask)
+
+
+def test_pointing_at_a_small_object_is_a_hit(resnet, images):
+    """The map is highest in one cell of 224 x 224; the object is that cell, a sixteenth of a cell of the grid of covers."""
+
+    class Spot:
+        label_specific = True
+
+        def explain(self, subject, pixels, selection):
+            maps = torch.zeros(len(pixels), 1, 224, 224)
+            maps[0, 0, 83, 43] = maps[1, 0, 83, 44] = 1
+            return maps
+
+    record = _annotated((10.75, 20.75, 11.0, 21.0))
+    judged = judge_on(
+        Subject(resnet), images, torch.eye(5)[[0, 0]], Selection(torch.zeros(2, 1, dtype=torch.long)), torch.arange(2),
+        [record, record], threshold=0.5, activation="sigmoid",
+    )  # fmt: skip
+    assert judged.cover.max() == pytest.approx(1 / 16, rel=1e-5)
+    columns = measure(Subject(resnet), judged, Spot(), replace(QUICK, sensitivity_samples=0)).columns
+    assert columns["pointing"].tolist() == columns["pointing_small"].tolist() == [1, 0]
+    assert judged.some(torch.tensor([False, True])).mask.shape == (1, 224, 224)
 
 
 def test_randomised_weights_change_the_maps_of_what_reads_them(resnet, images):
