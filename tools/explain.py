@@ -2,16 +2,16 @@
 show which patches of a data set are nearest to each label.
 
 python tools/explain.py runs/<name> images=folder method=[grad_cam,occlusion] labels=predicted
-python tools/explain.py runs/<name> labels=errors pick=worst      # of the run's own test images
+python tools/explain.py runs/<name> labels=errors pick=worst      # of the run's own validation images
 python tools/explain.py compare runs/<name> num_images=200 out=comparison
-python tools/explain.py prototypes runs/<name> split=val
+python tools/explain.py prototypes runs/<name>
 """
 
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,7 @@ from mlvision.explain.prototypes import draw_prototypes, find_prototypes, write_
 from mlvision.explain.render import ExplainedImage, ShownMethod
 from mlvision.explain.report import ReportData, write_report
 from mlvision.explain.selection import class_index, parse_labels
+from mlvision.files import whole_file
 from mlvision.labels import LabelMapStore
 from mlvision.models.weights import state_hash
 from mlvision.progress import track
@@ -42,11 +43,15 @@ from mlvision.run import LoadedRun, describe_environment, load_run, read_for, wr
 from mlvision.types import Batch
 
 
+def _differ(names: list[str]) -> bool:
+    return len(set(names)) == len(names)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Of which run and split, and how it is run: what all commands have."""
 
-    split: Annotated[str, "role of the run's own images: test, val or train"] = "test"
+    split: Annotated[str, "role of the run's own images: val, test or train"] = "val"
     num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 100
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
@@ -71,6 +76,7 @@ class MapOptions(RunOptions):
         default_factory=dict
     )
     threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
+    seed: Annotated[int, "of methods that draw at random, of controls and of the measures' noise"] = 0
     measures: MeasureConfig = field(default_factory=MeasureConfig)
 
 
@@ -89,7 +95,8 @@ class CompareOptions(MapOptions):
     out: Annotated[str, "folder to write; empty: comparison in the run folder"] = ""
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        return [(name, getattr(self, name) >= 0, "0 or more") for name in ("sensitivity_images", "sanity_images")]
+        least = [(name, getattr(self, name) >= 0, "0 or more") for name in ("sensitivity_images", "sanity_images")]
+        return [("methods", _differ(self.methods), "each method once"), *least]
 
 
 @dataclass(frozen=True)
@@ -112,13 +119,14 @@ class ExplainOptions(MapOptions):
     ] = "evenly"
     measure: Annotated[bool, "also measure the explanations: metrics.json and metrics.csv"] = False
     grids: Annotated[int, "PNG pages of each method, 8 images each; 0: none"] = 2
-    seed: Annotated[int, "of methods that draw at random"] = 0
     out: Annotated[str, "folder to write; empty: explanations in the run folder"] = ""
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
             ("method", bool(self.method), f"one of {', '.join(EXPLAINERS)}"),
+            ("method", _differ(self.method), "each method once"),
             ("labels", bool(self.labels), "which labels"),
+            ("labels", _differ(self.labels), "each label once"),
             ("pick", self.pick in ("evenly", "worst"), "evenly or worst"),
             ("grids", self.grids >= 0, "0 or more"),
         ]
@@ -128,14 +136,13 @@ class ExplainOptions(MapOptions):
 class PrototypeOptions(RunOptions):
     """Of which labels, and how many of each."""
 
-    split: Annotated[str, "role of the run's own images: test, val or train"] = "val"
     num_images: Annotated[int, "so many of the images, spread evenly over them; 0: all"] = 0
     labels: Annotated[list[str], "classes; empty: all"] = field(default_factory=list)
     num: Annotated[int, "patches a label"] = 8
     out: Annotated[str, "folder to write; empty: prototypes in the run folder"] = ""
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        return [("num", self.num >= 1, "1 or more")]
+        return [("num", self.num >= 1, "1 or more"), ("labels", _differ(self.labels), "each label once")]
 
 
 _METHOD_OPTIONS = "".join(
@@ -181,6 +188,7 @@ def explain_run(argv: list[str]) -> Path:
         print(manifest.protocol)
     else:
         manifest, known = read_for(run, options.split)[0], True
+    split = f"none, the folder {options.images}" if options.images else name_of(options.split, manifest)
     if options.measure and not known:
         raise InputError("measure: measures need the images' labels, and a folder has none; leave images= empty")
     labels = parse_labels(options.labels, run.classes, known)
@@ -190,7 +198,13 @@ def explain_run(argv: list[str]) -> Path:
     rows = chosen_rows(run, manifest, options, known)
     asker = Asker(Subject(run.method), manifest, labels, options.threshold, known)
     shown = [ShownMethod.of(name, explainer) for name, explainer in explainers.items()]
-    facts = {"seed": options.seed, "threshold": options.threshold, "run": str(run.folder), "weights": run.weights}
+    facts = {
+        "split": split,
+        "seed": options.seed,
+        "threshold": options.threshold,
+        "run": str(run.folder),
+        "weights": run.weights,
+    }
     facts["model_hash"] = state_hash([run.method])
     about = {
         method.name: {"options": options_of(explainers[method.name]), "signed": method.signed, **facts}
@@ -200,6 +214,7 @@ def explain_run(argv: list[str]) -> Path:
         "run": str(run.folder),
         "weights": run.weights,
         "model": run.config.model.name,
+        "split": split,
         "images": f"{len(rows)} of {len(manifest)}, {manifest.protocol or options.images}",
         "labels": ", ".join(options.labels),
         "threshold": f"{options.threshold:g}",
@@ -209,14 +224,15 @@ def explain_run(argv: list[str]) -> Path:
     with writing(out) as folder:
         images = refuse_flat(explained_images(run, asker, explainers, rows, options, columns), explainers)
         images = save_maps(images, folder / "maps", run.classes, about)
+        title = f"{run.folder.name}, split {split}"
         images = save_pages(
-            images, folder / "grids", run.classes, shown, options.threshold, num=options.grids, title=run.folder.name
+            images, folder / "grids", run.classes, shown, options.threshold, num=options.grids, title=title
         )
-        title = f"Explanations of {run.folder.name}"
+        title = f"Explanations of {title}"
         write_report(folder / "report", ReportData(title, run.classes, shown, images, options.threshold, summary))
         if options.measure:
             tables = {name: join(parts) for name, parts in columns.items()}
-            write_pairs(folder / "metrics.csv", tables, [record.key for record in manifest.records], run.classes)
+            write_pairs(folder / "metrics.csv", tables, split, [record.key for record in manifest.records], run.classes)
             means = {name: measured_means(table) for name, table in tables.items()}
             environment = describe_environment(run.precision.device)
             write_json(folder / "metrics.json", {**summary, "environment": environment, "means": means})
@@ -233,7 +249,7 @@ def explained_images(
     columns: dict[str, list[Columns]],
 ) -> Iterator[ExplainedImage]:
     """One after the other, those that have such a label; what is measured of them is added to `columns`."""
-    measures = replace(options.measures, seed=options.seed) if options.measure else None
+    measures = options.measures if options.measure else None
     anything = False
     for batch in progress(batches_of(asker.manifest, run, rows, options), "explaining"):
         if options.measure or options.stored:
@@ -253,6 +269,11 @@ def as_list(argument: str) -> str:
     """`method=occlusion` for `method=[occlusion]`."""
     key, equals, value = argument.partition("=")
     return f"{key}=[{value}]" if equals and key in ("method", "labels") and not value.startswith("[") else argument
+
+
+def name_of(role: str, manifest: Manifest) -> str:
+    """What a split is called in every table and page: its role, and its own name where that is another."""
+    return role if manifest.split == role else f"{role} ({manifest.split})"
 
 
 def open_store(path: str, manifest: Manifest) -> StoredMaps:
@@ -289,7 +310,7 @@ def writing(out: Path) -> Iterator[Path]:
 
 def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[LoadedRun, Any]:
     """The run, with what is overridden of its data, and the tool's own options."""
-    if not argv or "=" in argv[0]:
+    if not argv or ("=" in argv[0] and not Path(argv[0]).is_dir()):  # folders of a sweep have options in their names
         raise InputError(f"expected a run folder: {command} RUN [key=value ...]")
     path, *rest = argv
     of_data = [argument for argument in rest if argument.startswith("data.")]
@@ -349,7 +370,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
     )
     asker = Asker(Subject(run.method), manifest, "relevant", options.threshold)
     explainers = chosen_explainers(run, options)
-    comparison = Comparison(asker.subject, explainers, options.measures, sensitive, randomise)
+    comparison = Comparison(asker.subject, explainers, options.measures, sensitive, randomise, options.seed)
     for batch in progress(batches_of(manifest, run, rows, options), "explaining"):
         check_whole(batch.view.boxes)
         with run.precision.autocast():
@@ -370,6 +391,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
         "run": str(run.folder),
         "weights": run.weights,
         "model": run.config.model.name,
+        "split": name_of(options.split, manifest),
         "classes": list(run.classes),
         "options": asdict(options),
         "methods": comparison.methods(len(run.classes)),
@@ -378,8 +400,10 @@ def compare(argv: list[str]) -> dict[str, Any]:
     table = f"{protocol}.\n\n{markdown([result])}"
     with writing(out) as folder:
         write_json(folder / "comparison.json", result)
-        (folder / "comparison.md").write_text(table + "\n", encoding="utf-8")
-        write_pairs(folder / "pairs.csv", comparison.tables, [record.key for record in manifest.records], run.classes)
+        with whole_file(folder / "comparison.md") as file:
+            file.write(table + "\n")
+        keys = [record.key for record in manifest.records]
+        write_pairs(folder / "pairs.csv", comparison.tables, result["split"], keys, run.classes)
     print(table)
     print(f"written to {out}: comparison.json, comparison.md, pairs.csv")
     return result
@@ -411,6 +435,7 @@ def show_prototypes(argv: list[str]) -> Path:
     out = new_folder(options.out or run.folder / "prototypes")
     labels = [class_index(name, len(run.classes), run.classes) for name in options.labels or run.classes]
     manifest, _ = read_for(run, options.split)
+    split = name_of(options.split, manifest)
     batches = batches_of(manifest, run, rows_of(options.num_images, manifest), options)
     with run.precision.autocast():
         found = find_prototypes(Subject(run.method), progress(batches, "looking"), options.num)
@@ -422,10 +447,10 @@ def show_prototypes(argv: list[str]) -> Path:
             run.classes,
             manifest.target,
             lambda row: dataset[0, row].views[0].image.permute(1, 2, 0).numpy(),
-            title=f"{run.folder.name}, {manifest.split}",
+            title=f"{run.folder.name}, split {split}",
         )
         Image.fromarray(page).save(folder / "prototypes.png")
-        write_prototypes(folder / "prototypes.csv", found, labels, manifest)
+        write_prototypes(folder / "prototypes.csv", found, labels, manifest, split)
     print(f"{len(labels)} labels, {found.indices.shape[1]} patches each, of {len(manifest)} images: {out}")
     return out
 

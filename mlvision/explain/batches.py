@@ -121,7 +121,7 @@ class Asker:
                     self.subject, asked.pixels, explainer, asked.selection, asked.rows, seed=seed, allow_flat=True
                 )
             else:
-                measured = measure(self.subject, judged, explainer, measures)
+                measured = measure(self.subject, judged, explainer, measures, seed)
                 found[name], columns[name] = measured.explanation, measured.columns
         return self._images(asked, found, columns), columns
 

@@ -16,7 +16,7 @@ from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, Subject
 from mlvision.explain.measure import FACTS, PAIR, Judged, MeasureConfig, measure, randomised, sensitivity
 from mlvision.explain.selection import OUTCOMES
-from mlvision.files import spreadsheet_text
+from mlvision.files import spreadsheet_text, whole_file
 from mlvision.metrics.faithfulness import cross_label_matrix
 
 
@@ -102,11 +102,14 @@ def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def write_pairs(
-    path: Path, tables: Mapping[str, dict[str, np.ndarray]], keys: Sequence[str], classes: Sequence[str]
+    path: Path, tables: Mapping[str, dict[str, np.ndarray]], split: str, keys: Sequence[str], classes: Sequence[str]
 ) -> None:
     """A CSV with a row for each explained label of each method: of contrasts, `against` is their second label.
 
+    Names that a spreadsheet would take for a formula get an apostrophe in front.
+
     Args:
+        split: what the split is called.
         keys: of all images of the manifest, whose rows the tables give.
         classes: all class names.
     """
@@ -117,14 +120,14 @@ def write_pairs(
         "outcome": lambda outcome: "unknown" if outcome < 0 else OUTCOMES[outcome],
     }
     names = list(dict.fromkeys(key for table in tables.values() for key in table))
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with whole_file(path, newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", *names])
+        writer.writerow(["split", "method", *names])
         for method, table in tables.items():
             for row in range(len(table["image"])):
                 cells = {name: table[name][row] if name in table else "" for name in names}
                 writer.writerow(
-                    [method, *(words[name](cell) if name in words else cell for name, cell in cells.items())]
+                    [split, method, *(words[name](cell) if name in words else cell for name, cell in cells.items())]
                 )
 
 
@@ -134,6 +137,7 @@ class Comparison:
     Args:
         sensitive: rows of the images on which Max-Sensitivity is measured, which explains every image again and again.
         randomise: rows of the images whose maps are compared with those of randomised weights.
+        seed: of explainers and controls that draw at random, and of noise.
     """
 
     def __init__(
@@ -143,9 +147,10 @@ class Comparison:
         measures: MeasureConfig,
         sensitive: Int64[Tensor, " n"],
         randomise: Int64[Tensor, " m"],
+        seed: int = 0,
     ):
         self._subject, self._explainers, self._measures = subject, dict(explainers), measures
-        self._sensitive, self._randomise = sensitive, randomise
+        self._sensitive, self._randomise, self._seed = sensitive, randomise, seed
         self._columns: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in explainers}
         self._drops: dict[str, list[np.ndarray]] = {name: [] for name in explainers}
         self._sanity: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {name: [] for name in explainers}
@@ -162,10 +167,10 @@ class Comparison:
 
     def _add(self, name: str, judged: Judged) -> None:
         explainer, once = self._explainers[name], replace(self._measures, sensitivity_samples=0)
-        found = measure(self._subject, judged, explainer, once)
+        found = measure(self._subject, judged, explainer, once, self._seed)
         which = torch.isin(judged.rows, self._sensitive)
         if self._measures.sensitivity_samples and which.any():
-            noisy = sensitivity(self._subject, judged.some(which), explainer, self._measures)
+            noisy = sensitivity(self._subject, judged.some(which), explainer, self._measures, seed=self._seed)
             place = which[judged.pairs[0].cpu()].numpy()
             for key, values in noisy.items():
                 found.columns[key] = np.full(len(place), np.nan)
@@ -173,7 +178,7 @@ class Comparison:
         which = torch.isin(judged.rows, self._randomise)
         if which.any():
             part = judged.some(which)
-            stages = randomised(self._subject, part, explainer, once)
+            stages = randomised(self._subject, part, explainer, seed=self._seed)
             self._sanity[name].append((len(part.pairs[0]), stages))
         self._columns[name].append(found.columns)
         self._drops[name].append(found.drops)

@@ -18,6 +18,7 @@ Maps are one .npz for each image and method, which needs nothing else to be laid
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,24 @@ def save_maps(
 
     Args:
         about: of each method, what a reader must know beside, as JSON takes it; methods that are not here are not written.
+
+    Raises:
+        InputError: a method whose name is no name of a file.
     """
+    _check_names(about)
     for method in about:
         (folder / method).mkdir(parents=True)
     for number, image in enumerate(images):
         for method, facts in about.items():
             _write_maps(folder / method / f"{number:05}.npz", image, method, classes, facts)
         yield image
+
+
+def _check_names(methods: Iterable[str]) -> None:
+    """Refuses methods whose names are no names of files: the only names here that become any; images are numbered."""
+    for name in methods:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+            raise InputError(f"method: {name[:100]!r} is to name files; expected letters, digits, _ - and . only")
 
 
 def _write_maps(
@@ -84,6 +96,7 @@ def save_pages(
     title: str = "",
 ) -> Iterator[ExplainedImage]:
     """Draw the first images on `num` pages of each method, <method>_0.png ..., and pass all images on."""
+    _check_names(method.name for method in methods)
     folder.mkdir()
     page, waiting = 0, []
 

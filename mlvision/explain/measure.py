@@ -57,7 +57,6 @@ class MeasureConfig:
     )
     batch_size: Annotated[int, "images a forward pass; 0: by their size and the device"] = 0
     precision: Annotated[str, "of the deletion curves: fp32, bf16 or fp16 autocast; empty: as the run"] = ""
-    seed: Annotated[int, "of noise, masks and controls"] = 0
 
     def __post_init__(self) -> None:
         rules = (
@@ -87,9 +86,9 @@ class Judged:
         rows: `[B]`, of the images in the manifest.
         logits: `[B, C]` of the images as they are.
         scores: `[B, C]` in [0, 1].
+        cover: `[P, H2, W2]`: the share of each fine cell that the objects of a pair's label cover; NaN without annotation.
         mask: `[P, H3, W3]`: where a point counts as on these objects: cells that they cover by a half or more, on a finer
             grid than `cover` so that small objects have cells too.
-        cover: `[P, H2, W2]`: the share of each fine cell that the objects of a pair's label cover; NaN without annotation.
     """
 
     pixels: Float[Tensor, "B in_chans H W"]
@@ -99,8 +98,8 @@ class Judged:
     logits: Float[Tensor, "B C"]
     scores: Float[Tensor, "B C"]
     threshold: float
-    mask: Bool[np.ndarray, "P H3 W3"]
     cover: Float32[np.ndarray, "P H2 W2"]
+    mask: Bool[np.ndarray, "P H3 W3"]
     forward_seconds: float
 
     def some(self, which: Bool[Tensor, " B"]) -> "Judged":
@@ -175,9 +174,9 @@ def areas_of_labels(
     such cell by a half counts by the cells of a grid FINER times as fine; if it covers none of those by a half either, by
     those that it touches.
     """
+    covers = np.full((len(records), *COVER_GRID), np.nan, dtype=np.float32)
     fine = (FINER * COVER_GRID[0], FINER * COVER_GRID[1])
     masks = np.zeros((len(records), *fine), dtype=bool)
-    covers = np.full((len(records), *COVER_GRID), np.nan, dtype=np.float32)
     for row, (record, label) in enumerate(zip(records, labels, strict=True)):
         boxes = record.boxes
         if boxes is None:
@@ -197,15 +196,18 @@ def areas_of_labels(
     return covers, masks
 
 
-def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureConfig) -> Measured:
+def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureConfig, seed: int = 0) -> Measured:
     """Explain a batch and measure the explanations.
+
+    Args:
+        seed: of whatever the explainer draws at random, and of noise.
 
     Raises:
         InputError: as `explain`.
     """
     image, place = judged.pairs
     started = _now(judged.pixels.device)
-    explanation = _ask(subject, judged, explainer, config, judged.pixels)
+    explanation = _ask(subject, judged, explainer, judged.pixels, seed)
     seconds = _now(judged.pixels.device) - started
     maps = explanation.maps[image, place].cpu()
     labels = judged.selection.labels[image, place]
@@ -225,11 +227,11 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
     columns |= _shape(maps, config.lattice) | _localisation(maps, judged.cover, judged.mask, config.tolerance)
     drops: dict[str, np.ndarray] = {}
     for baseline in config.baselines:
-        measures, drops[baseline] = _deletion(subject, judged, maps, baseline, config)
+        measures, drops[baseline] = _deletion(subject, judged, maps, baseline, config, seed)
         columns |= measures
     columns["map_discrimination"] = _discrimination(explanation, judged)[image.cpu().numpy()]
     if config.sensitivity_samples:
-        columns |= sensitivity(subject, judged, explainer, config, maps)
+        columns |= sensitivity(subject, judged, explainer, config, maps, seed)
     for name, values in columns.items():
         if name not in FACTS:
             values[columns["flat"]] = np.nan
@@ -239,9 +241,9 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
 
 
 def _ask(
-    subject: Subject, judged: Judged, explainer: Any, config: MeasureConfig, pixels: Float[Tensor, "B in_chans H W"]
+    subject: Subject, judged: Judged, explainer: Any, pixels: Float[Tensor, "B in_chans H W"], seed: int
 ) -> Explanation:
-    return explain(subject, pixels, explainer, judged.selection, judged.rows, seed=config.seed, allow_flat=True)
+    return explain(subject, pixels, explainer, judged.selection, judged.rows, seed=seed, allow_flat=True)
 
 
 def _now(device: torch.device) -> float:
@@ -304,6 +306,7 @@ def deletion_curves(
     maps: Float[Tensor, "P h w"],
     baseline: str,
     config: MeasureConfig,
+    seed: int = 0,
 ) -> tuple[Float[Tensor, "P K1 C"], Float[Tensor, "P K1 C"]]:
     """All logits while the patches with the most, and with the least, evidence are removed first.
 
@@ -311,7 +314,7 @@ def deletion_curves(
     """
     lattice = resample(maps.to(pixels), (config.lattice, config.lattice))
     masks = Removals(patch_order(lattice), (pixels.shape[2], pixels.shape[3]), config.lattice, config.steps)
-    with undisturbed(subject.module, config.seed):
+    with undisturbed(subject.module, seed):
         answers = perturbed_logits(
             subject, pixels, masks, baseline=baseline, batch_size=config.batch_size, precision=config.precision
         )
@@ -320,12 +323,12 @@ def deletion_curves(
 
 
 def _deletion(
-    subject: Subject, judged: Judged, maps: Float[Tensor, "P h w"], baseline: str, config: MeasureConfig
+    subject: Subject, judged: Judged, maps: Float[Tensor, "P h w"], baseline: str, config: MeasureConfig, seed: int
 ) -> tuple[dict[str, np.ndarray], Float64[np.ndarray, "P C"]]:
     image, place = judged.pairs
     # As many pairs at once as there are images: what has the size of the images does not grow with the labels.
     parts = [
-        deletion_curves(subject, judged.pixels[some], some_maps, baseline, config)
+        deletion_curves(subject, judged.pixels[some], some_maps, baseline, config, seed)
         for some, some_maps in zip(*(column.split(len(judged.pixels)) for column in (image, maps)), strict=True)
     ]
     most, least = (torch.cat(curves) for curves in zip(*parts, strict=True))
@@ -357,6 +360,7 @@ def sensitivity(
     explainer: Any,
     config: MeasureConfig,
     maps: Float[Tensor, "P h w"] | None = None,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Max-Sensitivity: the largest relative change of a map under small noise on the image; all labels from each copy.
 
@@ -367,21 +371,21 @@ def sensitivity(
     """
     image, place = judged.pairs
     if maps is None:
-        maps = _ask(subject, judged, explainer, config, judged.pixels).maps[image, place].cpu()
-    noise = torch.Generator().manual_seed(config.seed)
+        maps = _ask(subject, judged, explainer, judged.pixels, seed).maps[image, place].cpu()
+    noise = torch.Generator().manual_seed(seed)
     found = {}
     for radius in config.sensitivity:
         largest = np.zeros(len(maps))
         for _ in range(config.sensitivity_samples):
             shift = (2 * torch.rand(judged.pixels.shape, generator=noise) - 1).to(judged.pixels) * radius
-            again = _ask(subject, judged, explainer, config, (judged.pixels + shift).clamp(0, 1))
+            again = _ask(subject, judged, explainer, (judged.pixels + shift).clamp(0, 1), seed)
             largest = np.maximum(largest, max_sensitivity(maps, again.maps[image, place].cpu()[None]))
         found[f"max_sensitivity_{radius:g}"] = largest
     return found
 
 
 def randomised(
-    subject: Subject, judged: Judged, explainer: Any, config: MeasureConfig, stages: int = 4
+    subject: Subject, judged: Judged, explainer: Any, stages: int = 4, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Cascading re-initialisation: how much maps resemble the original ones as more and more layers, from the head down,
     get random weights. An explainer whose maps stay as they are does not explain the weights.
@@ -392,7 +396,7 @@ def randomised(
     Source: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, section 3.1.
     """
     image, place = judged.pairs
-    original = _ask(subject, judged, explainer, config, judged.pixels)
+    original = _ask(subject, judged, explainer, judged.pixels, seed)
     changed = subject.copy()
     layers = [part for part in changed.module.modules() if hasattr(part, "reset_parameters")]
     # The head is not always the last module that a network lists.
@@ -403,13 +407,13 @@ def randomised(
     found = [{"share": 0.0, "spearman": 1.0}]
     for stage in range(stages):
         with torch.random.fork_rng():
-            torch.manual_seed(config.seed + stage)
+            torch.manual_seed(seed + stage)
             for part in layers[len(layers) * stage // stages : len(layers) * (stage + 1) // stages]:
                 part.reset_parameters()  # pyright: ignore[reportCallIssue]
             if stage == stages - 1:  # what no layer draws anew: class tokens, position embeddings, layer scales
                 for parameter in _loose_parameters(changed.module):
                     nn.init.normal_(parameter, std=0.02)
-        again = _ask(changed, judged, explainer, config, judged.pixels)
+        again = _ask(changed, judged, explainer, judged.pixels, seed)
         alike = np.asarray(spearman(before, again.maps[image, place].cpu()))
         mean = float(np.nanmean(alike)) if np.isfinite(alike).any() else float("nan")
         found.append({"share": (stage + 1) / stages, "spearman": mean})

@@ -16,7 +16,7 @@ from mlvision.errors import InputError
 from mlvision.explain.producers import DenseHead
 from mlvision.explain.render import GAP, OUTCOME_COLOURS, draw_text, draw_tile, number, side_by_side, stack
 from mlvision.explain.subject import Subject
-from mlvision.files import spreadsheet_text
+from mlvision.files import spreadsheet_text, whole_file
 from mlvision.models import TextHead
 from mlvision.types import Batch
 
@@ -91,17 +91,17 @@ def find_prototypes(subject: Subject, batches: Iterable[Batch], num: int) -> Pro
     return Prototypes(values, indices, torch.stack([cells // width, cells % width], 2), (height, width))
 
 
-def write_prototypes(path: Path, found: Prototypes, labels: Sequence[int], manifest: Manifest) -> None:
-    """A CSV with a row for each patch of each label, the nearest first."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
+def write_prototypes(path: Path, found: Prototypes, labels: Sequence[int], manifest: Manifest, split: str) -> None:
+    """A CSV with a row for each patch of each label of a split, the nearest first."""
+    with whole_file(path, newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("class", "rank", "image", "row", "column", "rows", "columns", "nearness", "target"))
+        writer.writerow(("split", "class", "rank", "image", "row", "column", "rows", "columns", "nearness", "target"))
         for label in labels:
             columns = (found.indices[label].tolist(), found.cells[label].tolist(), found.nearness[label].tolist())
             for rank, (index, cell, near) in enumerate(zip(*columns, strict=True)):
                 target, key = manifest.target(index)[label], manifest.records[index].key
                 names = spreadsheet_text(manifest.classes[label]), rank, spreadsheet_text(key)
-                writer.writerow((*names, *cell, *found.grid, f"{near:.5f}", target))
+                writer.writerow((split, *names, *cell, *found.grid, f"{near:.5f}", target))
 
 
 def draw_prototypes(

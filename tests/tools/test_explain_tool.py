@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,10 @@ from PIL import Image
 import train
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS
+from mlvision.explain.comparison import write_pairs
+from mlvision.explain.files import save_maps, save_pages
+from mlvision.explain.render import ExplainedImage, ShownMethod
+from mlvision.explain.report import ReportData, write_report
 from mlvision.run import load_run, read_for
 from tools import explain as tool
 
@@ -101,6 +107,9 @@ def test_a_folder_of_images_and_contrasts(run_folder, scenes_root, tmp_path):
         (["options={grad_cam: {layer: layer9}}", "labels=top1"], "no module 'layer9'; nearest"),
         (["method=attention_rollout", "labels=top1"], "attention_rollout|attention"),
         (["num_images=-1"], "num_images: expected 0 or more"),
+        (["method=[saliency,saliency]"], "method: expected each method once"),
+        (["labels=[airplane,cup,airplane]"], "labels: expected each label once"),
+        (["measures.seed=1"], "measures.seed"),
         (["stored={empty}"], "meta.json|no label-map store|store"),
     ],
 )
@@ -116,6 +125,97 @@ def test_what_cannot_be_explained_is_refused_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         tool.main([str(run_folder), f"out={out}", "num_images=2", *QUICK, *filled])
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_validation_split_is_read_and_named_everywhere(run_folder, tmp_path):
+    run = load_run(run_folder, device="cpu")
+    val = {record.key for record in read_for(run, "val")[0].records}
+    named = tool.name_of("val", read_for(run, "val")[0])
+    assert named.startswith("val")
+    out = tmp_path / "explained"
+    few = ["num_images=3", "measures.sensitivity_samples=0", "measures.steps=5", "measures.lattice=4"]
+    tool.main([str(run_folder), "labels=ground_truth", "measure=true", "grids=1", f"out={out}", *few, *QUICK])
+    for path in sorted((out / "maps" / "grad_cam").iterdir()):
+        stored = np.load(path)
+        assert str(stored["key"]) in val
+        assert json.loads(str(stored["about"]))["split"] == named
+    assert json.loads((out / "metrics.json").read_text())["split"] == named
+    assert {row["split"] for row in csv.DictReader(open(out / "metrics.csv"))} == {named}
+    assert f"split {named}" in (out / "report" / "index.html").read_text()
+    assert f'["split","{named}"]' in (out / "report" / "data" / "index.js").read_text()
+    out = tmp_path / "comparison"
+    tool.main(["compare", str(run_folder), "methods=[grad_cam]", "sanity_images=0", f"out={out}", *few, *QUICK])
+    assert json.loads((out / "comparison.json").read_text())["split"] == named
+    assert {row["split"] for row in csv.DictReader(open(out / "pairs.csv"))} == {named}
+    assert {row["image"] for row in csv.DictReader(open(out / "pairs.csv"))} <= val
+    assert f"of split {read_for(run, 'val')[0].split}" in (out / "comparison.md").read_text()
+
+
+def test_one_seed_draws_the_maps_and_what_they_are_measured_by(run_folder, tmp_path):
+    """`measures.seed` was taken and then overwritten by `seed`; there is one now, for both commands."""
+
+    def maps(seed, *arguments):
+        out = tmp_path / f"{seed}{len(arguments)}"
+        options = "options={rise: {num_samples: 20}}"
+        tool.main(
+            [str(run_folder), "method=rise", options, "labels=top1", "num_images=2", "grids=0", f"seed={seed}",
+             f"out={out}", *arguments, *QUICK]
+        )  # fmt: skip
+        return np.load(out / "maps" / "rise" / "00000.npz")["maps"]
+
+    measured = ["measure=true", "measures.sensitivity_samples=0", "measures.steps=5", "measures.lattice=4"]
+    first = maps(3)
+    assert (first == maps(3, *measured)).all()
+    assert (first != maps(4)).any()
+    with pytest.raises(InputError, match="methods: expected each method once"):
+        tool.main(["compare", str(run_folder), "methods=[rise,rise]", f"out={tmp_path}/c", *QUICK])
+
+
+def test_a_folder_with_an_equals_sign_is_a_run(run_folder, tmp_path):
+    sweep = tmp_path / "optim.lr=0.1,seed=1"
+    shutil.copytree(run_folder, sweep)
+    tool.main([str(sweep), "labels=top1", "num_images=1", "grids=0", f"out={tmp_path}/out", *QUICK])
+    assert (tmp_path / "out" / "report" / "index.html").is_file()
+
+
+def test_names_of_any_text_survive_in_tables_and_pages(tmp_path):
+    names = ["two\nlines", "=cmd", os.fsdecode(b"\xff"), 'a,b"c', "</script>", "\u732b", "w" * 10_000]
+    keys = [f"{name}.jpg".replace("/", "") for name in names]
+    columns = {"image": np.arange(7), "label": np.arange(7), "against": np.arange(7) - 1, "outcome": np.arange(7) % 4}
+    write_pairs(tmp_path / "pairs.csv", {"cam": columns}, "val", keys, names)
+    with open(tmp_path / "pairs.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    # No formula for a spreadsheet, and a byte that is no UTF-8 as JSON escapes it; everything else is as it was.
+    written = [names[0], "'=cmd", r"\udcff", *names[3:]]
+    assert [row["label"] for row in rows] == written
+    assert [row["image"] for row in rows] == [f"{name}.jpg".replace("/", "") for name in written]
+    assert [row["against"] for row in rows] == ["", *written[:-1]]
+    image = ExplainedImage(
+        keys[2],
+        photo=np.zeros((8, 9, 3), np.uint8),
+        scores=np.full(7, 0.7, np.float32),
+        targets=np.ones(7, np.float32),
+        labels=np.arange(7),
+        maps={"cam": np.random.default_rng(0).random((7, 2, 2), np.float32)},
+    )
+    shown = [ShownMethod("cam")]
+    images = save_maps([image], tmp_path / "maps", names, {"cam": {"split": names[0]}})
+    images = save_pages(images, tmp_path / "grids", names, shown, 0.5, num=1, title=names[2])
+    write_report(tmp_path / "report", ReportData(names[2], names, shown, images, 0.5, {names[0]: names[2]}))
+    stored = np.load(tmp_path / "maps" / "cam" / "00000.npz")
+    assert stored["classes"].tolist() == names
+    assert str(stored["key"]) == keys[2]
+    assert (tmp_path / "grids" / "cam_0.png").stat().st_size > 100
+    assert "</script>" not in (tmp_path / "report" / "data" / "index.js").read_text()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "a\nb", "\udcff", "x" * 300])
+def test_a_method_whose_name_is_no_file_name_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match="method"):
+        list(save_maps([], tmp_path / "maps", ["cat"], {name: {}}))
+    with pytest.raises(InputError, match="method"):
+        list(save_pages([], tmp_path / "grids", ["cat"], [ShownMethod(name)], 0.5, num=1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_never_overwritten(run_folder, tmp_path):
