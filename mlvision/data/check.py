@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from mlvision.data import read_split
 from mlvision.data.coco import CocoConfig
-from mlvision.data.images import decode_record, read_record, record_files
+from mlvision.data.images import decode_record, read_photo, record_files
 from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
 from mlvision.data.records import Boxes, Record
 from mlvision.data.text_files import read_bytes
@@ -365,10 +365,7 @@ def _flow(labels: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int, str, st
 
 def _picture(record: Record, classes: Sequence[str], max_pixels: int) -> Image.Image:
     """The image, scaled to fit a tile, with its masks and boxes; small ones come last, so that none is hidden."""
-    pixels = read_record(record, max_pixels)
-    if record.bands is not None:
-        pixels = pixels[:, :, record.bands.rgb]
-    image = Image.fromarray(pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8))
+    image = Image.fromarray(read_photo(record, max_pixels))
     scale = _TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)

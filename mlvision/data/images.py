@@ -183,6 +183,14 @@ def read_record(record: Record, max_pixels: int = MAX_PIXELS) -> Shaped[np.ndarr
     return decode_record(record, [read_bytes(path) for path in record_files(record)], max_pixels)
 
 
+def read_photo(record: Record, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
+    """A record's image as a picture to look at: of other bands than three colours those that stand for them."""
+    pixels = read_record(record, max_pixels)
+    if record.bands is not None:
+        pixels = pixels[:, :, record.bands.rgb]
+    return pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8)
+
+
 def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest, list[tuple[str, str]]]:
     """Decodes every image once: the manifest without the bad ones, and (key, reason) of each bad one.
 

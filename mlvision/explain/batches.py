@@ -1,24 +1,29 @@
 """From the batches of a loader to explained images: which labels are asked about, and what every method says of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Float64, Int64, Shaped, UInt8
+from PIL import Image
 from torch import Tensor
 
+from mlvision.data.images import read_photo
 from mlvision.data.manifest import Manifest
+from mlvision.data.records import Record
 from mlvision.errors import InputError
 from mlvision.explain import EmptySelectionError, Explanation, Labels, Selection, Subject, explain, select
 from mlvision.explain.measure import Judged, MeasureConfig, judge_on, measure
 from mlvision.explain.render import ExplainedImage
 from mlvision.labels.geometry import whole_images
+from mlvision.labels.oracle import object_outlines
 from mlvision.losses import binary_cross_entropy
 from mlvision.metrics.summary import log_odds
 from mlvision.types import Batch, to_scores
 
+PHOTO = 640  # pixels of the longest side of a photo that is shown
 Columns = dict[str, np.ndarray]  # of measures, a number a pair of image and label
 
 
@@ -133,7 +138,7 @@ class Asker:
         return [
             ExplainedImage(
                 self.manifest.records[row].key,
-                photo=asked.images[place].permute(1, 2, 0).numpy(),
+                photo=shown_photo(self.manifest, row, asked.boxes[place].tolist()),
                 scores=scores[place].numpy(),
                 targets=asked.targets[place].numpy(),
                 labels=selection.labels[place].numpy(),
@@ -144,9 +149,34 @@ class Asker:
                 measures={name: {key: table[place] for key, table in tables.items()} for name, tables in shown.items()},
                 extent=asked.boxes[place].tolist(),
                 kinds={name: one.kind for name, one in found.items()},
+                areas=shown_areas(self.manifest.records[row], asked.boxes[place].tolist()),
             )
             for place, row in enumerate(asked.rows.tolist())
         ]
+
+
+def shown_photo(manifest: Manifest, row: int, box: Sequence[float]) -> UInt8[np.ndarray, "H W 3"]:
+    """The part of a photo that a view shows, in its own shape: a view's pixels are squashed, and fewer.
+
+    Args:
+        box: x1, y1, x2, y2 in [0, 1] of the photo.
+    """
+    photo = Image.fromarray(read_photo(manifest.records[row], manifest.max_pixels))
+    left, top, right, bottom = (round(end * side) for end, side in zip(box, photo.size * 2, strict=True))
+    photo = photo.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    photo.thumbnail((PHOTO, PHOTO), Image.Resampling.LANCZOS)
+    return np.asarray(photo)
+
+
+def shown_areas(record: Record, box: Sequence[float]) -> dict[int, list[Float64[np.ndarray, "_ 2"]]]:
+    """By class the outlines of the annotated objects, in [0, 1] of the part of the photo that a view shows."""
+    areas: dict[int, list[Float64[np.ndarray, "_ 2"]]] = {}
+    if record.boxes is not None:
+        corner, size = np.array(box[:2]), np.array(box[2:]) - np.array(box[:2])
+        for n in np.flatnonzero(~record.boxes.crowd).tolist():
+            outlines = object_outlines(record.boxes.xyxy[n], record.boxes.segmentation[n])
+            areas.setdefault(int(record.boxes.labels[n]), []).extend((points - corner) / size for points in outlines)
+    return areas
 
 
 def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], activation: str) -> Float[Tensor, " B"]:

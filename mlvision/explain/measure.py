@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor, nn
 
-from mlvision.data.manifest import Record
+from mlvision.data.records import Record
 from mlvision.errors import check_fields
 from mlvision.explain import Explanation, Selection, Subject, explain
 from mlvision.explain.impute import BASELINES

@@ -78,6 +78,7 @@ class ExplainedImage:
         measures: by method and by the measure's name one number a label; NaN is not shown.
         extent: x1, y1, x2, y2 in [0, 1] of the full image: the part that the photo shows.
         kinds: by method what its values are, as `LabelMap.kind`; attribution where nothing is said.
+        areas: by class the outlines of its annotated objects, each `[m, 2]` x, y in [0, 1] of the photo.
     """
 
     key: str
@@ -92,6 +93,7 @@ class ExplainedImage:
     measures: Mapping[str, Mapping[str, Float[np.ndarray, " _L"]]] = field(default_factory=dict)
     extent: Sequence[float] = (0.0, 0.0, 1.0, 1.0)
     kinds: Mapping[str, str] = field(default_factory=dict)
+    areas: Mapping[int, Sequence[Float[np.ndarray, "_ 2"]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_labels, num_classes = len(self.labels), len(self.scores)

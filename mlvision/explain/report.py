@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from PIL import Image
 
 from mlvision.data.unfinished import unfinished
@@ -31,7 +31,6 @@ from mlvision.explain.render import ORDER, ExplainedImage, ShownMethod, colour_t
 MAX_SIDE = 64  # cells; an input-gradient map of 224 x 224 would make 50 kB a label
 _FILES = {"index.html", "assets", "data", "photos"}
 _MARK = '<meta name="generator" content="mlvision report">'
-_DRAWN, _FLAT, _NO_POSITIVE = range(3)
 
 
 @dataclass(frozen=True)
@@ -112,36 +111,52 @@ def _write_all(folder: Path, report: ReportData, max_side: int) -> None:
         (folder / "assets" / name).write_bytes((page / name).read_bytes())
     text = (page / "report.html").read_text(encoding="utf-8")
     assert _MARK in text
-    (folder / "index.html").write_text(text.replace("{{title}}", html.escape(report.title)), encoding="utf-8")
+    title = html.escape(report.title)
+    (folder / "index.html").write_text(text.replace("{{title}}", title), encoding="utf-8", errors="backslashreplace")
 
-    rows, averaged = [], {}
+    images, averaged = [], {}
+    table = {kind: np.zeros(len(report.classes), dtype=np.int64) for kind in (*ORDER, "explained")}
+    has_areas = False
     for number, image in enumerate(report.images):
-        row, maps = _image(image, report, max_side, averaged)
-        rows.append(row)
-        _write_script(folder / "data" / f"{number:05}.js", f"mlvisionReport.image({number},", maps)
+        listed, data = _image(image, report, max_side, averaged)
+        images.append(listed)
+        _count(image, report.thresholds, table)
+        has_areas = has_areas or bool(image.areas)
+        _write_script(folder / "data" / f"{number:05}.js", f"mlvisionReport.image({number},", data)
         Image.fromarray(image.photo).save(folder / "photos" / f"{number:05}.jpg", quality=90, subsampling=0)
-    if not rows:
+    if not images:
         raise InputError("report: there are no images")
+    kinds = [kind for kind in table if kind != "TN"]
+    listed = np.flatnonzero(sum(table[kind] for kind in kinds))
     index = {
         "title": report.title,
         "classes": list(report.classes),
         "methods": [
-            [m.name, m.signed, m.label_specific, m.description, averaged.get(m.name, ""), m.magnitudes]
-            for m in report.methods
+            {
+                "name": method.name,
+                "signed": method.signed,
+                "labelSpecific": method.label_specific,
+                "description": method.description,
+                "averaged": averaged.get(method.name, ""),
+                "magnitudes": method.magnitudes,
+            }
+            for method in report.methods
         ],
         "thresholds": [_short(t) for t in np.broadcast_to(report.thresholds, len(report.classes))],
         "summary": list(report.summary.items()),
         "outcomes": ORDER,
         "colours": [_encode(colour_table(signed)) for signed in (False, True)],
-        "images": rows,
+        "hasAreas": has_areas,
+        "table": [{"class": c, **{kind: int(table[kind][c]) for kind in kinds}} for c in listed.tolist()],
+        "images": images,
     }
     _write_script(folder / "data" / "index.js", "mlvisionReport.index(", index)
 
 
 def _image(
     image: ExplainedImage, report: ReportData, max_side: int, averaged: dict[str, str]
-) -> tuple[list[Any], list[Any]]:
-    """What the index holds of an image, and its maps; notes in `averaged` which methods' maps were too fine."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the index and an image's own file hold; notes in `averaged` which methods' maps were too fine."""
     if len(image.scores) != len(report.classes):
         raise InputError(f"{image.key}: {len(image.scores)} scores for {len(report.classes)} classes")
     if not any(method.name in image.maps for method in report.methods):
@@ -149,25 +164,43 @@ def _image(
     said, places = image.outcomes(report.thresholds), image.places
     labels = [int(image.labels[place]) for place in places]
     predicted = image.scores >= report.thresholds
-    row = [
-        image.key,
-        *image.photo.shape[:2],
-        _short(image.loss),
-        np.flatnonzero(image.targets == 1).tolist(),
-        int(np.isnan(image.targets).sum()),
-        np.array([c for c in np.argsort(-image.scores, kind="stable") if predicted[c]], dtype=int).tolist(),
-        labels,
-        [ORDER.index(said[c]) for c in labels],
-        [round(float(image.scores[c]), 4) for c in labels],
-        # A contrast's second class with its score; contrasts are few.
-        {
-            n: [image.rival(place), round(float(image.scores[image.rival(place)]), 4)]
-            for n, place in enumerate(places)
-            if image.rival(place) >= 0
+    explained = []
+    for place, c in zip(places, labels, strict=True):
+        label = {"label": c, "outcome": ORDER.index(said[c]), "score": round(float(image.scores[c]), 4)}
+        if (rival := image.rival(place)) >= 0:
+            label |= {"against": rival, "rivalScore": round(float(image.scores[rival]), 4)}
+        explained.append(label)
+    listed = {
+        "key": image.key,
+        "height": image.photo.shape[0],
+        "width": image.photo.shape[1],
+        "loss": _short(image.loss),
+        "truth": np.flatnonzero(image.targets == 1).tolist(),
+        "unknown": int(np.isnan(image.targets).sum()),
+        "predicted": [int(c) for c in np.argsort(-image.scores, kind="stable") if predicted[c]],
+        "labels": explained,
+    }
+    wanted = {*labels, *listed["truth"]}
+    return listed, {
+        "logits": None if image.logits is None else [_short(image.logits[c]) for c in labels],
+        "methods": [_maps(image, method, places, max_side, averaged) for method in report.methods],
+        "areas": {
+            c: [np.round(outline, 4).tolist() for outline in outlines]
+            for c, outlines in image.areas.items()
+            if c in wanted
         },
-    ]
-    logits = None if image.logits is None else [_short(image.logits[c]) for c in labels]
-    return row, [logits, [_maps(image, method, places, max_side, averaged) for method in report.methods]]
+    }
+
+
+def _count(
+    image: ExplainedImage, thresholds: float | Float[np.ndarray, " C"], table: dict[str, Int64[np.ndarray, " C"]]
+) -> None:
+    """Add an image to the table of classes: its outcomes, and which labels are explained, contrasts left out."""
+    said = np.array(image.outcomes(thresholds))
+    for outcome in ORDER:
+        table[outcome] += said == outcome
+    explained = {int(image.labels[place]) for place in image.places if image.rival(place) < 0}
+    table["explained"][list(explained)] += 1
 
 
 def _maps(
@@ -181,28 +214,37 @@ def _maps(
     if shown.shape != native.shape:
         sizes = " to ".join(f"{h} x {w}" for h, w in (native.shape[1:], shown.shape[1:]))
         averaged.setdefault(method.name, sizes)
-    shown = shown_part(shown, image, method)
-    signed = np.array([image.signed(place, method) for place in places], dtype=bool)
-    tops = np.abs(shown).max(axis=(1, 2))
-    steps = np.where(tops > 0, tops / np.where(signed, 127, 255), 1)
-    cells = np.rint(shown / steps[:, None, None]).astype(np.int16).astype(np.uint8)  # signed ones in two's complement
     highest, lowest = native.max(axis=(1, 2)), native.min(axis=(1, 2))
-    silent = np.where(highest == lowest, _FLAT, np.where((highest > 0) | signed, _DRAWN, _NO_POSITIVE))
+    flat = highest == lowest
+    positive, cells = shown.clip(min=0), np.zeros(shown.shape, dtype=np.int8)
+    # Each side of 0 has its own scale, so that the fainter one keeps its shape.
+    steps = [np.where((top := side.max(axis=(1, 2))) > 0, top / 127, 1) for side in (positive, -shown.clip(max=0))]
+    for step, side in zip(steps, (positive, shown.clip(max=0)), strict=True):
+        cells += np.rint(side / step[:, None, None]).astype(np.int8)
+    # A map without positive evidence has nothing to draw unless both signs are drawn.
+    draws = {
+        "for": (positive, ~flat & (highest > 0)),
+        "both": (shown, ~flat),
+        "method": (shown_part(shown, image, method), ~flat & ((highest > 0) | _signed(image, method))),
+    }
     measures = image.measures.get(method.name, {})
     return {
         "size": shown.shape[1:],
-        "limit": _short(shared_limit(shown[silent == _DRAWN])),
-        "own": [_short(shared_limit(values[None])) for values in shown],
-        "silent": silent.tolist(),
-        "steps": [_short(step) for step in steps],
+        # The ends of the colours: of all labels together, and of each label by its positive part and by both signs.
+        "limits": {name: _short(shared_limit(values[drawn])) for name, (values, drawn) in draws.items()},
+        "own": [[_short(shared_limit(side[n : n + 1])) for side in (positive, shown)] for n in range(len(shown))],
+        "flat": flat.tolist(),
+        "steps": [[_short(up), _short(down)] for up, down in zip(*steps, strict=True)],
         # Where the highest and the lowest cell are: shares from the left and from the top, of the map as it was made.
         "peaks": [[*_place(values.argmax(), values), _short(values.max())] for values in native],
-        "lows": [[*_place(values.argmin(), values), _short(values.min())] for values in native]
-        if signed.any()
-        else None,
+        "lows": [[*_place(values.argmin(), values), _short(values.min())] for values in native],
         "measures": [[name, [_short(values[place]) for place in places]] for name, values in measures.items()],
         "cells": _encode(cells),
     }
+
+
+def _signed(image: ExplainedImage, method: ShownMethod) -> Bool[np.ndarray, " L"]:
+    return np.array([image.signed(place, method) for place in image.places], dtype=bool)
 
 
 def _averaged(maps: Float[np.ndarray, "L h w"], max_side: int) -> Float[np.ndarray, "L _ _"]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from contourpy import LineType, contour_generator
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Integer, Shaped
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from mlvision.errors import InputError
 from mlvision.labels.geometry import boxes_in_grid, overlaps, whole_images
 from mlvision.types import CropBox, LabelMap
 
+_OUTLINED = 256  # pixels of the longest side that an outline is drawn from
 _PAIRS = 1 << 18  # pairs of edges that one step of the search for crossings compares
 # Boxes are float32 and do not meet cell borders exactly: so much of a label's own area is none of it.
 _SLACK = 1e-6
@@ -54,6 +57,29 @@ def object_cover(box: Float[np.ndarray, "4"], segmentation: Any, grid: tuple[int
         InputError: an entry that is none of these, or not finite.
     """
     return _union_cover(_shapes(np.asarray(box), segmentation, grid, "object"), grid)
+
+
+def object_outlines(box: Float[np.ndarray, "4"], segmentation: Any) -> list[Float64[np.ndarray, "_ 2"]]:
+    """An object's shape to draw: closed outlines of x, y in [0, 1] of the image.
+
+    Args:
+        box, segmentation: as in `object_cover`. The outlines of a run-length mask go between the centres of its pixels, of
+            a large one those of the mask made smaller.
+
+    Raises:
+        InputError: as `object_cover`.
+    """
+    if not isinstance(segmentation, dict):
+        _shapes(np.asarray(box), segmentation, (1, 1), "object")
+        x1, y1, x2, y2 = np.asarray(box, dtype=np.float64)
+        corners = [[(x1, y1), (x2, y1), (x2, y2), (x1, y2)]]
+        return [np.asarray(points, dtype=np.float64) for points in (corners if segmentation is None else segmentation)]
+    mask = Image.fromarray(255 * (_decode(segmentation, "object") != 0).astype(np.uint8))
+    mask.thumbnail((_OUTLINED, _OUTLINED), Image.Resampling.BOX)
+    padded = np.pad(np.asarray(mask, dtype=np.float64) / 255, 1)
+    lines, _ = contour_generator(z=padded, line_type=LineType.SeparateCode).lines(0.5)
+    # Pixel (i, j) is at i + 1, j + 1 of the padded one, and its centre at i + 0.5, j + 0.5.
+    return [((points - 0.5) / mask.size).clip(0, 1) for points in lines]
 
 
 def oracle_map(

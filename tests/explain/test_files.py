@@ -77,12 +77,13 @@ def test_the_extent_leads_back_to_the_place_in_the_full_image(tmp_path):
     """A dark spot at 58 to 66 across and 4 to 12 down of 100 x 40 pixels, whose centre part the model sees."""
     picture = np.full((40, 100, 3), 255, np.uint8)
     picture[4:12, 58:66] = 0
+    Image.fromarray(picture).save(tmp_path / "spot.png")
     view = EvalView((32, 32), eval_resize="crop", crop_pct=0.8)(picture)
     assert view.box == pytest.approx((0.34, 0.1, 0.66, 0.9))  # 34 to 66 across, 4 to 36 down
     batch = Batch(
         view.image[None], torch.ones(1, 1), torch.zeros(1, dtype=torch.long), CropBox(torch.tensor([view.box]))
     )
-    manifest = Manifest(("dark",), (Record("spot.jpg", "spot.jpg", (0,)),), "test")
+    manifest = Manifest(("dark",), (Record("spot.png", str(tmp_path / "spot.png"), (0,)),), "test")
     asker = Asker(Subject(Darkness()), manifest, "all", 0.5)
     asked = asker.ask(batch)
     images, _ = asker.explain(asked, {"cells": DarkCells()}, seed=0)
@@ -90,6 +91,7 @@ def test_the_extent_leads_back_to_the_place_in_the_full_image(tmp_path):
     # From here on with the file and the picture alone.
     found = np.load(tmp_path / "cells" / "00000.npz")
     x1, y1, x2, y2 = (found["extent"] * [100, 40, 100, 40]).round().astype(int)
+    assert (images[0].photo == picture[y1:y2, x1:x2]).all()  # the photo's own pixels, in its own shape
     part = np.asarray(Image.fromarray(found["maps"][0].astype(np.float32)).resize((x2 - x1, y2 - y1), 0))
     whole = np.zeros((40, 100))
     whole[y1:y2, x1:x2] = part

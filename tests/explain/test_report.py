@@ -25,6 +25,7 @@ METHODS = [
     ShownMethod("rollout", label_specific=False, description="the third"),
 ]
 NUM_IMAGES = 30
+SQUARE = np.array([[0.5, 0.25], [1.0, 0.25], [1.0, 0.75], [0.5, 0.75]])
 SCORES = np.array([0.9, 0.8, 0.1, 0.2, 0.6], np.float32)
 TARGETS = np.array([1, 0, 1, 0, NAN], np.float32)  # TP, FP, FN, TN, unknown
 
@@ -59,6 +60,7 @@ def explained(number, shape=(60, 80)):
         loss=float((11 * number) % NUM_IMAGES),
         against=np.array([-1, -1, -1, -1, -1, -1, 1]),
         measures={"cam": {"pointing": pointing}},
+        areas={} if number else {0: [SQUARE], 2: [SQUARE / 2], 3: [SQUARE]},
     )
 
 
@@ -105,23 +107,57 @@ def test_no_name_becomes_markup(report):
 
 def test_stored_maps_are_the_maps(report):
     image = explained(7)
-    _, parts = read(report / "data" / "00007.js")
+    parts = read(report / "data" / "00007.js")["methods"]
     for method, part in zip(METHODS, parts, strict=True):
         maps = image.maps[method.name][image.places]
-        raw = np.frombuffer(base64.b64decode(part["cells"]), np.uint8).reshape(maps.shape)
-        for place, values, stored, step in zip(image.places, maps, raw, part["steps"], strict=True):
-            signed = method.signed or place == 6
-            expected = values if signed else values.clip(min=0)
-            stored = (stored.view(np.int8) if signed else stored).astype(np.float64) * step
-            np.testing.assert_allclose(stored, expected, atol=np.abs(expected).max() / (127 if signed else 255))
+        raw = np.frombuffer(base64.b64decode(part["cells"]), np.int8).reshape(maps.shape)
+        for values, stored, (up, down) in zip(maps, raw, part["steps"], strict=True):
+            # Both signs of every map, each as fine as it is strong.
+            np.testing.assert_allclose(stored.clip(0) * up, values.clip(min=0), atol=values.max().clip(0) / 127)
+            np.testing.assert_allclose(
+                stored.clip(max=0) * down, values.clip(max=0), atol=-values.min().clip(max=0) / 127
+            )
     cam = parts[0]
-    assert cam["silent"] == [0, 1, 2, 0, 0, 0]  # flat; nothing positive; a contrast may be negative
+    assert cam["flat"] == [False, True, False, False, False, False]
+    assert cam["peaks"][2][2] < 0  # nothing positive
     assert cam["peaks"][0] == [0.9, 0.167, 16]
     drawn = image.maps["cam"][[0, 3, 4, 6]]
     drawn[:3] = drawn[:3].clip(min=0)
-    assert cam["limit"] == pytest.approx(shared_limit(drawn), rel=1e-5)
-    assert cam["own"][0] == pytest.approx(shared_limit(drawn[:1]), rel=1e-5)
-    assert read(report / "data" / "00003.js")[1][1] is None
+    assert cam["limits"]["method"] == pytest.approx(shared_limit(drawn), rel=1e-5)
+    assert cam["own"][0] == pytest.approx([shared_limit(drawn[:1])] * 2, rel=1e-5)
+    native = image.maps["cam"][image.places]
+    positive = native[[0, 3, 4, 5]].clip(min=0)
+    positive = positive[positive.max(axis=(1, 2)) > 0]
+    assert cam["limits"]["for"] == pytest.approx(shared_limit(positive), rel=1e-5)
+    assert cam["limits"]["both"] == pytest.approx(shared_limit(native[[0, 2, 3, 4, 5]]), rel=1e-5)
+    assert cam["own"][2] == pytest.approx([0, shared_limit(native[2:3])], rel=1e-5)
+    assert read(report / "data" / "00003.js")["methods"][1] is None
+
+
+def test_the_index_names_what_it_holds_and_counts_every_class(report):
+    index = read(report / "data" / "index.js")
+    first = index["images"][0]
+    assert first["labels"][5] == {"label": 0, "outcome": 2, "score": 0.6, "against": 1, "rivalScore": 0.8}
+    assert (first["key"], first["height"], first["width"], first["truth"]) == ("set/00.jpg", 60, 80, [0, 2])
+    assert index["methods"][1]["name"] == "occlusion"
+    # By hand: TP, FP, FN, TN, unknown in 29 images; in the last nothing is there: FP, FP, TN, TN and a predicted moon.
+    counts = {
+        row["class"]: [row[kind] for kind in ("TP", "FP", "FN", "unknown", "explained")] for row in index["table"]
+    }
+    assert counts == {
+        0: [29, 1, 0, 0, 30],
+        1: [0, 30, 0, 0, 30],
+        2: [0, 0, 29, 0, 30],
+        3: [0, 0, 0, 0, 30],
+        4: [0, 1, 0, 29, 30],
+    }
+
+
+def test_outlines_are_stored_of_what_is_explained_or_there(report):
+    assert read(report / "data" / "index.js")["hasAreas"]
+    areas = read(report / "data" / "00000.js")["areas"]
+    assert areas == {"0": [SQUARE.tolist()], "2": [(SQUARE / 2).tolist()], "3": [SQUARE.tolist()]}
+    assert read(report / "data" / "00001.js")["areas"] == {}
 
 
 def test_maps_that_are_too_fine_are_averaged_and_the_page_says_so(tmp_path):
@@ -129,11 +165,11 @@ def test_maps_that_are_too_fine_are_averaged_and_the_page_says_so(tmp_path):
     values[0, 28:, 2:4] = [[4, 8], [0, 0]]
     image = replace(explained(1), maps={"cam": values})
     write_report(tmp_path / "out", data([image]), max_side=30)
-    assert read(tmp_path / "out" / "data" / "index.js")["methods"][0][4] == "30 x 60 to 15 x 30"
-    part = read(tmp_path / "out" / "data" / "00000.js")[1][0]
-    stored = np.frombuffer(base64.b64decode(part["cells"]), np.uint8).reshape(6, 15, 30)[0] * part["steps"][0]
+    assert read(tmp_path / "out" / "data" / "index.js")["methods"][0]["averaged"] == "30 x 60 to 15 x 30"
+    part = read(tmp_path / "out" / "data" / "00000.js")["methods"][0]
+    stored = np.frombuffer(base64.b64decode(part["cells"]), np.int8).reshape(6, 15, 30)[0] * part["steps"][0][0]
     assert np.flatnonzero(stored).tolist() == [14 * 30 + 1]
-    assert stored[14, 1] == pytest.approx(3)
+    assert stored[14, 1] == pytest.approx(3, rel=1e-5)
     assert part["peaks"][0] == [round(3.5 / 60, 3), round(28.5 / 30, 3), 8]  # of the map as it was made
 
 
@@ -335,8 +371,7 @@ def test_a_card_names_its_labels_mistakes_first(reader):
         f"Photo set/00.jpg. Ground truth: cat, {NASTY}. Predicted: dog, cat, moon."
     )
     assert "pointing 1" in first.locator(".tile.TP").first.inner_text()
-    cat = first.locator(".tile.TP canvas").first
-    assert cat.get_attribute("role") == "img"
+    cat = first.locator(".tile.TP button.frame").first
     assert cat.get_attribute("aria-label") == (
         "cat: score 0.60, true positive. "
         "cam: strongest evidence upper right (90 % from the left, 17 % from the top), value 2."
@@ -367,6 +402,143 @@ def test_filters_leave_only_what_matches(reader):
     reader.page.locator("#find").fill("/2")
     assert sorted(reader.settle().keys()) == [key_of(n) for n in range(20, 30)]
     assert reader.text("#counts") == "10 images of 30, 60 explained labels of 180"
+
+
+def test_counts_follow_the_other_filters(reader):
+    reader.open()
+
+    def outcomes():
+        return [int(text) for text in reader.page.locator("#outcomes small").all_inner_texts()]
+
+    def labels():
+        return [
+            text for text in reader.page.locator("#label option").all_inner_texts() if text.startswith(("cat (", "dog"))
+        ]
+
+    # FN, FP, TP (cat and its contrast), TN, unknown of 29 images; in the last one cat, its contrast, dog and moon are FPs.
+    assert outcomes() == [29, 29 + 4, 2 * 29, 29 + 2, 29]
+    assert labels() == ["cat (30)", "dog (30)"]
+    reader.choose("label", "0")
+    assert outcomes() == [0, 1, 29, 0, 0]
+    reader.tick("FP")
+    assert labels() == ["cat (1)", "dog (30)"]
+    reader.page.locator("#find").fill("/0")
+    reader.settle()
+    assert outcomes() == [0, 0, 10, 0, 0]
+    assert labels() == ["cat (0)", "dog (10)"]
+
+
+def test_the_table_of_classes_comes_first_and_leads_to_a_class(reader):
+    reader.open()
+    rows = reader.page.locator("#classes-body tr").all_inner_texts()
+    assert len(rows) == 5
+    assert rows[0].startswith("dog")  # the most mistakes first
+    assert [row.split("\t")[1:] for row in rows if row.startswith("cat")] == [
+        ["29", "29", "0", "1", "1", "0", "0.97", "1.00", "30"]
+    ]
+    head = reader.page.locator("#classes-head th")
+    assert head.nth(5).get_attribute("aria-sort") == "descending"
+    head.nth(8).locator("button").click()  # recall: what has none comes last
+    assert reader.page.locator("#classes-body tr").first.inner_text().startswith("cat")
+    head.nth(8).locator("button").click()
+    assert head.nth(8).get_attribute("aria-sort") == "ascending"
+    assert reader.page.locator("#classes-body tr").last.inner_text().split("\t")[8] == "\u2013"
+    reader.page.locator("#classes-body button", has_text="moon").click()
+    assert {name for name, _ in reader.settle().tiles()} == {"moon"}
+    assert reader.page.locator("#label").input_value() == "4"
+
+
+def test_evidence_against_is_drawn_when_asked_for(reader):
+    reader.open("#sort=key&size=256")
+    nothing = reader.page.locator("article").first.locator(".tile").first  # NASTY: no positive evidence by cam
+    assert nothing.locator(".silent").is_visible()
+    assert not reader.page.locator("#against").is_checked()
+    reader.page.locator("#against").check()
+    assert not nothing.locator(".silent").is_visible()
+    pixels = reader.pixels(nothing).astype(int)
+    assert ((pixels[..., 2] > pixels[..., 0]) | (pixels[..., 3] == 0)).all()  # blue
+    native = explained(0).maps["cam"][explained(0).places]
+    limit = shared_limit(native[[0, 2, 3, 4, 5]])
+    assert reader.text(".card .scale").startswith(f"{number(-limit)} 0 +{number(limit)}")
+    assert "strongest against" in nothing.locator("button.frame").get_attribute("aria-label")
+    expected = colourise(upsample(native[2], pixels.shape[:2]), limit, True).astype(float)
+    assert np.abs(pixels[..., 3] - expected[..., 3]).max() <= 4
+    # A method that is signed by itself: the switch is on until it is turned off.
+    reader.open("#method=occlusion&sort=key")
+    assert reader.page.locator("#against").is_checked()
+    reader.page.locator("h1").click()
+    reader.press("n")
+    assert not reader.page.locator("#against").is_checked()
+    assert "against=0" in reader.page.evaluate("location.hash")
+    first = reader.pixels(reader.page.locator("article").first.locator(".tile").nth(2)).astype(int)
+    drawn = first[first[..., 3] > 60]
+    assert (drawn[:, 0] >= drawn[:, 2] - 90).all()  # violet to yellow, no blue of evidence against
+
+
+def test_true_areas_are_drawn_when_asked_for(reader):
+    reader.open("#sort=key&size=256")
+    cat = reader.page.locator("article").first.locator(".tile").nth(2)
+    assert cat.locator("polygon").count() == 0
+    reader.page.locator("#areas").check()
+    assert cat.locator("polygon.line").count() == 1
+    box, outline = (cat.locator(selector).bounding_box() for selector in (".frame img", "polygon.line"))
+    left, top = (outline[a] - box[a] for a in "xy")
+    assert (left / box["width"], top / box["height"]) == pytest.approx((0.5, 0.25), abs=0.02)
+    assert (outline["width"] / box["width"], outline["height"] / box["height"]) == pytest.approx((0.5, 0.5), abs=0.03)
+    first = reader.page.locator("article").first
+    assert first.locator(".photo polygon.line").count() == 2  # cat and NASTY are there, sun is not
+    assert first.locator(".tile.TN polygon.line").count() == 1
+    assert first.locator(".tile.FP polygon").count() == 0
+    reader.page.locator("h1").click()
+    reader.press("a")
+    assert reader.page.locator("polygon").count() == 0
+
+
+def test_a_click_enlarges_a_label_and_shows_the_methods_side_by_side(reader):
+    reader.open("#sort=key&areas=1")
+    cat = reader.page.locator("article").first.locator(".tile").nth(2)
+    cat.locator("button.frame").click()
+    dialog = reader.page.locator("#closer")
+    assert reader.text("#closer-title") == "cat"
+    assert "p=0.60 GT=1 TP" in reader.text("#closer-facts")
+    assert dialog.locator("figure .name").all_inner_texts() == ["photo", "cam", "occlusion", "rollout"]
+    assert dialog.locator("polygon.line").count() == 4
+    assert "pointing 1" in dialog.inner_text()
+    maps = explained(0).maps["occlusion"]
+    large = reader.pixels(dialog.locator("figure").nth(2)).astype(float)
+    expected = colourise(upsample(maps[0], large.shape[:2]), shared_limit(maps[explained(0).places]), True).astype(
+        float
+    )
+    assert np.abs(large[..., 3] - expected[..., 3]).max() <= 4
+    sides = [dialog.locator("figure .frame").nth(n).bounding_box() for n in range(2)]
+    assert sides[0]["y"] == sides[1]["y"]
+    assert sides[1]["width"] > cat.locator(".frame").bounding_box()["width"]
+    reader.page.keyboard.press("ArrowRight")
+    assert reader.text("#closer-title") == "cat \u2212 dog"
+    reader.page.keyboard.press("ArrowLeft")
+    reader.page.keyboard.press("ArrowLeft")
+    assert reader.text("#closer-title") == "dog"
+    assert "flat: the same everywhere" in dialog.inner_text()
+    assert reader.text("#page") == "Page 1 of 3"  # the arrows turned no page behind it
+    reader.page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    reader.press("ArrowRight")
+    assert reader.text("#page") == "Page 2 of 3"
+    reader.page.locator(".photo button.frame").first.click()
+    assert dialog.locator("figure").count() == 1
+    reader.page.locator("#closer-close").click()
+    assert not dialog.is_visible()
+    # By the keyboard too.
+    reader.page.locator(".tile button.frame").first.focus()
+    reader.page.keyboard.press("Enter")
+    assert dialog.is_visible()
+
+
+def test_photos_are_in_their_own_shape(reader):
+    reader.open("#sort=key&size=256")
+    for selector in (".photo .frame img", ".tile.TP .frame canvas"):
+        box = reader.page.locator(selector).first.bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(80 / 60, rel=0.02)
 
 
 def test_an_empty_filter_says_so_and_offers_a_way_back(reader):
@@ -513,7 +685,7 @@ def test_the_keyboard_turns_pages(reader):
 def test_everything_works_without_a_mouse(reader):
     reader.open()
     reached = []
-    for _ in range(20):
+    for _ in range(60):
         reader.page.keyboard.press("Tab")
         reached.append(reader.page.evaluate("document.activeElement.id || document.activeElement.value"))
         outline = reader.page.evaluate(
@@ -533,6 +705,8 @@ def test_everything_works_without_a_mouse(reader):
         "sort",
         "opacity",
         "alone",
+        "against",
+        "areas",
         "size",
         "many",
         "find",

@@ -9,7 +9,14 @@ from pycocotools import mask as coco_mask
 
 from mlvision.data.drawing import mask_polygons
 from mlvision.errors import InputError
-from mlvision.labels.oracle import batch_oracle_maps, object_cover, oracle_map, oracle_targets, visible_area
+from mlvision.labels.oracle import (
+    batch_oracle_maps,
+    object_cover,
+    object_outlines,
+    oracle_map,
+    oracle_targets,
+    visible_area,
+)
 from mlvision.types import CropBox, LabelMap
 
 NO_BOX = np.zeros(4)
@@ -392,3 +399,28 @@ def test_maps_that_do_not_fit_are_refused():
         visible_area(LabelMap(torch.zeros(1, 2, 2, 4), kind="logit"), view.boxes)
     with pytest.raises(InputError, match="with ids .1, 2, 2, 4."):
         visible_area(LabelMap(torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4).long()), view.boxes)
+
+
+def test_outlines_enclose_what_the_shapes_cover():
+    """By hand for boxes and polygons, by the area that they enclose for masks."""
+    box = np.array([0.25, 0.5, 0.75, 1.0])
+    (outline,) = object_outlines(box, None)
+    assert outline.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.75, 1.0], [0.25, 1.0]]
+    triangle = np.array([[0.1, 0.2], [0.9, 0.2], [0.5, 0.8]])
+    drawn = object_outlines(box, [triangle, triangle / 2])
+    assert [points.tolist() for points in drawn] == [triangle.tolist(), (triangle / 2).tolist()]
+    mask = np.zeros((40, 60), np.uint8, order="F")
+    mask[10:30, 15:45] = 1
+    mask[15:20, 20:40] = 0  # a hole has an outline of its own
+    mask[35:40, 50:60] = 1  # up to the corner
+
+    def area(points):
+        x, y = points.T
+        return 40 * 60 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+
+    outlines = sorted(object_outlines(box, coco_mask.encode(mask)), key=area)
+    np.testing.assert_allclose([area(points) for points in outlines], [50, 100, 600], atol=0.6)  # corners are cut
+    np.testing.assert_allclose(outlines[2].min(0), [15 / 60, 10 / 40])
+    np.testing.assert_allclose(outlines[2].max(0), [45 / 60, 30 / 40])
+    with pytest.raises(InputError, match="expected polygons or an RLE"):
+        object_outlines(box, 3)
