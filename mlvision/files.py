@@ -249,10 +249,10 @@ def _check_archive(path: Path | str) -> None:
 @cache
 def _plain_classes() -> list[Any]:
     """What training scripts store besides tensors, and what cannot run code: numbers and arrays of numpy, options, paths."""
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    makers = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
     numbers = {type(np.dtype(code)) for code in (*np.typecodes["All"],) if code not in "OV"}
     # numpy's modules have moved: files name them as they were.
-    moved = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in (scalar, array) for core in ("core", "_core")]
+    moved = [(maker, f"numpy.{core}.multiarray.{name}") for name, maker in makers.items() for core in ("core", "_core")]
     return [np.dtype, np.ndarray, *numbers, *moved, argparse.Namespace, SimpleNamespace, PosixPath]
 
 

@@ -63,8 +63,8 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
     if is_array and not config.names:
         raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
     names_source = find_split_file(root, config.names, split, "file") if config.names else source
-    matrix, names = (None, []) if is_array else _read_text_matrix(source, with_names=not config.names)
-    names = _read_image_names(names_source, config.names_array) if config.names else names
+    matrix, own_names = (None, None) if is_array else _read_text_matrix(source, with_names=not config.names)
+    names = _read_image_names(names_source, config.names_array) if config.names else own_names or []
 
     def classes_of(shape: tuple[int, ...], dtype: np.dtype) -> tuple[str, ...]:
         if len(shape) != 2 or dtype.kind not in "biuf" or 0 in shape:

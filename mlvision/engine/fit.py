@@ -75,7 +75,7 @@ class LossWindow:
     def restore(self, saved: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: total.to(device) for name, total in saved["sums"].items()}
         # Checkpoints used to hold one count of steps for all scalars.
-        self.counts = saved.get("counts") or dict.fromkeys(self.sums, saved.get("count", 0))
+        self.counts = saved["counts"] if "counts" in saved else dict.fromkeys(self.sums, saved["count"])
 
 
 @dataclass

@@ -62,7 +62,7 @@ def _open_locked(path: Path) -> TextIO:
             file.seek(0)
             written = re.fullmatch(r"(\d+) (.+)\n", file.read())
             holder = "process {} on {}".format(*written.groups()) if written else "another process"
-            if supported is None or (written and _holds(path, *written.groups(), supported)):
+            if supported is None or (written and _holds(path, written[1], written[2], supported)):
                 raise InputError(
                     f"{path.parent}: in use by {holder}: wait until it has ended, or give another out= "
                     f"(if you are sure that it has ended, remove {path})"

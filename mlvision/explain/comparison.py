@@ -114,9 +114,9 @@ def write_pairs(
         classes: all class names.
     """
     words = {
-        "image": lambda row: spreadsheet_text(keys[row]),
-        "label": lambda label: spreadsheet_text(classes[label]),
-        "against": lambda label: "" if label < 0 else spreadsheet_text(classes[label]),
+        "image": lambda row: spreadsheet_text(keys[int(row)]),
+        "label": lambda label: spreadsheet_text(classes[int(label)]),
+        "against": lambda label: "" if label < 0 else spreadsheet_text(classes[int(label)]),
         "outcome": lambda outcome: "unknown" if outcome < 0 else OUTCOMES[outcome],
     }
     names = list(dict.fromkeys(key for table in tables.values() for key in table))

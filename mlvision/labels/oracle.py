@@ -9,7 +9,7 @@ The maps know no more than their cells: what an object covers of a cell counts a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def object_outlines(box: Float[np.ndarray, "4"], segmentation: Any) -> list[Floa
     mask = Image.fromarray(255 * (_decode(segmentation, "object") != 0).astype(np.uint8))
     mask.thumbnail((_OUTLINED, _OUTLINED), Image.Resampling.BOX)
     padded = np.pad(np.asarray(mask, dtype=np.float64) / 255, 1)
-    lines, _ = contour_generator(z=padded, line_type=LineType.SeparateCode).lines(0.5)
+    lines = cast(list[np.ndarray], contour_generator(z=padded, line_type=LineType.Separate).lines(0.5))
     # Pixel (i, j) is at i + 1, j + 1 of the padded one, and its centre at i + 0.5, j + 0.5.
     return [((points - 0.5) / mask.size).clip(0, 1) for points in lines]
 
