@@ -53,7 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _open_locked(path: Path) -> TextIO:
     """The lock's file, locked by this process, its holder gone."""
     while True:
-        file = open(path, "a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", errors="replace")
         try:
             supported = _try_lock(file)
             if not _is_at(file, path):  # its holder has ended since it was opened here
@@ -98,6 +98,10 @@ def _is_at(file: TextIO, path: Path) -> bool:
 def _holds(path: Path, process: str, host: str, supported: bool) -> bool:
     """Whether the process that wrote the file still holds it, although the file could be locked here."""
     if host != socket.gethostname():
+        print(
+            f"{path}: of process {process} on {host}; looking for {_WATCHED_FOR:.0f} s whether it is still renewed",
+            flush=True,
+        )
         return _is_renewed(path)
     return not supported and is_alive(int(process))
 

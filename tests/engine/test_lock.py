@@ -92,9 +92,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_though_a_process_that_it_for
     os.write(release[1], b"x")
 
 
-@pytest.mark.parametrize("damaged", ["", "12", "no number here\n", "7 host\nmore\n", "\0\0\0"])
+@pytest.mark.parametrize("damaged", [b"", b"12", b"no number here\n", b"7 host\nmore\n", b"\0\0", b"\xff 7 host\n"])
 def test_a_file_that_says_nothing_does_not_refuse(tmp_path, damaged):
-    (tmp_path / LOCK).write_text(damaged)
+    (tmp_path / LOCK).write_bytes(damaged)
     hold(tmp_path)
 
 
