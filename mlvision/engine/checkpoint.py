@@ -87,6 +87,14 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_window(value: Any) -> bool:
+    """Sums of logged scalars and the steps in each; older checkpoints hold one number of steps for all."""
+    if not _is_dict(value) or not _is_state(value.get("sums")):
+        return False
+    counts = value.get("counts", dict.fromkeys(value["sums"], value.get("count")))
+    return _is_dict(counts) and counts.keys() == value["sums"].keys() and all(map(_is_count, counts.values()))
+
+
 # What evaluation and prediction need of a run, and what a bit-exact resume needs besides.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "method": _is_state,
@@ -101,7 +109,7 @@ _ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
     "optimizer": lambda value: _is_dict(value) and {"state", "param_groups"} <= value.keys(),
     "scaler": _is_dict,
     "rng": _is_dict,
-    "window": lambda value: _is_dict(value) and _is_state(value.get("sums")) and _is_count(value.get("count")),
+    "window": _is_window,
     "log_position": _is_count,
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mlvision.engine.checkpoint import FORMAT, check_classes, load_checkpoint, save_checkpoint
+from mlvision.engine.fit import LossWindow
 from mlvision.engine.seed import rng_state
 from mlvision.errors import InputError
 
@@ -15,6 +16,8 @@ def run_state(weights: torch.Tensor | None = None) -> dict:
     """All that a run of one layer keeps."""
     layer = torch.nn.Linear(5, 3)
     weights = layer.weight.detach() if weights is None else weights
+    window = LossWindow()
+    window.add({"loss": torch.tensor(1.0)})
     return {
         "method": {"weight": weights},
         "ema": None,
@@ -27,7 +30,7 @@ def run_state(weights: torch.Tensor | None = None) -> dict:
         "optimizer": torch.optim.AdamW(layer.parameters()).state_dict(),
         "scaler": {},
         "rng": rng_state(),
-        "window": {"sums": {"loss": torch.tensor(1.0)}, "count": 3},
+        "window": window.state(),
         "log_position": 120,
     }
 
@@ -129,13 +132,24 @@ def test_training_goes_on_from_whole_checkpoints_only(tmp_path, entry):
     [
         ("method", [torch.zeros(1)]), ("method", {"weight": 1.0}), ("ema", 3), ("classes", []), ("classes", "abc"),
         ("classes", ["a", 1]), ("epoch", -1), ("epoch", "1"), ("epoch", None), ("optimizer", {"state": {}}),
-        ("window", {"sums": [], "count": 0}), ("data_hashes", {"training records": 5}), ("log_position", 1.5),
+        ("window", {"sums": [], "count": 0}), ("window", {"sums": {"loss": torch.ones(())}, "counts": {}}),
+        ("window", {"sums": {"loss": torch.ones(())}, "counts": {"loss": 1.5}}),
+        ("window", {"sums": {"loss": torch.ones(())}}), ("data_hashes", {"training records": 5}), ("log_position", 1.5),
     ],
 )  # fmt: skip
 def test_entries_of_another_kind_are_refused(tmp_path, entry, value):
     save_checkpoint(tmp_path / "last.pt", run_state() | {entry: value})
     with pytest.raises(InputError, match=f"last.pt: its entry '{entry}' is not as a run writes it"):
         load_checkpoint(tmp_path / "last.pt", to_resume=True)
+
+
+def test_training_goes_on_from_a_checkpoint_with_one_count_of_steps(tmp_path):
+    """As they were written first."""
+    window = {"sums": {"loss": torch.tensor(6.0)}, "count": 3}
+    save_checkpoint(tmp_path / "last.pt", run_state() | {"window": window})
+    restored = LossWindow()
+    restored.restore(load_checkpoint(tmp_path / "last.pt", to_resume=True)["window"], torch.device("cpu"))
+    assert restored.pop() == {"train/loss": 2.0}
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path):

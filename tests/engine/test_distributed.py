@@ -158,7 +158,7 @@ UNLIKE = {
     "optim.lr=0.5": (None, "optim.lr: 0.001 on rank 0, but 0.5 on rank 1; expected the same command for every process"),
 }
 BAD_RUNS = {
-    "truncated": (lambda run: os.truncate(run / LAST, 5000), "last.pt: not a checkpoint, or a truncated one"),
+    "truncated": (lambda run: os.truncate(run / LAST, 5000), "last.pt: the file is damaged, or was cut short"),
     "foreign": (
         lambda run: torch.save({"weights": torch.ones(2)}, run / LAST),
         "last.pt: expected 'mlvision checkpoint",
