@@ -15,7 +15,7 @@ def send(number):
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_a_signal_is_noted_and_ends_the_batches(number):
+def test_a_signal_is_noted_and_ends_the_batches(number, capfd):
     before = [signal.getsignal(each) for each in BOTH]
     stop, taken = StopSignal(), []
     with stop.noted():
@@ -27,6 +27,7 @@ def test_a_signal_is_noted_and_ends_the_batches(number):
     assert taken == [1, 2, 3]
     assert stop()
     assert stop.name == number.name
+    assert capfd.readouterr().err.startswith(f"{number.name}: training is saved after this step or validation")
     assert [signal.getsignal(each) for each in BOTH] == before
 
 
