@@ -41,7 +41,7 @@ EXACT = [
     ("test_efficientnet", {}, (64, 96)),
     ("test_byobnet", {}, (64, 96)),
     ("test_nfnet", {}, (64, 96)),
-    ("test_maxvit", {}, (64, 96)),
+    *([("test_maxvit", {}, (64, 96))] if timm.is_model("test_maxvit") else []),  # the oldest timm has none
 ]
 # ... and heads that do something else.
 APPROXIMATE = [

@@ -539,6 +539,17 @@ def test_the_package_to_install_is_named(monkeypatch, module, options, message):
         embed_labels(["cat"], TextConfig(**options))
 
 
+def test_code_in_the_folder_of_a_sentence_model_does_not_run(tmp_path):
+    """Releases before 6.2 import whatever module the folder names, out of the folder itself."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "hostile.Module"}]))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Module: pass\n")
+    with pytest.raises(InputError, match=f"head.text.model: sentence-transformers could not load {tmp_path}"):
+        embed_labels(["cat"], TextConfig(model=str(tmp_path)))
+    assert not (tmp_path / "executed").exists()
+
+
 def test_sentence_models_that_are_not_there(tmp_path, offline_hub):
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     with pytest.raises(
