@@ -155,7 +155,7 @@ class Asker:
         ]
 
 
-def shown_photo(manifest: Manifest, row: int, box: Sequence[float]) -> UInt8[np.ndarray, "H W 3"]:
+def shown_photo(manifest: Manifest, row: int, box: Sequence[int | float]) -> UInt8[np.ndarray, "H W 3"]:
     """The part of a photo that a view shows, in its own shape: a view's pixels are squashed, and fewer.
 
     Args:
@@ -168,7 +168,7 @@ def shown_photo(manifest: Manifest, row: int, box: Sequence[float]) -> UInt8[np.
     return np.asarray(photo)
 
 
-def shown_areas(record: Record, box: Sequence[float]) -> dict[int, list[Float64[np.ndarray, "_ 2"]]]:
+def shown_areas(record: Record, box: Sequence[int | float]) -> dict[int, list[Float64[np.ndarray, "_ 2"]]]:
     """By class the outlines of the annotated objects, in [0, 1] of the part of the photo that a view shows."""
     areas: dict[int, list[Float64[np.ndarray, "_ 2"]]] = {}
     if record.boxes is not None:

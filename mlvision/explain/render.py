@@ -343,7 +343,7 @@ def draw_tile(
     y = outer[1] + 4
     if isinstance(extra, Image.Image):
         tile.paste(extra, (0, y))
-    elif extra:
+    elif extra := fitted(extra, inner.width - 8, _SIZE):  # a tall photo is narrow
         draw.rectangle((_BORDER, _BORDER, _BORDER + length(extra, _SIZE) + 8, _BORDER + _SIZE + 8), fill=_INK)
         write(draw, (_BORDER + 4, _BORDER + 2), extra, _SIZE, _PAPER)
     for number, line in enumerate(lines):

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mlvision.data.manifest import Manifest, Record
+from mlvision.data.manifest import Manifest
+from mlvision.data.records import Boxes, Record
 from mlvision.data.transforms import EvalView
 from mlvision.errors import InputError
 from mlvision.explain import Subject
-from mlvision.explain.batches import Asker
+from mlvision.explain.batches import Asker, shown_areas
 from mlvision.explain.files import PAGE, refuse_flat, save_maps, save_pages
 from mlvision.explain.render import ExplainedImage, ShownMethod
 from mlvision.types import Batch, CropBox
@@ -139,3 +140,16 @@ def test_no_image_is_kept(tmp_path):
     for _ in images:
         most = max(most, len(alive))
     assert most <= PAGE
+
+
+def test_areas_lie_where_they_are_in_the_part_that_is_shown():
+    """By hand: a view of 0.25 to 0.75 across; crowds are no area of an object."""
+    xyxy = np.array([[0.25, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]], np.float32)
+    triangle = np.array([[0.5, 0.0], [0.75, 1.0], [0.25, 1.0]])
+    crowd, no = np.array([False, False, True]), np.zeros(3, bool)
+    record = Record("a", "a", (1, 2), boxes=Boxes(xyxy, np.array([1, 2, 1]), crowd, no, (None, [triangle], None)))
+    areas = shown_areas(record, (0.25, 0.0, 0.75, 1.0))
+    assert list(areas) == [1, 2]
+    assert [points.tolist() for points in areas[1]] == [[[0.0, 0.0], [0.5, 0.0], [0.5, 0.5], [0.0, 0.5]]]
+    assert [points.tolist() for points in areas[2]] == [[[0.5, 0.0], [1.0, 1.0], [0.0, 1.0]]]
+    assert shown_areas(Record("a", "a", (1,)), (0, 0, 1, 1)) == {}
