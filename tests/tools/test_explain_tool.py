@@ -105,12 +105,12 @@ def test_a_folder_of_images_and_contrasts(run_folder, scenes_root, tmp_path):
         (["method=gradcam"], "expected one of grad_cam"),
         (["options={grad_cam: {layr: x}}"], "grad_cam.layr: no such option"),
         (["options={grad_cam: {layer: layer9}}", "labels=top1"], "no module 'layer9'; nearest"),
-        (["method=attention_rollout", "labels=top1"], "attention_rollout|attention"),
+        (["method=attention_rollout", "labels=top1"], r"attention: test_resnet is no plain ViT"),
         (["num_images=-1"], "num_images: expected 0 or more"),
         (["method=[saliency,saliency]"], "method: expected each method once"),
         (["labels=[airplane,cup,airplane]"], "labels: expected each label once"),
         (["measures.seed=1"], "measures.seed"),
-        (["stored={empty}"], "meta.json|no label-map store|store"),
+        (["stored={empty}"], r"empty: no label-map store \(meta.json is missing\)"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_and_nothing_is_written(
