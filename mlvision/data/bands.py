@@ -152,10 +152,9 @@ def read_tiff(content: bytes, path: str, max_pixels: int) -> Shaped[np.ndarray, 
             raise InputError(f"{path}: cannot be decoded: {reason}") from error
         array = array[:, :, None] if array.ndim == 2 else array[:, :, [2, 1, 0, *range(3, array.shape[2])]]
         axes = "YXS"
+    # A damaged header may promise other axes than the array has.
+    if array.ndim != len(axes) or axes not in ("YX", "SYX", "YXS"):
+        raise InputError(f"{path}: cannot be decoded: its axes are {axes} of {array.shape}, expected an image")
     if axes == "YX":
         return array[:, :, None]
-    if axes == "SYX":
-        return np.moveaxis(array, 0, 2)
-    if axes != "YXS":
-        raise InputError(f"{path}: cannot be decoded: its axes are {axes}, expected an image")
-    return array
+    return np.moveaxis(array, 0, 2) if axes == "SYX" else array

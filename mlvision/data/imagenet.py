@@ -10,7 +10,7 @@ from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_root
 from mlvision.data.records import Record
 from mlvision.data.text_files import printable, read_json, read_names
-from mlvision.errors import InputError
+from mlvision.errors import InputError, shown
 
 _VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 _VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -141,7 +141,7 @@ def _read_real(source: str, num_classes: int) -> list[tuple[int, ...]]:
     for row, labels in enumerate(document):
         if not isinstance(labels, list) or not all(type(c) is int and 0 <= c < num_classes for c in labels):
             raise InputError(
-                f"{source}: entry {row}, counted from 0, is {labels!r}, expected classes 0 to {num_classes - 1}"
+                f"{source}: entry {row}, counted from 0, is {shown(labels)}, expected classes 0 to {num_classes - 1}"
             )
         lists.append(tuple(sorted(set(labels))))
     return lists
