@@ -34,7 +34,7 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 
 def shown(value: Any) -> str:
     """A value out of a file for an error message: its repr, in which whatever is long is cut."""
-    return _SHORT.repr(value)
+    return _SHORT.repr(value).replace("\n", " ")  # arrays have lines
 
 
 def listed(names: Sequence[Any], most: int = 40) -> str:

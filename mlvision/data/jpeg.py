@@ -4,6 +4,7 @@ libjpeg goes on where data end early, match no code or are left over: it fills u
 one line on the process's standard error. OpenCV returns such an image as if it were whole, Pillow discards the line.
 """
 
+import fcntl
 import os
 import re
 import tempfile
@@ -19,7 +20,7 @@ from jaxtyping import UInt8
 START = b"\xff\xd8\xff"
 _END = b"\xff\xd9"
 _APP1 = 0xE1  # Exif or XMP: may hold a rotation
-_SCAN = 0xDA
+_FILL = 0xFF
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 
 class JpegHeader(NamedTuple):
-    """What stands before the first scan.
+    """What the frame header of a JPEG file says, and what else decides how it is read.
 
     Attributes:
         width, height: in pixels.
@@ -49,24 +50,21 @@ class JpegHeader(NamedTuple):
 
 
 def read_header(data: bytes) -> JpegHeader | None:
-    """The header of a JPEG file; None if it ends before the first scan or is not laid out as the standard asks."""
-    width = height = 0
-    plain = has_exif = False
+    """The header of a JPEG file; None if it has none, or is not laid out as the standard asks."""
+    has_exif = False
     position = 2
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
-        if marker == _SCAN:
-            # Within a scan the two bytes of a marker cannot occur, and earlier ones may be a thumbnail's.
-            is_closed = data.find(_END, position) >= 0
-            return JpegHeader(width, height, plain, has_exif, is_closed) if width else None
-        if marker == _APP1:
-            has_exif = True
-        elif marker in _FRAMES:
+        if marker in _FRAMES:
             height, width = (int.from_bytes(data[i : i + 2]) for i in (position + 5, position + 7))
             plain = marker in _HUFFMAN_FRAMES and data[position + 4] == 8 and data[position + 9] in (1, 3)
+            # Looked for from here on: what stands before may be a thumbnail's. Some files have bytes after it.
+            is_closed = data.endswith(_END) or data.find(_END, position) >= 0
+            return JpegHeader(width, height, plain, has_exif, is_closed)
+        if marker == _FILL:
+            position += 1
+            continue
+        has_exif |= marker == _APP1
         position += 2 + int.from_bytes(data[position + 2 : position + 4])
     return None
 
@@ -93,12 +91,21 @@ class _Listener:
     """
 
     def __init__(self) -> None:
+        self._start()
+        os.register_at_fork(after_in_child=self._start_in_child)
+
+    def _start(self) -> None:
         self._door = threading.Condition()
         self._num_inside = 0
         self._complaints: list[str] = []
         self._stderr: int | None = None  # what standard error was; None if it was closed
-        self._scratch = -1
+        self._scratch: int | None = None  # what it is while images are decoded; each process has its own
         self._num_read = 0
+
+    def _start_in_child(self) -> None:
+        if self._num_inside and self._stderr is not None:
+            os.dup2(self._stderr, 2)
+        self._start()
 
     def hear(self, decode: Callable[[], T]) -> tuple[T, str]:
         """What `decode` returns, and the first complaint ("" if none)."""
@@ -126,30 +133,29 @@ class _Listener:
     def _enter(self) -> None:
         if not self._num_inside:
             self._stderr = _duplicate(2)
-            self._scratch, self._num_read = _scratch_file(), 0
-            if self._scratch != 2:  # it is where a process runs with standard error closed
-                os.dup2(self._scratch, 2)
+            if self._scratch is None:
+                self._scratch = _scratch_file()
+            os.dup2(self._scratch, 2)
         self._num_inside += 1
 
     def _leave(self) -> None:
+        assert self._scratch is not None
         self._num_inside -= 1
-        if self._num_inside:
-            self._sort()
-            return
-        if self._stderr is not None:
+        if not self._num_inside and self._stderr is not None:
             os.dup2(self._stderr, 2)
-        self._sort()
-        for descriptor in {2 if self._stderr is None else self._stderr, self._scratch}:
-            os.close(descriptor)
-        self._door.notify_all()
+        size = os.lseek(self._scratch, 0, os.SEEK_END)
+        if size > self._num_read:
+            self._sort(os.pread(self._scratch, size - self._num_read, self._num_read))
+            self._num_read = size
+        if not self._num_inside:
+            os.close(2 if self._stderr is None else self._stderr)
+            if size:
+                os.ftruncate(self._scratch, 0)
+                self._num_read = os.lseek(self._scratch, 0, os.SEEK_SET)
+            self._door.notify_all()
 
-    def _sort(self) -> None:
-        """Keeps the new complaints and writes the rest where it was meant to go."""
-        size = os.fstat(self._scratch).st_size
-        if size == self._num_read:
-            return
-        text = os.pread(self._scratch, size - self._num_read, self._num_read)
-        self._num_read = size
+    def _sort(self, text: bytes) -> None:
+        """Keeps the complaints and writes the rest where it was meant to go."""
         self._complaints += [line.decode("ascii", "replace") for line in _COMPLAINT.findall(text)]
         if self._stderr is not None:
             with suppress(OSError):  # standard error may be a pipe that nobody reads any more
@@ -164,12 +170,11 @@ def _duplicate(descriptor: int) -> int | None:
 
 
 def _scratch_file() -> int:
-    """A descriptor of a file without a name."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("stderr")
-    descriptor, path = tempfile.mkstemp()
-    os.unlink(path)
-    return descriptor
+    """A descriptor, above those of the standard streams, of a file without a name."""
+    with (
+        os.fdopen(os.memfd_create("stderr"), "wb") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
+    ) as file:
+        return fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 _LISTENER = _Listener()

@@ -545,3 +545,22 @@ def test_dropping_unreadable_images_leaves_a_sound_manifest_as_it_is(tmp_path):
         path.write_text("no image")
     with pytest.raises(InputError, match="'train': none of its 3 images can be read"):
         drop_unreadable(manifest, 2)
+
+
+def test_a_forked_process_hears_for_itself():
+    whole = encode(Image.fromarray(picture(90, 120)), "JPEG")
+    decode_image(whole, "x")
+    with pytest.raises(InputError):
+        decode_image(whole[: len(whole) // 2] + END, "x")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            decode_image(whole[: len(whole) // 2] + END, "x")
+        except InputError:
+            code = 0 if decode_image(whole, "x").shape == (90, 120, 3) else 2
+        finally:
+            os._exit(code)
+    for _ in range(20):  # at the same time
+        decode_image(whole, "x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
