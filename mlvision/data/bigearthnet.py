@@ -11,7 +11,7 @@ from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
 from mlvision.data.records import Record, Records
 from mlvision.data.text_files import find_split_file, read_json, read_text
-from mlvision.errors import InputError, listed, shown
+from mlvision.errors import InputError, first_line, listed, shown
 from mlvision.progress import track
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
@@ -228,12 +228,13 @@ def _read_parquet(source: str, names: Sequence[str]) -> Mapping[str, list[Any]]:
         raise InputError(f"{source}: reading parquet needs pyarrow: pip install -r requirements-parquet.txt") from None
     try:
         table = pyarrow.parquet.read_table(source)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error
+        columns = {n: table.column(n).to_pylist() for n in names if table.column_names.count(n) == 1}
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise InputError(f"{source}: cannot be read: {first_line(error)}") from error
     for name in names:
-        if table.column_names.count(name) != 1:
+        if name not in columns:
             raise InputError(f"{source}: expected one column {name!r}; columns: {listed(table.column_names)}")
-    return {name: table.column(name).to_pylist() for name in names}
+    return columns
 
 
 def _known(labels: Sequence[Any], classes: Sequence[str], where: str) -> set[str]:

@@ -79,7 +79,7 @@ def test_voc_lists_too(outside):
     (outside / "set" / "ImageSets" / "Main" / "trainval.txt").write_text("../../secret\n")
     (outside / "secret.xml").write_text((outside / "set" / "Annotations" / "a.xml").read_text())
 
-    with pytest.raises(InputError, match="JPEGImages/../../secret.jpg lies outside data.root"):
+    with pytest.raises(InputError, match="the image ../secret.jpg lies outside data.root"):
         build_manifest("voc", root=str(outside / "set"), split="trainval")
 
 
