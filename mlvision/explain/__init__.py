@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mlvision.errors import InputError
@@ -25,7 +25,7 @@ from mlvision.explain.gradient import (
 from mlvision.explain.perturb import CoarseToFine, KernelShap, Lime, Occlusion, Rise
 from mlvision.explain.producers import DenseHead, OwnMaps, StoredMaps
 from mlvision.explain.selection import EmptySelectionError, Labels, Selection, select
-from mlvision.explain.subject import Subject, undisturbed
+from mlvision.explain.subject import Subject, check_batch, undisturbed
 from mlvision.labels.geometry import whole_images
 
 EXPLAINERS: dict[str, type[Explainer] | type[MapProducer]] = {
@@ -99,7 +99,7 @@ def build_explainers(names: Sequence[str], options: Mapping[str, Mapping[str, An
 
 def explain(
     model: nn.Module | Subject,
-    images: Shaped[Tensor, "B in_chans H W"],
+    images: Any,
     method: Any = "grad_cam",
     labels: Labels = "all",
     indices: Int64[Tensor, " B"] | None = None,
@@ -117,9 +117,9 @@ def explain(
     exception. Logits are explained, never probabilities: those hardly move where a label is certain.
 
     Args:
-        model: a method, a timm model, or any network from images in [0, 1] to logits; or a Subject made of one, which saves
-            looking a timm model over again for every batch.
-        images: uint8, or float in [0, 1].
+        model: a method, a timm model, or any network from images in [0, 1] to logits, also within DataParallel or compiled;
+            or a Subject made of one, which saves looking a timm model over again for every batch.
+        images: `[B, in_chans, H, W]` uint8, or float in [0, 1].
         method: a name in EXPLAINERS, an explainer, or any object with `maps(model, images, indices) -> LabelMap`.
         labels: which labels: see `select`. All by default.
         indices: the images' rows in their manifest, which stored maps need.
@@ -131,15 +131,15 @@ def explain(
         **options: of the named method: the fields of its dataclass.
 
     Raises:
-        InputError: labels, layers or options that do not exist; a method that the model cannot carry; maps that are flat for
-            every label of every image.
+        InputError: images that are no batch or not for this model; labels, layers or options that do not exist; a model that
+            gives no logits; a method that the model cannot carry; maps that are flat for every label of every image.
     """
+    check_batch(images)
     with torch.inference_mode(False):
-        subject = model if isinstance(model, Subject) else Subject(model)
-    model = subject.module
+        subject = model if isinstance(model, Subject) else Subject(model, tuple(images.shape[1:]))
     explainer = build_explainer(method, **options)
     name = method if isinstance(method, str) else type(method).__name__
-    activation = getattr(model, "activation", "sigmoid")
+    activation = getattr(subject.module, "activation", "sigmoid")
     # Also where the caller works in inference mode, whose tensors no gradient can be taken of.
     with torch.inference_mode(False), undisturbed(subject.module, seed):
         pixels = subject.pixels(images.clone() if images.is_inference() else images)
@@ -151,7 +151,7 @@ def explain(
         if isinstance(explainer, Explainer):
             maps, kind = explainer.explain(subject, pixels, selection), "attribution"
         else:
-            maps, kind = _produced(explainer, model, images, indices, selection)
+            maps, kind = _produced(explainer, subject.module, images, indices, selection)
     maps = torch.where(selection.valid[:, :, None, None], maps.detach().float(), 0)
     if not bool(maps.isfinite().all()):
         raise InputError(f"{name}: its maps are not finite")

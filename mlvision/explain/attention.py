@@ -38,7 +38,7 @@ class AttentionRollout:
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
     ) -> Float[Tensor, "B L h w"]:
-        vit = _Vit(subject)
+        vit = _Vit(subject, pixels)
         rows = []
         with torch.no_grad():
             for part in vit.parts(pixels):
@@ -69,7 +69,7 @@ class AttentionRelevance:
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
     ) -> Float[Tensor, "B L h w"]:
-        vit = _Vit(subject)
+        vit = _Vit(subject, pixels)
         rows = []
         for part in vit.parts(pixels):
             with torch.enable_grad():
@@ -96,16 +96,16 @@ class _Vit:
         read_out: `[N]`: the weight with which the head reads each token.
     """
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"]):
         """Raises: InputError: the model has no attention of all tokens to all in a plain row of blocks."""
         self._subject = subject
-        if subject.classifier is None:
-            raise InputError("attention: this network is not from timm; its attention weights cannot be found")
-        self._backbone = subject.classifier.backbone
+        if subject.backbone is None:
+            raise InputError(f"attention: its weights cannot be found: {subject.lacks}")
+        self._backbone = subject.backbone
         self._name = self._backbone.model.pretrained_cfg["architecture"]
         self._attentions = self._find()
-        (height, width), num_prefix = self._backbone.grid, self._backbone._num_prefix_tokens
-        self._num_tokens = num_prefix + height * width
+        self._grid = self._backbone.grid_at((pixels.shape[2], pixels.shape[3]))
+        self._num_tokens = self._backbone._num_prefix_tokens + self._grid[0] * self._grid[1]
         self.read_out = _read_out(self._backbone, self._num_tokens, self._name).to(subject.device)
 
     def _find(self) -> list[nn.Module]:
@@ -160,7 +160,7 @@ class _Vit:
 
     def to_map(self, rows: Float[Tensor, "B L N"]) -> Float[Tensor, "B L h w"]:
         """What of a row belongs to the patches."""
-        return rows[..., self._backbone._num_prefix_tokens :].unflatten(-1, self._backbone.grid)
+        return rows[..., self._backbone._num_prefix_tokens :].unflatten(-1, self._grid)
 
 
 def _read_out(backbone: Backbone, num_tokens: int, name: str) -> Float[Tensor, " N"]:

@@ -27,7 +27,6 @@ from mlvision.explain.selection import Selection
 from mlvision.explain.subject import Subject, gradients
 from mlvision.models import Backbone, LinearHead
 from mlvision.models.backbone import embed_patches, is_plain_vit
-from mlvision.types import Features
 
 _CHUNK_BYTES = 1 << 29  # of gradients at once
 
@@ -112,9 +111,9 @@ def differentiate(
     """
     if layer:
         return _at_module(subject, pixels, selection, layer)
-    if subject.classifier is None:
-        raise InputError("layer: this network is not from timm; name the module whose output is to be mapped")
-    backbone = subject.classifier.backbone
+    if subject.backbone is None:
+        raise InputError(f"layer: {subject.lacks}; name the module whose output is to be mapped")
+    backbone = subject.backbone
     if _reads_class_token(backbone):
         if _has_plain_last_block(backbone):
             return _at_last_block(subject, backbone, pixels, selection)
@@ -129,18 +128,18 @@ def _at_pooling(
     cells, prefix = subject.pooled_map(pixels), None
     if cells is None or backbone._num_prefix_tokens:
         with torch.no_grad():
-            cells, prefix = backbone._split(backbone.model.forward_features(subject.normalise(pixels)))
+            cells, prefix = backbone._split(backbone.model.forward_features(subject.normalise(pixels)), _size(pixels))
 
     def tail(activations: Tensor, rows: slice = slice(None)) -> Tensor:
         joined = backbone._join(activations, None if prefix is None else prefix[rows])
-        return subject.logits_of(Features(activations, backbone.model.forward_head(joined, pre_logits=True).flatten(1)))
+        return subject.read(joined, activations)
 
     closed = _closed_form(subject, cells, selection)
     if closed is not None:  # compared with autograd on one label of one image
         image, place = selection.valid.nonzero()[:1].unbind(1)
         row, one = slice(int(image), int(image) + 1), selection.each(image, place)
         with torch.autocast(pixels.device.type, enabled=False):
-            exact = _gradients(lambda a: tail(a, row), cells[row].float(), one)
+            exact = _gradients(lambda a: tail(a, row), cells[row].to(subject.dtype), one)
         found = closed[image, place][:, None].expand_as(exact)
         if torch.allclose(found, exact.to(found), rtol=1e-3, atol=1e-5 * float(exact.abs().max())):
             return cells, closed
@@ -149,8 +148,7 @@ def _at_pooling(
 
 def _closed_form(subject: Subject, cells: Activations, selection: Selection) -> Gradients | None:
     """The gradients where pooling is a mean and the head linear; None for other heads and widths."""
-    assert subject.classifier is not None
-    head = subject.classifier.head
+    head = None if subject.classifier is None else subject.classifier.head
     if not isinstance(head, LinearHead) or head.linear.in_features != cells.shape[1]:
         return None
     weight = head.linear.weight.detach()
@@ -164,8 +162,8 @@ def _at_module(subject: Subject, pixels: Tensor, selection: Selection, layer: st
     leaves: list[Tensor] = []
 
     def cut(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise InputError(f"layer: {layer} gives a {type(output).__name__}, expected one tensor")
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise InputError(f"layer: {layer} gives a {type(output).__name__}, expected one tensor of floats")
         leaves.append(output.detach().requires_grad_())
         return leaves[-1].clone()  # a copy, for what follows may write in place
 
@@ -178,15 +176,18 @@ def _at_module(subject: Subject, pixels: Tensor, selection: Selection, layer: st
     if len(leaves) != 1:
         raise InputError(f"layer: {layer} runs {len(leaves)} times in one pass; expected a module that is used once")
     if not logits.requires_grad:
-        raise InputError(f"layer: no score depends on {layer}")
-    to_map = _reader(subject, layer, leaves[0])
+        raise InputError(
+            f"layer: no score depends on {layer}, or the model's forward pass runs under torch.no_grad, or detaches what "
+            "it passes on"
+        )
+    to_map = _reader(subject, layer, leaves[0], pixels)
     found = _vjp(logits, leaves[0], selection)
     maps = to_map(found.flatten(0, 1)).unflatten(0, found.shape[:2])
     return to_map(leaves[0].detach()), _checked(maps, layer)
 
 
 def _find(subject: Subject, layer: str) -> nn.Module:
-    root = subject.classifier.backbone.model if subject.classifier else subject.module
+    root = subject.backbone.model if subject.backbone else subject.module
     modules = dict(root.named_modules())
     if layer not in modules or not layer:
         near = get_close_matches(layer, list(modules), n=3, cutoff=0.3)
@@ -194,15 +195,19 @@ def _find(subject: Subject, layer: str) -> nn.Module:
     return modules[layer]
 
 
-def _reader(subject: Subject, layer: str, output: Tensor) -> Callable[[Tensor], Activations]:
+def _size(pixels: Float[Tensor, "B in_chans H W"]) -> tuple[int, int]:
+    return pixels.shape[2], pixels.shape[3]
+
+
+def _reader(subject: Subject, layer: str, output: Tensor, pixels: Tensor) -> Callable[[Tensor], Activations]:
     """How a layer's output is read as maps `[B, D, h, w]`."""
-    backbone = subject.classifier.backbone if subject.classifier else None
+    backbone = subject.backbone
     if output.ndim == 4:
         if backbone is not None and backbone._layout == "NHWC":
             return lambda x: x.permute(0, 3, 1, 2)
         return lambda x: x
     if output.ndim == 3 and backbone is not None:
-        (height, width), prefix = backbone.grid, backbone._num_prefix_tokens
+        (height, width), prefix = backbone.grid_at(_size(pixels)), backbone._num_prefix_tokens
         if output.shape[1] == height * width + prefix:
             return lambda x: x[:, prefix:].mT.unflatten(2, (height, width))
     raise InputError(
@@ -238,7 +243,7 @@ def _at_last_block(
     attention: Attention = block.attn  # pyright: ignore[reportAssignmentType]
     with torch.no_grad():
         tokens = model.blocks[:-1](embed_patches(model, subject.normalise(pixels)))
-        cells, prefix = backbone._split(block.norm1(tokens))
+        cells, prefix = backbone._split(block.norm1(tokens), _size(pixels))
         before = tokens[:, :num_prefix]
 
     def tail(activations: Tensor) -> Tensor:
@@ -261,7 +266,7 @@ def _at_last_block(
             mixed = mixed * gate(read).sigmoid()
         x = before + block.ls1(attention.proj(mixed))
         x = model.norm(x + block.ls2(block.mlp(block.norm2(x))))
-        return subject.logits_of(Features(activations, model.forward_head(x, pre_logits=True).flatten(1)))
+        return subject.read(x, activations)
 
     return cells, _checked(_gradients(tail, cells, selection), f"blocks.{len(model.blocks) - 1}.norm1")
 

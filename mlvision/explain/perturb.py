@@ -22,7 +22,6 @@ from mlvision.explain.impute import BASELINES, fill_in
 from mlvision.explain.selection import Selection
 from mlvision.explain.subject import Subject
 from mlvision.models.backbone import embed_patches, is_plain_vit
-from mlvision.types import Features
 
 PRECISIONS = ("", "fp32", "bf16", "fp16")
 
@@ -584,14 +583,15 @@ class _WithoutTokens:
     """A plain ViT that is not shown the patches that a mask hides, rather than shown paint."""
 
     def __init__(self, subject: Subject, pixels: Tensor):
-        assert subject.classifier is not None
-        self._subject, self._backbone = subject, subject.classifier.backbone
+        assert subject.backbone is not None
+        self._subject, self._backbone = subject, subject.backbone
+        self._grid = self._backbone.grid_at((pixels.shape[2], pixels.shape[3]))
         with torch.no_grad():
-            self._tokens = embed_patches(self._backbone.model, subject.normalise(pixels))  # pyright: ignore[reportArgumentType]
+            self._tokens = embed_patches(self._backbone.model, subject.normalise(pixels))
 
     def __call__(self, images: Int64[Tensor, " n"], keep: Float[Tensor, "n H W"]) -> Float[Tensor, "n C"]:
         model, num_prefix = self._backbone.model, self._backbone._num_prefix_tokens
-        share = F.adaptive_avg_pool2d(keep[:, None], self._backbone.grid).flatten(1)
+        share = F.adaptive_avg_pool2d(keep[:, None], self._grid).flatten(1)
         shown = (share >= 0.5) | (
             share == share.amax(1, keepdim=True)
         )  # one at least: some models pool the patches alone
@@ -605,8 +605,7 @@ class _WithoutTokens:
             tokens = self._tokens[images[rows]]
             tokens = tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))
             tokens = model.norm(model.blocks(tokens))
-            pooled = model.forward_head(tokens, pre_logits=True).flatten(1)
-            found = self._subject.logits_of(Features(tokens.mT[..., None], pooled))
+            found = self._subject.read(tokens, tokens[:, num_prefix:].mT[..., None])
             logits = found.new_empty(len(order), found.shape[1]) if logits is None else logits
             logits[rows] = found
         assert logits is not None
@@ -614,7 +613,7 @@ class _WithoutTokens:
 
 
 def _without_tokens(subject: Subject, pixels: Tensor) -> _WithoutTokens:
-    if subject.classifier is None or not is_plain_vit(subject.classifier.backbone.model):
+    if subject.backbone is None or not is_plain_vit(subject.backbone.model):
         raise InputError(
             "baseline: drop leaves out the tokens of a ViT; this model is none that can do without (take another)"
         )

@@ -8,9 +8,9 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.explain.subject import Subject
+from mlvision.explain.subject import Subject, check_batch
 from mlvision.labels import LabelMapStore
-from mlvision.models import build_teacher
+from mlvision.models import DenseTeacher
 from mlvision.types import LabelMap
 
 
@@ -26,17 +26,18 @@ class DenseHead:
         Raises:
             InputError: a model without a backbone of timm's, or a head that cannot take a single cell.
         """
-        subject = Subject(model)
+        check_batch(images)
+        subject = Subject(model, (images.shape[1], images.shape[2], images.shape[3]))
         if subject.classifier is None:
-            raise InputError("dense_head: this network has no head of its own that could be read cell by cell")
+            raise InputError(f"dense_head: no head of its own could be read cell by cell: {subject.lacks}")
         with torch.no_grad():
             pixels = subject.pixels(images)
             values, kind = subject.classifier(subject.normalise(pixels)).maps, "logit"
             if values is None:
-                values = build_teacher(model).maps(pixels)
+                values = DenseTeacher(subject.classifier, subject.mean, subject.std).maps(pixels)
             else:
                 kind = getattr(subject.classifier.head, "map_kind", kind)
-        return LabelMap(values, kind=kind, activation=getattr(model, "activation", "sigmoid"))
+        return LabelMap(values, kind=kind, activation=getattr(subject.module, "activation", "sigmoid"))
 
 
 @dataclass(frozen=True)

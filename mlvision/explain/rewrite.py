@@ -187,6 +187,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _watch(copy: Subject, pixels: Tensor, known: dict[nn.Module, str], operations: set[str]) -> _Watch:
+    with torch.enable_grad():
+        copy.logits(pixels[:1].detach().requires_grad_())  # refuses a network without gradients before captum stumbles
     watch = _Watch(copy.module, known, operations)
     try:
         with torch.no_grad(), watch:

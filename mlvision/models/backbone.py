@@ -88,8 +88,9 @@ class Backbone(nn.Module):
     Attributes:
         model: the timm model.
         image_size: (H, W) it was built for.
-        fixed_size: whether it takes images of that size alone, as timm's metadata says; convolutional models take any.
-        grid: (h, w) of the map for images of that size.
+        fixed_size: whether it takes images of that size alone, as timm's metadata says; convolutional models take any, and
+            some models of this kind take others if they were built to.
+        grid: (h, w) of the map for images of that size; `grid_at` has it for others.
         num_features: width of `pooled`.
         map_features: width of the map; another one only where timm's head has further layers (MobileNetV3, VGG, ...).
         preprocessing: what the weights expect of the images.
@@ -106,11 +107,30 @@ class Backbone(nn.Module):
         self.preprocessing = Preprocessing.of(model, in_chans)
         self._layout = getattr(model, "output_fmt", "NCHW")
         self._num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-        self._measure()
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        probe = self._measure(image_size)
+        self.grid = self._grids[image_size]
+        self.map_features = probe.map.shape[1]
+        self.num_features = probe.pooled.shape[1]
 
     def forward(self, images: Float[Tensor, "B in_chans H W"]) -> Features:
-        """Map `[B, map_features, h, w]` and pooled features `[B, num_features]` of normalised images."""
-        return self._pool(self.model.forward_features(images))
+        """Map `[B, map_features, h, w]` and pooled features `[B, num_features]` of normalised images.
+
+        Raises:
+            InputError: a model that takes images of one size, and images of another.
+        """
+        size = self._accepted(images)
+        return self._pool(self.model.forward_features(images), size)
+
+    def grid_at(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the map of images of some size, measured on a blank one.
+
+        Raises:
+            InputError: the model gives no map of such images.
+        """
+        if size not in self._grids:
+            self._measure(size)
+        return self._grids[size]
 
     def with_levels(
         self, images: Float[Tensor, "B in_chans H W"], num_levels: int
@@ -118,8 +138,9 @@ class Backbone(nn.Module):
         """The features, and the maps of the `num_levels` - 1 blocks (of a ViT) or stages before the last one, in order."""
         if num_levels == 1:
             return self(images), []
+        size = self._accepted(images)
         features, maps = self.model.forward_intermediates(images, indices=num_levels)
-        return self._pool(features), maps[:-1]
+        return self._pool(features, size), maps[:-1]
 
     def level_widths(self, num_levels: int) -> list[int]:
         """Widths of the maps that `with_levels` gives, the last one's last.
@@ -127,7 +148,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: the model has not so many.
         """
-        with self._probing() as blank:
+        with self._probing(self.image_size) as blank:
             try:
                 _, maps = self.with_levels(blank, num_levels)
             except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
@@ -152,9 +173,9 @@ class Backbone(nn.Module):
         return layers
 
     @contextmanager
-    def _probing(self) -> Iterator[Float[Tensor, "1 in_chans H W"]]:
+    def _probing(self, size: tuple[int, int]) -> Iterator[Float[Tensor, "1 in_chans H W"]]:
         """A blank image for the model in eval mode: batch statistics stay as they are, no random numbers are drawn."""
-        blank = next(self.model.parameters()).new_zeros(1, len(self.preprocessing.mean), *self.image_size)
+        blank = next(self.model.parameters()).new_zeros(1, len(self.preprocessing.mean), *size)
         modes = [(part, part.training) for part in self.model.modules()]
         self.model.eval()
         try:
@@ -164,19 +185,28 @@ class Backbone(nn.Module):
             for part, mode in modes:
                 part.training = mode
 
-    def _pool(self, features: Tensor) -> Features:
-        """timm's features to map and pooled features, the latter computed from the former."""
-        cells, prefix = self._split(features)
+    def _accepted(self, images: Float[Tensor, "B in_chans H W"]) -> tuple[int, int]:
+        """The images' height and width, which not every model takes."""
+        size = (images.shape[2], images.shape[3])
+        if self.fixed_size:
+            self.grid_at(size)
+        return size
+
+    def _pool(self, features: Tensor, size: tuple[int, int]) -> Features:
+        """timm's features of images of some size to map and pooled features, the latter computed from the former."""
+        cells, prefix = self._split(features, size)
         pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
         return Features(cells, pooled.flatten(1))
 
-    def _split(self, features: Tensor) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
-        """timm's layout to a map and prefix tokens."""
+    def _split(
+        self, features: Tensor, size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
+        """timm's layout, of images of some size, to a map and prefix tokens."""
         if self._layout == "NHWC":
             return features.permute(0, 3, 1, 2), None
         if self._layout == "NLC":
             prefix, cells = features.tensor_split([self._num_prefix_tokens], dim=1)
-            return cells.transpose(1, 2).unflatten(2, self.grid), prefix
+            return cells.transpose(1, 2).unflatten(2, self.grid_at(size)), prefix
         return features, None
 
     def _join(self, cells: Float[Tensor, "B D h w"], prefix: Float[Tensor, "B P D"] | None) -> Tensor:
@@ -184,35 +214,35 @@ class Backbone(nn.Module):
         if self._layout == "NHWC":
             return cells.permute(0, 2, 3, 1)
         if self._layout == "NLC":
-            assert prefix is not None
-            return torch.cat([prefix, cells.flatten(2).transpose(1, 2)], dim=1)
+            tokens = cells.flatten(2).transpose(1, 2)
+            return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
         return cells
 
-    def _measure(self) -> None:
-        """Learn layout, grid and widths from one blank image, as timm's metadata holds them for no model completely."""
+    def _measure(self, size: tuple[int, int]) -> Features:
+        """The features of one blank image, from which layout and grid are learnt: timm's metadata hold them for no model
+        completely."""
         try:
-            _check_patches(self.model, self.image_size)
-            with self._probing() as blank:
+            _check_patches(self.model, size)
+            with self._probing(size) as blank:
                 features = self.model.forward_features(blank)
                 if not isinstance(features, Tensor):
                     raise ValueError(f"its features are a {type(features).__name__} of several tensors")
                 if features.ndim == 3:
-                    self._layout = "NLC"
-                    self.grid = _token_grid(self.model, blank)
-                    if features.shape[1] != self._num_prefix_tokens + self.grid[0] * self.grid[1]:
+                    rows, columns = _token_grid(self.model, blank)
+                    if features.shape[1] != self._num_prefix_tokens + rows * columns:
                         raise ValueError(
                             f"its {features.shape[1]} tokens are not {self._num_prefix_tokens} prefix tokens and a"
-                            f" {self.grid[0]}x{self.grid[1]} grid"
+                            f" {rows}x{columns} grid"
                         )
-                probe = self(blank)
+                    self._layout, self._grids[size] = "NLC", (rows, columns)
+                probe = self._pool(features, size)
         except (RuntimeError, ValueError, AssertionError, AttributeError, TypeError) as error:
-            name, (height, width) = self.model.pretrained_cfg["architecture"], self.image_size
+            name, (height, width) = self.model.pretrained_cfg["architecture"], size
             raise InputError(
                 f"model.name: {name} gives no spatial map for images of {height}x{width} ({first_line(error)})"
             ) from error
-        self.grid = tuple(probe.map.shape[-2:])
-        self.map_features = probe.map.shape[1]
-        self.num_features = probe.pooled.shape[1]
+        self._grids[size] = (probe.map.shape[2], probe.map.shape[3])
+        return probe
 
 
 class ClassAttention:
@@ -342,6 +372,13 @@ def _pretrained_cfg(name: str) -> PretrainedCfg:
         raise InputError(f"model.name: timm has no weights '{name}'; it has {', '.join(known)}") from error
 
 
+def built_size(model: TimmModel) -> tuple[int, int]:
+    """(H, W) of the images that a timm model was built for: its patch embedding's; else that of its metadata."""
+    sizes = (getattr(part, "img_size", None) for part in model.modules())
+    height, width = to_2tuple(next((size for size in sizes if size), model.pretrained_cfg["input_size"][1:]))
+    return int(height), int(width)
+
+
 def is_plain_vit(model: TimmModel) -> bool:
     """Whether the model is timm's VisionTransformer with its own forward pass and no attention pooling, whose parts may be
     run one by one."""
@@ -365,8 +402,8 @@ def _token_grid(model: TimmModel, images: Tensor) -> tuple[int, int]:
 def _check_patches(model: TimmModel, image_size: tuple[int, int]) -> None:
     """Refuse patches that leave a rim of the image out: the map would not cover what it claims to cover."""
     embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "dynamic_img_pad", False):
-        return
+    if getattr(embed, "dynamic_img_pad", False) or any(getattr(getattr(embed, "proj", None), "padding", ())):
+        return  # what is missing at the rim is padded
     rows, columns = to_2tuple(getattr(embed, "patch_size", 1))
     if image_size[0] % int(rows) or image_size[1] % int(columns):
         raise ValueError(f"its patches of {rows}x{columns} do not tile them")

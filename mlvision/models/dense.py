@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvision.errors import InputError, first_line
-from mlvision.models.backbone import Backbone, BackboneConfig, Preprocessing, create_backbone, load_weights
+from mlvision.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    Preprocessing,
+    built_size,
+    create_backbone,
+    load_weights,
+)
 from mlvision.models.classifier import Classifier
 from mlvision.models.heads import LinearHead, LinearHeadConfig
 from mlvision.models.weights import TimmModel, read_checkpoint
@@ -339,15 +346,23 @@ def _count_classes(backbone: Backbone, config: BackboneConfig) -> int:
 
 
 def take_apart(model: TimmModel, image_size: tuple[int, int] | int | None) -> Classifier:
-    """A timm classifier as backbone and linear head, which share its weights; of a 1x1 convolution they are copied."""
-    cfg, linear = model.pretrained_cfg, model.get_classifier()
+    """A timm classifier as backbone and linear head, which share its weights."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size or built_size(model)
+    return with_linear_head(Backbone(model, size))
+
+
+def with_linear_head(backbone: Backbone) -> Classifier:
+    """A timm classifier's backbone with its own linear head; the weights are shared, those of a 1x1 convolution copied.
+
+    Raises:
+        InputError: its classifier is not one linear layer.
+    """
+    linear = backbone.model.get_classifier()
     if not isinstance(linear, nn.Linear | nn.Conv2d):  # some timm classifiers are 1x1 convolutions
+        name = backbone.model.pretrained_cfg["architecture"]
         raise InputError(
-            f"teacher: {cfg['architecture']} has no dense reading: its classifier is of type {type(linear).__name__},"
-            " not one linear layer"
+            f"teacher: {name} has no dense reading: its classifier is of type {type(linear).__name__}, not one linear layer"
         )
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size or tuple(cfg["input_size"][1:])
-    backbone = Backbone(model, size)
     head = LinearHead(backbone.num_features, len(linear.weight), LinearHeadConfig()).to(linear.weight)
     if isinstance(linear, nn.Linear):
         head.linear.weight = linear.weight

@@ -196,7 +196,7 @@ def test_models_without_such_attention_are_refused(name, options, reason, explai
 
 def test_networks_that_are_not_from_timm_are_refused():
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 48 * 64, 2))
-    with pytest.raises(InputError, match="not from timm"):
+    with pytest.raises(InputError, match="neither a method nor a timm model"):
         explain(network, images(), AttentionRollout())
 
 

@@ -6,6 +6,7 @@ import torch
 from captum.attr import LayerGradCam
 from pytorch_grad_cam import GradCAM as PeerGradCam
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from mlvision.errors import InputError
@@ -73,9 +74,9 @@ def test_closed_form_and_autograd_agree_on_other_networks(name):
     images = torch.rand(1, 3, 64, 96)
     subject = Subject(model)
     maps = explain(model, images, "hires_cam").maps
-    assert subject.classifier is not None
-    backbone = subject.classifier.backbone
-    cells, prefix = backbone._split(model.forward_features(subject.normalise(images)))
+    assert subject.backbone is not None
+    backbone = subject.backbone
+    cells, prefix = backbone._split(model.forward_features(subject.normalise(images)), (64, 96))
     leaf = cells.detach().requires_grad_()
     logits = model.forward_head(backbone._join(leaf, prefix))
     for label in range(3):
@@ -172,6 +173,27 @@ def test_a_layer_that_does_not_exist_gets_the_nearest_names(resnet, images):
 def test_a_layer_after_the_read_out_is_refused(vit, images):
     with pytest.raises(InputError, match=r"gradient of every score at norm is zero.*blocks.<last>.norm1"):
         explain(vit, images, layer="norm")
+
+
+@pytest.mark.parametrize("size", [(112, 448), (96, 160)])
+@pytest.mark.parametrize("name", ["grad_cam", "hires_cam", "attention_rollout", "attention_relevance", "dense_head"])
+def test_a_vit_for_images_of_any_size_is_explained_on_their_own_grid(name, size):
+    """A model that is built for that very size is the oracle; 112 x 448 has as many patches as 224 x 224."""
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    dynamic = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **options).eval()
+    fixed = timm.create_model("vit_tiny_patch16_224", img_size=size, **options).eval()
+    with torch.no_grad():
+        for parameter in dynamic.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        grid = (size[0] // 16, size[1] // 16)
+        state = dynamic.state_dict()
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=1)
+        fixed.load_state_dict(state)
+    images = torch.rand(2, 3, *size)
+    ours, oracle = explain(dynamic, images, name).maps, explain(fixed, images, name).maps
+    assert ours.shape[2:] == grid
+    torch.testing.assert_close(ours, oracle, rtol=1e-3, atol=1e-4 * oracle.abs().max().item())
 
 
 def test_layers_that_are_no_maps_are_refused(resnet, vit, images):

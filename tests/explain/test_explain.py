@@ -271,12 +271,13 @@ def test_under_inference_mode_gradients_are_still_there(resnet, images):
         explain(resnet, images.clone(), "saliency", labels=[0])
 
 
-def test_networks_that_have_no_map_can_still_be_occluded(images):
-    model = timm.create_model("resnet10t", num_classes=4).eval()
-    model.fc = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(512, 4))
-    assert explain(model, images, "occlusion").maps.shape[:2] == (2, 4)
-    with pytest.raises(InputError, match="name the module"):
-        explain(model, images)
+def test_networks_that_have_no_map_can_still_be_occluded():
+    model, image = timm.create_model("crossvit_tiny_240", num_classes=4).eval(), torch.rand(1, 3, 240, 240)
+    assert explain(model, image, "occlusion", window_px=120, stride_px=120).maps.shape == (1, 4, 2, 2)
+    with pytest.raises(
+        InputError, match="crossvit_tiny_240 gives no spatial map .* several tensors.*; name the module"
+    ):
+        explain(model, image)
 
 
 def test_maps_of_contrasts_and_of_logits_say_what_they_are(images):
