@@ -11,6 +11,7 @@ Draelos & Carin, "Use HiResCAM instead of Grad-CAM", arXiv 2011.08891.
 DEVIATION: maps keep their sign; the papers' final ReLU is left to the display, so that evidence against a label shows too.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,6 +30,11 @@ from mlvision.models import Backbone, LinearHead
 from mlvision.models.backbone import embed_patches, is_plain_vit
 
 _CHUNK_BYTES = 1 << 29  # of gradients at once
+
+# Layers of torch whose output is [B, C, h, w] by definition.
+_LAYERS_OF_MAPS = (
+    *(nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
 
 Activations = Float[Tensor, "B D h w"]
 # Of each label; [B, L, D, 1, 1] where it is the same everywhere.
@@ -200,19 +206,85 @@ def _size(pixels: Float[Tensor, "B in_chans H W"]) -> tuple[int, int]:
 
 
 def _reader(subject: Subject, layer: str, output: Tensor, pixels: Tensor) -> Callable[[Tensor], Activations]:
-    """How a layer's output is read as maps `[B, D, h, w]`."""
-    backbone = subject.backbone
+    """How a layer's output is read as maps `[B, D, h, w]`.
+
+    Raises:
+        InputError: it is no map of each image, or which of its axes are rows and columns cannot be told.
+    """
+    shape, backbone = tuple(output.shape), subject.backbone
+    if len(output) != len(pixels):
+        raise InputError(
+            f"layer: {layer} gives {len(output)} rows for {len(pixels)} images, {shape}; expected a map of each"
+        )
     if output.ndim == 4:
-        if backbone is not None and backbone._layout == "NHWC":
-            return lambda x: x.permute(0, 3, 1, 2)
-        return lambda x: x
-    if output.ndim == 3 and backbone is not None:
+        axes = _axes(subject, layer, output, pixels)
+        if axes is not None:
+            return lambda x: x.permute(0, *axes)
+        raise InputError(
+            f"layer: the output of {layer}, {shape}, is no map, or its rows and columns cannot be told: no axis grows with "
+            "the image's height only and another with its width; name a layer around it, or a convolution"
+        )
+    if output.ndim == 3 and backbone is not None and backbone._layout == "NLC":
         (height, width), prefix = backbone.grid_at(_size(pixels)), backbone._num_prefix_tokens
-        if output.shape[1] == height * width + prefix:
-            return lambda x: x[:, prefix:].mT.unflatten(2, (height, width))
-    raise InputError(
-        f"layer: the output of {layer}, {tuple(output.shape)}, is no map and no grid of the model's tokens"
-    )
+        for before in (prefix, 0):  # the patches have no class token yet when they are embedded
+            if shape[1] == height * width + before != shape[2]:
+                return lambda x: x[:, before:].mT.unflatten(2, (height, width))
+    raise InputError(f"layer: the output of {layer}, {shape}, is no map and no grid of the model's tokens")
+
+
+class _Reached(Exception):  # noqa: N818
+    """A forward pass has come to the layer whose output's shape is looked for."""
+
+
+def _axes(subject: Subject, layer: str, output: Tensor, pixels: Tensor) -> tuple[int, int, int] | None:
+    """Which axes of an output `[B, ., ., .]` are channels, rows and columns; None where it is no map.
+
+    Measured on a blank image of twice the height, and on one of twice the width: no shape says by itself whether channels
+    come first or last, or whether these are maps at all and not each token's attention to each.
+    """
+    module, (height, width) = _find(subject, layer), _size(pixels)
+    shapes = [_shape_at(subject, module, pixels, size) for size in ((2 * height, width), (height, 2 * width))]
+    grown = [[axis for axis in (1, 2, 3) if s[axis] != output.shape[axis]] for s in shapes if s and len(s) == 4]
+    if len(grown) == 2 and len(grown[0]) == len(grown[1]) == 1 and grown[0] != grown[1]:
+        (rows,), (columns,) = grown
+        return 6 - rows - columns, rows, columns
+    if not any(grown) and isinstance(module, _LAYERS_OF_MAPS):  # images of one size, or a grid that is always the same
+        return 1, 2, 3
+    return None
+
+
+def _shape_at(subject: Subject, module: nn.Module, pixels: Tensor, size: tuple[int, int]) -> tuple[int, ...] | None:
+    """The shape of a module's output for images of another size; None where the network takes none of that size."""
+    blank, backbone = pixels.new_zeros(1, pixels.shape[1], *size), subject.backbone
+    try:
+        return _shape_of(module, lambda: subject.logits(blank))
+    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError):
+        name = next((n for n, m in backbone.model.named_modules() if m is module), None) if backbone else None
+        if backbone is None or name is None or not hasattr(backbone.model, "set_input_size"):
+            return None
+    resized = copy.deepcopy(backbone.model)  # built for one size: timm can make it one for another
+    try:
+        resized.set_input_size(size)
+        return _shape_of(resized.get_submodule(name), lambda: resized.forward_features(subject.normalise(blank)))
+    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError):
+        return None
+
+
+def _shape_of(module: nn.Module, run: Callable[[], object]) -> tuple[int, ...] | None:
+    """The shape of what a module gives when something is run, which ends there; None where it is not reached."""
+
+    def reached(_: nn.Module, __: tuple, output: Tensor) -> None:
+        raise _Reached(tuple(output.shape))
+
+    handle = module.register_forward_hook(reached)
+    try:
+        with torch.no_grad():
+            run()
+    except _Reached as found:
+        return found.args[0]
+    finally:
+        handle.remove()
+    return None
 
 
 def _reads_class_token(backbone: Backbone) -> bool:

@@ -1,8 +1,11 @@
 """Class activation maps against captum, pytorch-grad-cam and equations written out."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
+import torchvision
 from captum.attr import LayerGradCam
 from pytorch_grad_cam import GradCAM as PeerGradCam
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -173,6 +176,119 @@ def test_a_layer_that_does_not_exist_gets_the_nearest_names(resnet, images):
 def test_a_layer_after_the_read_out_is_refused(vit, images):
     with pytest.raises(InputError, match=r"gradient of every score at norm is zero.*blocks.<last>.norm1"):
         explain(vit, images, layer="norm")
+
+
+# On which grid a layer's output lies
+
+
+class _Axes(nn.Module):
+    """A map of 8 x 16 cells for 32 x 64 pixels, whose axes stand in several orders on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels_first = nn.Conv2d(3, 8, 4, 4)
+        self.channels_last, self.columns_first, self.attention = nn.LayerNorm(8), nn.Identity(), nn.Identity()
+        self.windows, self.head = nn.Identity(), nn.Linear(8, 4)
+
+    def forward(self, images):
+        cells = self.channels_last(self.channels_first(images).permute(0, 2, 3, 1))
+        cells = self.columns_first(cells.transpose(1, 2))
+        tokens = cells.flatten(1, 2)
+        mixed = self.attention((tokens @ tokens.mT).softmax(-1)[:, None])[:, 0] @ tokens
+        windows = self.windows(mixed.unflatten(1, (4, -1)).flatten(0, 1))
+        return self.head(windows.mean(1).unflatten(0, (-1, 4)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "order"), [("channels_first", (1, 2, 3)), ("channels_last", (3, 1, 2)), ("columns_first", (3, 2, 1))]
+)
+def test_rows_and_columns_are_found_wherever_they_stand(layer, order):
+    torch.manual_seed(0)
+    model, images, outputs = _Axes().eval(), torch.rand(2, 3, 32, 64), []
+    handle = model.get_submodule(layer).register_forward_hook(lambda _, __, output: outputs.append(output))
+    logits = model(images)
+    handle.remove()
+    for label in range(4):
+        (slope,) = torch.autograd.grad(logits[:, label].sum(), outputs[0], retain_graph=True)
+        expected = (slope * outputs[0]).permute(0, *order).sum(1).detach()
+        torch.testing.assert_close(
+            explain(model, images, "hires_cam", [label], layer=layer).maps[:, 0], expected, rtol=1e-3, atol=1e-6
+        )
+    assert expected.shape == (2, 8, 16)
+
+
+def test_outputs_that_are_no_map_of_each_image_are_refused(vit):
+    model, images = _Axes().eval(), torch.rand(2, 3, 32, 64)
+    with pytest.raises(InputError, match="no axis grows with the image's height only"):
+        explain(model, images, layer="attention")  # [2, 1, 128, 128]
+    with pytest.raises(InputError, match="windows gives 8 rows for 2 images"):
+        explain(model, images, layer="windows")
+    with pytest.raises(InputError, match=r"attn.q_norm, \(2, 3, 16, 64\), is no map"):
+        explain(vit, torch.rand(2, 3, 48, 80), layer="blocks.1.attn.q_norm")
+    square = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2, embed_dim=33, img_size=(64, 128)).eval()
+    with pytest.raises(InputError, match=r"\(2, 33, 33\)"):  # tokens first or channels first
+        explain(square, torch.rand(2, 3, 64, 128), layer="blocks.0")
+
+
+class _OneSize(nn.Module):
+    """It takes images of 32 x 16 only, or resizes them to that."""
+
+    def __init__(self, resize):
+        super().__init__()
+        self.convolution, self.rest, self.head = nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Linear(8, 4)
+        self.resize = resize
+
+    def forward(self, images):
+        images = nn.functional.interpolate(images, (32, 16)) if self.resize else images
+        assert images.shape[2:] == (32, 16)
+        return self.head(self.rest(self.convolution(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_of_a_network_for_one_size_convolutions_are_mapped_and_the_rest_is_refused(resize):
+    model, images = _OneSize(resize).eval(), torch.rand(2, 3, 32, 16)
+    assert explain(model, images, layer="convolution").maps.shape == (2, 4, 8, 4)
+    with pytest.raises(InputError, match="rows and columns cannot be told"):
+        explain(model, images, layer="rest")
+
+
+GRIDS = [
+    ("swin_t", {}, "features.7", (2, 4)),  # torchvision's, [B, h, w, C] throughout
+    ("swin_t", {}, "features.5.1.mlp.0", (4, 8)),
+    ("vgg11", {}, "avgpool", (7, 7)),
+    ("swin_tiny_patch4_window7_224", {"img_size": (64, 128), "window_size": 2}, "layers.3.blocks.1", (2, 4)),
+    ("swin_tiny_patch4_window7_224", {"img_size": (64, 128), "window_size": 2}, "patch_embed.proj", (16, 32)),
+    ("convnext_atto", {}, "stages.3.blocks.1.norm", (2, 4)),  # [B, h, w, C] within [B, C, h, w]
+    ("convnext_atto", {}, "stages.3", (2, 4)),
+    ("pvt_v2_b0", {}, "", (2, 4)),
+    ("pvt_v2_b0", {}, "stages.2", (4, 8)),
+    ("xcit_nano_12_p16_224", {}, "", (4, 8)),
+    ("eva02_tiny_patch14_224", {"img_size": (56, 112), "depth": 2}, "blocks.1", (4, 8)),
+    ("cait_xxs24_224", {"img_size": (64, 128), "depth": 2}, "", (4, 8)),  # its class token comes after the blocks
+    ("mixer_s32_224", {"img_size": (64, 128)}, "", (2, 4)),
+    ("vit_base_patch14_reg4_dinov2", {"img_size": (56, 112), "depth": 2, "embed_dim": 96, "num_heads": 3}, "", (4, 8)),
+    (
+        "vit_tiny_patch16_224",
+        {"img_size": (64, 128), "depth": 2, "class_token": False, "global_pool": "avg"},
+        "",
+        (4, 8),
+    ),
+    ("vit_tiny_patch16_224", {"dynamic_img_size": True, "depth": 2}, "", (4, 8)),
+    ("vit_tiny_patch16_224", {"dynamic_img_size": True, "depth": 2}, "patch_embed", (4, 8)),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "layer", "grid"), GRIDS)
+def test_grids_of_known_networks(name, options, layer, grid):
+    torch.manual_seed(0)
+    library = torchvision.models if name in ("swin_t", "vgg11") else None
+    build = getattr(library, name) if library else partial(timm.create_model, name)
+    model = build(num_classes=3, **options).eval()
+    with torch.no_grad():  # some heads start at 0
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    images = torch.rand(1, 3, *options.get("img_size", (64, 128)))
+    assert explain(model, images, layer=layer).maps.shape == (1, 3, *grid)
 
 
 @pytest.mark.parametrize("size", [(112, 448), (96, 160)])
