@@ -9,7 +9,7 @@ import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -104,15 +104,17 @@ class Outlines:
         joined = np.concatenate([np.zeros((0, 2), np.float32), *points]).astype(np.float32)
         return cls(joined, _ends(lengths), _ends(numbers), masks)
 
-    def __getitem__(self, i: int) -> list[np.ndarray] | dict[str, Any] | None:
-        if i in self.masks:
-            return dict(self.masks[i])
-        start, stop = _start(self.object_ends, i), int(self.object_ends[i])
-        if start == stop:
-            return None
-        ends = self.polygon_ends[start:stop].tolist()
-        starts = [_start(self.polygon_ends, start), *ends[:-1]]
-        return [self.points[a:b] for a, b in zip(starts, ends, strict=True)]
+    def between(self, start: int, stop: int) -> tuple[list[np.ndarray] | dict[str, Any] | None, ...]:
+        """What the objects from `start` on, without `stop`, are segmented by."""
+        first, ends = _start(self.object_ends, start), self.object_ends[start:stop].tolist()
+        polygons, point = [], _start(self.polygon_ends, first)
+        for end in self.polygon_ends[first : ends[-1] if ends else first].tolist():
+            polygons.append(self.points[point:end])
+            point = end
+        bounds = pairwise(end - first for end in (first, *ends))
+        return tuple(
+            dict(self.masks[i]) if i in self.masks else polygons[a:b] or None for i, (a, b) in enumerate(bounds, start)
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Objects:
             self.labels[start:stop].astype(np.int64),
             self.crowd[start:stop],
             self.difficult[start:stop],
-            tuple(self.outlines[i] for i in range(start, stop)),
+            self.outlines.between(start, stop),
         )
 
 

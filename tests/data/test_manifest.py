@@ -1,5 +1,7 @@
 """manifest.py: targets, hashes, carving a validation part, and the refusals that protect an evaluation."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,6 @@ from hypothesis import strategies as st
 from mlvision.data import DataConfig
 from mlvision.data.manifest import (
     Manifest,
-    Record,
     carve_validation,
     check_disjoint,
     check_files,
@@ -16,6 +17,7 @@ from mlvision.data.manifest import (
     check_same_classes,
     hide_labels,
 )
+from mlvision.data.records import Record, Records
 from mlvision.errors import InputError
 
 
@@ -34,6 +36,15 @@ def test_targets_are_one_zero_and_nan():
 
     assert targets.dtype == np.float32
     np.testing.assert_array_equal(targets, [[1, 0, 1], [0, np.nan, 0], [np.nan, 1, np.nan]])
+
+
+def test_hash_is_that_of_the_lines_of_json():
+    """Label-map stores and checkpoints carry it: it must never change."""
+    records = (Record('a"b\u00e9\U0001f600.jpg', "/x", (0, 1)), Record("c.jpg", "/y", (), (1,)))
+    lines = r"""["a\"b\u00e9\ud83d\ude00.jpg", [0, 1], []]
+["c.jpg", [], [1]]
+"""
+    assert Manifest(("cat", "dog"), records, "train").hash == hashlib.sha256(lines.encode()).hexdigest()
 
 
 def test_hash_tells_keys_labels_and_order_apart():
@@ -173,10 +184,10 @@ def test_missing_files_are_counted_and_the_first_is_named(tmp_path):
     for name in ("a.jpg", "sub/b.jpg"):
         (tmp_path / name).touch()
     records = [Record(name, str(tmp_path / name), ()) for name in ("a.jpg", "sub/b.jpg")]
-    check_files(DataConfig("csv"), records, "labels.csv")
+    check_files(DataConfig("csv"), Records(records), "labels.csv")
     absent = [Record(name, str(tmp_path / name), ()) for name in ("sub/a.jpg", "b.jpg", "none/a.jpg")]
     with pytest.raises(
         InputError, match=f"labels.csv: 3 of its 5 image files are missing, the first is {tmp_path}/sub/a"
     ):
-        check_files(DataConfig("csv"), [*records, *absent], "labels.csv")
-    check_files(DataConfig("csv", check_files=False), [*records, *absent], "labels.csv")
+        check_files(DataConfig("csv"), Records([*records, *absent]), "labels.csv")
+    check_files(DataConfig("csv", check_files=False), Records([*records, *absent]), "labels.csv")
