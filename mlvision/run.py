@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mlvision.config import Config, build_options, load_options, save_options, to_plain
 from mlvision.data import read_split
-from mlvision.data.images import drop_unreadable, rgb_array
+from mlvision.data.images import drop_unreadable, file_sizes, rgb_array
 from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
 from mlvision.data.text_files import read_json, read_text
@@ -56,6 +56,7 @@ from mlvision.models.weights import first_line
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
+_IMAGE_COLUMNS = ("split", "key", "bytes")  # of images.csv
 _WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml.partial")
 # What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
 _FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "data.check_files", "loader.num_workers")
@@ -580,15 +581,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def start_folder(run: Run, folder: Path) -> None:
-    """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated),
-    bad_images.csv where images were skipped, and the embeddings of the labels' names where the head compares with them."""
+    """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated, and the
+    bytes of its file), bad_images.csv where images were skipped, and the embeddings of the labels' names where the head
+    compares with them."""
     folder.mkdir(parents=True, exist_ok=True)
     if run.bad_images:
         with whole_file(folder / "bad_images.csv", newline="") as file:
             csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
     with whole_file(folder / "images.csv", newline="") as file:
-        rows = [(role, key) for role, m in (("train", run.train), ("val", run.val)) for key in m.keys]
-        csv.writer(file).writerows([("split", "key"), *rows])
+        csv.writer(file).writerows([_IMAGE_COLUMNS, *_image_rows(run)])
     environment = describe_environment(run.precision.device)
     if run.label_maps:
         environment["label_maps"] = run.label_maps.meta.to_json()
@@ -600,7 +601,18 @@ def start_folder(run: Run, folder: Path) -> None:
 
 
 def note_resumption(run: Run, folder: Path) -> None:
-    """Add this machine and code to environment.json: a run may go on with others than it began with."""
+    """Add this machine and code to environment.json: a run may go on with others than it began with, not on other images.
+
+    Raises:
+        InputError: files of images have other sizes than when the run began, or the run's own files are damaged.
+    """
+    sizes = {(split, key): size for split, key, size in _read_images(str(folder / "images.csv"))}
+    changed = [key for split, key, size in _image_rows(run) if sizes.get((split, key), size) not in (size, None)]
+    if changed:
+        raise InputError(
+            f"{folder}: {len(changed):,} image files have other sizes than when the run began, the first is {changed[0]}; "
+            "restore them, or start a new run"
+        )
     environment = read_written(folder / "environment.json")
     resumed = environment.get("resumed", [])
     if not isinstance(resumed, list):
@@ -608,6 +620,13 @@ def note_resumption(run: Run, folder: Path) -> None:
     write_json(
         folder / "environment.json", environment | {"resumed": [*resumed, describe_environment(run.precision.device)]}
     )
+
+
+def _image_rows(run: Run) -> Iterator[tuple[str, str, int | None]]:
+    """The rows of images.csv."""
+    for role, manifest in (("train", run.train), ("val", run.val)):
+        for key, size in zip(manifest.keys, file_sizes(manifest), strict=True):
+            yield role, key, size
 
 
 def _script() -> str:
@@ -681,7 +700,10 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
     """
     if role == "train":
         return
-    trained = _trained_keys(str(run.folder / "images.csv"))
+    path = str(run.folder / "images.csv")
+    trained = {key for split, key, _ in _read_images(path) if split == "train"}
+    if not trained:
+        raise InputError(f"{path}: lists no image that was trained on; restore the file as the run wrote it")
     shared = [key for key in manifest.keys if key in trained]
     if shared:
         raise InputError(
@@ -690,22 +712,23 @@ def check_never_trained_on(run: LoadedRun, manifest: Manifest, role: str) -> Non
         )
 
 
-def _trained_keys(path: str) -> set[str]:
-    """The keys of the images that a run's images.csv lists as trained on; there is no run without one."""
+def _read_images(path: str) -> list[tuple[str, str, int | None]]:
+    """The rows of a run's images.csv; there is no run without one. Runs of earlier versions have no column of bytes."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         header, *rows = list(reader) or [[]]
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}") from error
-    if header != ["split", "key"]:
+    if tuple(header) not in (_IMAGE_COLUMNS, _IMAGE_COLUMNS[:2]):
         raise InputError(f"{path}: expected the columns split and key, got {shown(header)}")
+    images = []
     for number, row in enumerate(rows, start=2):
-        if len(row) != 2 or row[0] not in ("train", "val"):
+        split, key, size = (*row, "", "", "")[:3]
+        is_size = not size or (size.isascii() and size.isdigit() and len(size) < 20)
+        if len(row) != len(header) or split not in ("train", "val") or not is_size:
             raise InputError(f"{path}, row {number}: expected train or val and a key, got {shown(row)}")
-    trained = {key for split, key in rows if split == "train"}
-    if not trained:
-        raise InputError(f"{path}: lists no image that was trained on; restore the file as the run wrote it")
-    return trained
+        images.append((split, key, int(size) if size else None))
+    return images
 
 
 def write_metrics(run: LoadedRun, role: str, metrics: dict[str, Any]) -> None:

@@ -527,6 +527,27 @@ def test_a_run_of_other_classes_is_not_resumed(trained, smoke_arguments, scenes_
         )
 
 
+def test_a_run_is_not_resumed_on_changed_files(trained, smoke_arguments, scenes_root, tmp_path):
+    root, folder = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(scenes_root, root)
+    shutil.copytree(trained[0], folder)
+    rows = list(csv.reader(open(folder / "images.csv", newline="")))
+    assert rows[0] == ["split", "key", "bytes"]
+    assert all(int(size) == (scenes_root / key).stat().st_size for _, key, size in rows[1:])
+    resumed = [*smoke_arguments, "log.tensorboard=true", f"data.root={root}", f"out={folder}", "resume=auto"]
+    train_script.main(resumed)  # a copy of the images, with other dates
+    before = (folder / "environment.json").read_bytes()
+    key = rows[-1][1]
+    with open(root / key, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=f"1 image files have other sizes than when the run began, the first is {key}"):
+        train_script.main(resumed)
+    assert (folder / "environment.json").read_bytes() == before
+    with open(folder / "images.csv", "w", newline="") as file:  # as runs of earlier versions have it
+        csv.writer(file).writerows(row[:2] for row in rows)
+    train_script.main(resumed)
+
+
 def test_a_run_is_not_resumed_on_other_images(trained, smoke_arguments, scenes_root, tmp_path):
     root, folder = tmp_path / "set", tmp_path / "run"
     shutil.copytree(scenes_root, root)

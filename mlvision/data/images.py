@@ -5,6 +5,7 @@ file both give the same bytes, so which one ran is never visible in a result.
 """
 
 import io
+import os
 import struct
 import threading
 import zlib
@@ -159,6 +160,27 @@ def read_size(path: str) -> tuple[int, int]:
 def record_files(record: Record) -> list[str]:
     """The files that hold a record's image."""
     return [record.path] if record.bands is None else record.bands.files(record.path)
+
+
+def file_sizes(manifest: Manifest) -> list[int | None]:
+    """Bytes of each record's files together; None if one is not there."""
+    bands = manifest.records[0].bands if len(manifest) else None
+
+    def sizes(paths: Sequence[str]) -> list[int | None]:
+        return [_total_size([path] if bands is None else bands.files(path)) for path in paths]
+
+    paths = manifest.paths
+    # Threads, since network storage takes its time to answer; many files each, since local storage does not.
+    with ThreadPoolExecutor(16) as pool:
+        parts = pool.map(sizes, (paths[start : start + 1000] for start in range(0, len(paths), 1000)))
+        return [size for part in parts for size in part]
+
+
+def _total_size(paths: Sequence[str]) -> int | None:
+    try:
+        return sum(os.stat(path).st_size for path in paths)
+    except (OSError, ValueError):
+        return None
 
 
 def decode_record(
