@@ -107,7 +107,7 @@ def report(
     with whole_file(table_file, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
-        writer.writerows(row | {"class": spreadsheet_text(row["class"])} for row in table)
+        writer.writerows(row | {"class": spreadsheet_text(str(row["class"]))} for row in table)
     with whole_file(figure_file, "wb") as file:
         draw_precision_recall(file, logits, targets, manifest.classes)
     metrics = {

@@ -135,7 +135,7 @@ def read_tiff(content: bytes, path: str, max_pixels: int) -> Shaped[np.ndarray, 
         raise InputError(f"{path}: the file is empty")
     try:
         with tifffile.TiffFile(io.BytesIO(content)) as file:
-            page = file.pages[0]
+            page = file.pages.first
             check_pixels(page.imagewidth, page.imagelength, max_pixels, path)
             array, axes = page.asarray(), page.axes
     except InputError:

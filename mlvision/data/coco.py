@@ -5,7 +5,7 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -230,7 +230,7 @@ def _read_categories(table: _Table, config: CocoConfig) -> _Categories:
         raise InputError(f"{table.source}: has no categories")
     _check_named(table.source, "merge_classes", config.merge_classes, names, "category")
     order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
-    merged = [config.merge_classes.get(names[i], names[i]) for i in order]
+    merged: list[str] = [config.merge_classes.get(str(names[i]), str(names[i])) for i in order]
     _check_named(table.source, "drop_classes", config.drop_classes, merged, "class")
     _check_named(table.source, "classes", config.classes, merged, "class")
     chosen = config.classes or [name for name in dict.fromkeys(merged) if name not in config.drop_classes]
@@ -272,7 +272,7 @@ def _read_images(table: _Table, folder: str) -> _Images:
     return _Images(table, ids, keys, sizes)
 
 
-def _is_side(value: Any) -> bool:
+def _is_side(value: Any) -> TypeGuard[int | float]:
     """Whether this is a width or height in pixels."""
     return type(value) in (int, float) and 0 < value <= LONGEST_SIDE and value == int(value)
 
@@ -284,7 +284,7 @@ def _complete_sizes(
     sizes = images.sizes.copy()
     for row in np.unique(annotations.images[sizes[annotations.images, 0] == 0]).tolist() if config.check_files else ():
         try:
-            sizes[row] = read_size(paths[row])
+            sizes[row] = read_size(paths[int(row)])
         except InputError as error:
             raise images.table.error(
                 row, f"has no width and height, and its file does not give them: {error}"

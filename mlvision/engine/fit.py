@@ -74,8 +74,10 @@ class LossWindow:
 
     def restore(self, saved: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: total.to(device) for name, total in saved["sums"].items()}
-        # Checkpoints used to hold one count of steps for all scalars.
-        self.counts = saved["counts"] if "counts" in saved else dict.fromkeys(self.sums, saved["count"])
+        if "counts" in saved:
+            self.counts = saved["counts"]
+        else:  # checkpoints used to hold one count of steps for all scalars
+            self.counts = {name: int(saved["count"]) for name in self.sums}
 
 
 @dataclass
