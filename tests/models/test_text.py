@@ -540,7 +540,7 @@ def test_the_package_to_install_is_named(monkeypatch, module, options, message):
 
 
 def test_code_in_the_folder_of_a_sentence_model_does_not_run(tmp_path):
-    """Releases before 6.2 import whatever module the folder names, out of the folder itself."""
+    """Releases before 6.0 import whatever module the folder names, out of the folder itself."""
     pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "hostile.Module"}]))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
