@@ -15,6 +15,7 @@ from mlvision.data.check import DataCheck, SplitCheck, check_data, contact_sheet
 from mlvision.data.manifest import Manifest
 from mlvision.data.records import Boxes, Record
 from mlvision.errors import InputError
+from mlvision.files import spreadsheet_text
 from tools.prepare_data import main
 
 ROWS = """image,part,cat,dog,owl
@@ -243,7 +244,7 @@ def test_names_of_any_text_are_drawn_and_written(tmp_path):
     write_check(DataCheck({"two\nlines": split}, []), tmp_path / "out", samples=1, seed=0)
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 1000
     with open(tmp_path / "out" / "check.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        assert [row["class"] for row in csv.DictReader(file)] == list(names)
+        assert [row["class"] for row in csv.DictReader(file)] == [spreadsheet_text(name) for name in names]
     assert json.loads((tmp_path / "out" / "check.json").read_text())["classes"] == list(names)
 
 
