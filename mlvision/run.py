@@ -39,7 +39,7 @@ from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.lock import LOCK, locked
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything, set_deterministic
-from mlvision.errors import InputError, shown
+from mlvision.errors import InputError, first_line, shown
 from mlvision.explain.callback import CamGrids
 from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
@@ -52,7 +52,6 @@ from mlvision.models.text import (
     load_label_embeddings,
     save_label_embeddings,
 )
-from mlvision.models.weights import first_line
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
