@@ -148,7 +148,7 @@ def test_faulty_image_sets_are_refused(root):
         read(root, "val")
     lists = root / "ImageSets" / "Main"
     (lists / "car_train.txt").write_text("000012  1\n000005 -1\n")
-    with pytest.raises(InputError, match="car_train.txt, line 1: expected one image, such as 000005, got '000012  1'"):
+    with pytest.raises(InputError, match="car_train.txt, line 1: expected one image, such as 000005, got '000012 1'"):
         read(root, "car_train")
     (lists / "val.txt").write_text("000012\n000005\n000012\n")
     with pytest.raises(InputError, match="val.txt, line 3: repeats the image '000012' of line 1"):
