@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlvision.config import Config, describe_options, run_command
+from mlvision.config import Config, describe_options, run_command, take_path
 from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
 from mlvision.data.manifest import Manifest, object_areas
@@ -33,11 +33,16 @@ from mlvision.metrics import (
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.run import LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
 
+# Options and groups of them.
+USED = (
+    *("data", "head", "method", "model", "view.size", "view.eval_size", "view.eval_resize", "view.crop_pct"),
+    *("view.interpolation", "loader.eval_batch_size", "loader.num_workers", "loader.prefetch", "bootstrap", "device"),
+    *("precision", "threads"),
+)
 USAGE = f"""usage: python eval.py RUN [key=value ...]
 
 {__doc__}
-Options of the run that still matter here: data.root, data.test, data.split, data.on_bad_image, loader.eval_batch_size,
-loader.num_workers, bootstrap, device, precision, threads. All options:
+Options of the run that still matter here, others are refused: {", ".join(USED)}. All options:
 {describe_options(Config)}"""
 
 
@@ -45,7 +50,7 @@ def main(argv: list[str]) -> dict:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return {}
-    path, *overrides = argv
+    path, overrides = take_path(argv, "a run folder or a checkpoint")
     run, manifest, bad = on_every_rank(lambda: prepare(path, overrides))
     loader = eval_loader(manifest, run.view, run.config.loader, rank=rank(), world_size=world_size())
     predictions = {}
@@ -59,8 +64,10 @@ def main(argv: list[str]) -> dict:
 
 def prepare(path: str, overrides: list[str]) -> tuple[LoadedRun, Manifest, list[tuple[str, str, str]]]:
     """The run, the images that judge it, and (split, key, reason) of each that was left out."""
-    if "=" in path and not Path(path).exists():
-        raise InputError(f"'{path}': expected a run folder or a checkpoint first, then key=value")
+    for argument in overrides:
+        key = argument.partition("=")[0]
+        if not any(f"{key}.".startswith(f"{used}.") or f"{used}.".startswith(f"{key}.") for used in USED):
+            raise InputError(f"{key}: evaluation does not use this option; expected some of {', '.join(USED)}")
     run = load_run(path, overrides=overrides)
     manifest, bad = read_for(run, run.config.data.split)
     for name in ("environment.json", "metrics.json"):  # read again when all is predicted: too late to learn of damage
