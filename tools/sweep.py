@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from mlvision.config import Config, build_options, parse_options, run_command
-from mlvision.errors import InputError
+from mlvision.config import Config, build_options, is_file_name, parse_options, run_command
+from mlvision.errors import InputError, check_fields
 from mlvision.files import check_out_folder, whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.run import config_difference, is_trained, read_written
@@ -31,12 +31,23 @@ _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """One entry of a grid file's `experiments`."""
+
+    config: Annotated[str, "path of its YAML"] = ""
+    label: Annotated[str, "what its runs are called; empty: as the YAML's file"] = ""
+    overrides: Annotated[list[str], "key=value"] = field(default_factory=list)
+    grid: Annotated[dict[str, list[str]], "key -> values; all combinations are run"] = field(default_factory=dict)
+    seeds: Annotated[list[int] | None, "instead of the grid's"] = None
+
+
+@dataclass(frozen=True)
 class SweepOptions:
     """A grid file holds these, and `experiments` is its heart."""
 
     name: Annotated[str, "name of the grid; empty: the YAML's file name"] = ""
     experiments: Annotated[
-        list[dict[str, Any]],
+        list[Experiment],
         "each: `config` (path), and if wanted `label`, `overrides` (list), `grid` (key: values; all combinations), `seeds`",
     ] = field(default_factory=list)
     overrides: Annotated[list[str], "key=value for every run"] = field(default_factory=list)
@@ -52,6 +63,14 @@ class SweepOptions:
     jobs: Annotated[int, "runs at once; on a shared CPU, give each fewer threads"] = 1
     dry_run: Annotated[bool, "print what would be run, and its state, without running it"] = False
 
+    def __post_init__(self) -> None:
+        rules = (
+            ("name", is_file_name(self.name), "a name for a folder, without / and other than . and .."),
+            ("seeds", bool(self.seeds), "one or more seeds"),
+            ("jobs", 1 <= self.jobs <= 1000, "1 to 1000"),
+        )
+        check_fields(self, "", rules)
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -66,8 +85,6 @@ def main(argv: list[str]) -> int:
     options = parse_options(SweepOptions, argv, prog="python tools/sweep.py", description=__doc__)
     runs = check_out_folder(options.runs or f"runs/{options.name}", "runs")
     records = check_out_folder(options.records or f"docs/results/{options.name}", "records")
-    if options.jobs < 1:
-        raise InputError(f"jobs: expected at least 1, got {options.jobs}")
     planned = plan(options)
     for run in planned:  # every config is checked before the first run starts
         parse_options(Config, list(run.arguments), prog="train.py", description="")
@@ -167,25 +184,15 @@ def plan(options: SweepOptions) -> list[Planned]:
         raise InputError("experiments: expected a list with at least one experiment; give a grid file")
     planned = []
     for number, experiment in enumerate(options.experiments):
-        unknown = set(experiment) - {"config", "label", "overrides", "grid", "seeds"}
-        if unknown or "config" not in experiment:
-            raise InputError(
-                f"experiments[{number}]: expected config, and optionally label, overrides, grid and seeds; "
-                + (f"got {', '.join(sorted(unknown))}" if unknown else "config is missing")
-            )
-        for key, kind in (("overrides", list), ("grid", dict), ("seeds", list)):
-            if not isinstance(experiment.get(key, kind()), kind):
-                raise InputError(f"experiments[{number}].{key}: expected a {kind.__name__}, got {experiment[key]!r}")
-        grid = experiment.get("grid", {})
-        for key, values in grid.items():
-            if not isinstance(values, list):
-                raise InputError(f"experiments[{number}].grid.{key}: expected a list of values, got {values!r}")
+        if not experiment.config:
+            raise InputError(f"experiments[{number}].config: expected the path of a YAML, got nothing")
+        grid = experiment.grid
         for values in itertools.product(*grid.values()):
             varied = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-            own = [*experiment.get("overrides", []), *varied]
-            label = "-".join([experiment.get("label", Path(experiment["config"]).stem), *varied]).replace("/", "_")
-            for seed in experiment.get("seeds", options.seeds):
-                arguments = (experiment["config"], *options.overrides, *own, f"seed={seed}")
+            own = [*experiment.overrides, *varied]
+            label = "-".join([experiment.label or Path(experiment.config).stem, *varied]).replace("/", "_")
+            for seed in options.seeds if experiment.seeds is None else experiment.seeds:
+                arguments = (experiment.config, *options.overrides, *own, f"seed={seed}")
                 planned.append(Planned(f"{label}-seed{seed}", arguments))
     labels = [run.label for run in planned]
     missing = set(options.bounds) - {label.rsplit("-seed", 1)[0] for label in labels}
@@ -207,9 +214,10 @@ def is_finished(record: Path, run: Planned) -> bool:
         return False
     try:
         content = read_written(record)
-        recorded, maps = build_options(Config, content["config"]), content.get("environment", {}).get("label_maps")
-    except (KeyError, TypeError, AttributeError, InputError) as error:
+        recorded, environment = build_options(Config, content.get("config")), content.get("environment")
+    except InputError as error:
         raise InputError(f"{record}: not a record of this version ({error}); remove it to run it again") from None
+    maps = environment.get("label_maps") if isinstance(environment, dict) else None
     asked = parse_options(Config, list(run.arguments), prog="train.py", description="")
     # What the grid leaves to the machine is as the machine had it.
     open_choices = {"device": "auto", "precision": "auto", "threads": 0}

@@ -71,16 +71,22 @@ def test_a_changed_grid_is_noticed(grid, tmp_path):
     ("text", "message"),
     [
         ("seeds: [0]", "experiments: expected a list with at least one experiment"),
-        (f"experiments: [{{config: {SMOKE}, grd: {{}}}}]", r"experiments\[0\]: expected config.*got grd"),
-        ("experiments: [{label: x}]", r"experiments\[0\]: .*config is missing"),
+        (
+            f"experiments: [{{config: {SMOKE}, grd: {{}}}}]",
+            r"experiments\[0\].grd: no such option; did you mean experiments\[0\].grid\?",
+        ),
+        ("experiments: [{label: x}]", r"experiments\[0\].config: expected the path of a YAML, got nothing"),
         (
             f"experiments: [{{config: {SMOKE}, grid: {{optim.lr: 0.1}}}}]",
-            r"grid.optim.lr: expected a list of values, got 0.1",
+            r"experiments\[0\].grid.optim.lr: expected list of text, got 0.1 \(in .*bad.yaml\)",
         ),
-        (f"experiments: [{{config: {SMOKE}, seeds: 3}}]", r"experiments\[0\].seeds: expected a list, got 3"),
+        (
+            f"experiments: [{{config: {SMOKE}, seeds: 3}}]",
+            r"experiments\[0\].seeds: expected list of whole number or null, got 3",
+        ),
         (
             f"experiments: [{{config: {SMOKE}, overrides: a=b}}]",
-            r"experiments\[0\].overrides: expected a list, got 'a=b'",
+            r"experiments\[0\].overrides: expected list of text, got 'a=b'",
         ),
         (f"experiments: [{{config: {SMOKE}}}, {{config: {SMOKE}}}]", "two runs are called"),
         (f"experiments: [{{config: {SMOKE}, overrides: [optim.lrr=1]}}]", "optim.lrr: no such option"),
