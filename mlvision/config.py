@@ -7,6 +7,7 @@ then every key and type is checked.
 
 import dataclasses
 import difflib
+import functools
 import logging
 import re
 import sys
@@ -22,12 +23,14 @@ import yaml
 from mlvision.data import DATASETS
 from mlvision.data.loader import LoaderConfig
 from mlvision.data.manifest import DataConfig
+from mlvision.data.text_files import read_text
 from mlvision.data.transforms import ViewConfig
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
+from mlvision.engine.precision import MOST_THREADS
 from mlvision.errors import InputError, check_fields, describe_os_error, shown
 from mlvision.files import whole_file
 from mlvision.methods import METHODS, MethodConfig
@@ -73,11 +76,18 @@ class Config:
 
     def __post_init__(self) -> None:
         rules = (
+            ("name", is_file_name(self.name), "a name for a folder, without / and other than . and .."),
+            ("resume", self.resume in ("", "auto"), "auto or nothing; out= names the folder"),
             ("seed", self.seed >= 0, "0 or more"),
-            ("threads", self.threads >= 0, "0 (torch's own choice) or more"),
-            ("bootstrap", self.bootstrap == 0 or self.bootstrap >= 2, "0, or at least 2 resamplings"),
+            ("threads", 0 <= self.threads <= MOST_THREADS, f"0 (torch's own choice) to {MOST_THREADS}"),
+            ("bootstrap", self.bootstrap == 0 or 2 <= self.bootstrap <= 1_000_000, "0, or 2 to a million resamplings"),
         )
         check_fields(self, "", rules)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name, which may be empty, names a file or folder in another folder and nothing outside it."""
+    return "/" not in name and name not in (".", "..")
 
 
 def _default(base: type) -> Any:
@@ -149,13 +159,11 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise InputError(f"{path}: no such config file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
-        values = _parse_yaml(path.read_text(encoding="utf-8"))
+        values = _parse_yaml(read_text(str(path)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: malformed YAML ({getattr(error, 'problem', None) or error})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read as a config ({error})") from None
     if values is None:  # an empty file
         return {}
     if not isinstance(values, dict):
@@ -532,6 +540,7 @@ def _schema_keys(schema: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{option.name}"
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 

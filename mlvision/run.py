@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import glob
 import io
 import json
 import math
@@ -403,8 +404,6 @@ def read_role(config: Config, role: str) -> tuple[Manifest, list[tuple[str, str,
 def _readable(config: Config, manifest: Manifest) -> tuple[Manifest, list[tuple[str, str, str]]]:
     if config.data.on_bad_image == "error":
         return manifest, []
-    if config.data.on_bad_image != "skip":
-        raise InputError(f"data.on_bad_image: expected error or skip, got '{config.data.on_bad_image}'")
     kept, bad = distributed.on_main(lambda: drop_unreadable(manifest, config.loader.num_workers))
     return kept, [(manifest.split, key, reason) for key, reason in bad]
 
@@ -522,8 +521,6 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
     Raises:
         InputError: the folder holds a run and `resume` is not auto, or it holds a run of another config.
     """
-    if config.resume not in ("", "auto"):
-        raise InputError(f"resume: expected auto or nothing, got '{config.resume}'; out= names the folder")
     if config.out:
         folder = Path(config.out)
         if folder.exists() and not folder.is_dir():
@@ -543,7 +540,7 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
         return folder, (folder / LAST).is_file()
     name = config.name or "run"
     if config.resume:
-        for path in sorted(Path("runs").glob(f"{name}-*/config.yaml"), key=os.path.getmtime, reverse=True):
+        for path in sorted(Path("runs").glob(f"{glob.escape(name)}-*/config.yaml"), key=os.path.getmtime, reverse=True):
             if (path.parent / LAST).is_file() and _is_same(path, config):
                 return path.parent, True
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

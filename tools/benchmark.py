@@ -29,17 +29,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from mlvision.config import describe_options, parse_options, run_command
+from mlvision.config import describe_options, is_override, parse_options, run_command
 from mlvision.data.images import read_image
-from mlvision.data.loader import LoaderConfig, train_loader
+from mlvision.data.loader import MOST_WORKERS, LoaderConfig, train_loader
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import BACKENDS, TrainView, ViewConfig
 from mlvision.engine.fit import FitState, log_step, optimizer_of, train_step
 from mlvision.engine.guard import FiniteGuard
 from mlvision.engine.log import LogConfig, SilentLog
 from mlvision.engine.optim import OptimConfig, learning_rate_factor
-from mlvision.engine.precision import Precision, resolve_device, resolve_precision
-from mlvision.errors import InputError
+from mlvision.engine.precision import MOST_THREADS, Precision, resolve_device, resolve_precision
+from mlvision.errors import InputError, check_fields
 from mlvision.explain import Subject, explain
 from mlvision.explain.perturb import slic_segments
 from mlvision.files import check_out
@@ -74,10 +74,12 @@ class BenchmarkOptions:
     out: Annotated[str, "JSON to write; empty: none"] = ""
 
     def __post_init__(self) -> None:
-        if self.pairs < 1 or min(self.threads, self.workers) < 0:
-            raise InputError(
-                f"expected pairs >= 1, threads >= 0 and workers >= 0, got {self.pairs}, {self.threads} and {self.workers}"
-            )
+        rules = (
+            ("pairs", 1 <= self.pairs <= 100_000, "1 to 100000"),
+            ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
+            ("workers", 0 <= self.workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
+        )
+        check_fields(self, "", rules)
 
     def precision(self) -> Precision:
         """What train.py takes by itself on the device."""
@@ -766,7 +768,7 @@ BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
 
 
 def main(argv: list[str]) -> None:
-    names = [argument for argument in argv if "=" not in argument and not argument.startswith("-")]
+    names = [argument for argument in argv if not is_override(argument) and not argument.startswith("-")]
     if {"-h", "--help"} & set(argv) or not argv:
         print(f"usage: benchmark.py NAME ... [key=value ...]\n\n{__doc__}")
         for name, benchmark in BENCHMARKS.items():
@@ -778,6 +780,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"expected some of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}")
     rest = [argument for argument in argv if argument not in names]
     options = parse_options(BenchmarkOptions, rest, prog="benchmark.py", description=__doc__)
+    options = replace(options, device=str(resolve_device(options.device)))
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.out:

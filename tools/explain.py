@@ -20,11 +20,12 @@ import torch
 from jaxtyping import Int64
 from PIL import Image
 
-from mlvision.config import describe_options, parse_options, run_command
+from mlvision.config import describe_options, parse_options, run_command, take_path
 from mlvision.data.folder import folder_manifest
 from mlvision.data.limits import MAX_PIXELS
-from mlvision.data.loader import Loader, LoaderConfig, eval_loader, evenly
+from mlvision.data.loader import MOST_WORKERS, Loader, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Manifest
+from mlvision.engine.precision import MOST_THREADS
 from mlvision.errors import InputError, check_fields
 from mlvision.explain import CONTROLS, EXPLAINERS, StoredMaps, Subject, build_explainers, explain
 from mlvision.explain.batches import Asker, Columns, check_whole, image_losses
@@ -60,8 +61,12 @@ class RunOptions:
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
 
     def __post_init__(self) -> None:
-        least = {"num_images": 0, "threads": 0, "batch_size": 1, "num_workers": 0}
-        rules = [(name, getattr(self, name) >= low, f"{low} or more") for name, low in least.items()]
+        rules = [
+            ("num_images", self.num_images >= 0, "0 or more"),
+            ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
+        ]
         check_fields(self, "", [*rules, *self._rules()])
 
     def _rules(self) -> list[tuple[str, bool, str]]:
@@ -78,6 +83,12 @@ class MapOptions(RunOptions):
     threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
     seed: Annotated[int, "of methods that draw at random, of controls and of the measures' noise"] = 0
     measures: MeasureConfig = field(default_factory=MeasureConfig)
+
+    def _rules(self) -> list[tuple[str, bool, str]]:
+        return [
+            ("threshold", 0 <= self.threshold <= 1, "a score from 0 to 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class CompareOptions(MapOptions):
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         least = [(name, getattr(self, name) >= 0, "0 or more") for name in ("sensitivity_images", "sanity_images")]
-        return [("methods", _differ(self.methods), "each method once"), *least]
+        return [*super()._rules(), ("methods", _differ(self.methods), "each method once"), *least]
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,7 @@ class ExplainOptions(MapOptions):
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
+            *super()._rules(),
             ("method", bool(self.method), f"one of {', '.join(EXPLAINERS)}"),
             ("method", _differ(self.method), "each method once"),
             ("labels", bool(self.labels), "which labels"),
@@ -142,7 +154,7 @@ class PrototypeOptions(RunOptions):
     out: Annotated[str, "folder to write; empty: prototypes in the run folder"] = ""
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        return [("num", self.num >= 1, "1 or more"), ("labels", _differ(self.labels), "each label once")]
+        return [("num", 1 <= self.num <= 1000, "1 to 1000"), ("labels", _differ(self.labels), "each label once")]
 
 
 _METHOD_OPTIONS = "".join(
@@ -310,9 +322,7 @@ def writing(out: Path) -> Iterator[Path]:
 
 def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[LoadedRun, Any]:
     """The run, with what is overridden of its data, and the tool's own options."""
-    if not argv or ("=" in argv[0] and not Path(argv[0]).is_dir()):  # folders of a sweep have options in their names
-        raise InputError(f"expected a run folder: {command} RUN [key=value ...]")
-    path, *rest = argv
+    path, rest = take_path(argv, "a run folder")
     of_data = [argument for argument in rest if argument.startswith("data.")]
     own = [argument for argument in rest if argument not in of_data]
     options = parse_options(options_type, own, prog=command, description=__doc__ or "")

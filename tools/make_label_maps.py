@@ -23,16 +23,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mlvision.config import Config, describe_options, parse_options, run_command
+from mlvision.config import Config, describe_options, parse_options, run_command, take_path
 from mlvision.data import DataConfig, read_split
-from mlvision.data.loader import ImageDataset, LoaderConfig, eval_loader, evenly
+from mlvision.data.loader import MOST_WORKERS, ImageDataset, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Manifest, check_same_classes
 from mlvision.data.records import Boxes
 from mlvision.data.transforms import EvalView
 from mlvision.engine.checkpoint import check_classes
 from mlvision.engine.distributed import is_main, on_every_rank
 from mlvision.engine.label_quality import LabelQualityConfig, judge_label_maps
-from mlvision.engine.precision import resolve_device, resolve_precision
+from mlvision.engine.precision import MOST_THREADS, resolve_device, resolve_precision
 from mlvision.errors import InputError, check_fields
 from mlvision.files import whole_file
 from mlvision.labels.annotate import annotate, verify
@@ -85,15 +85,20 @@ class LabelMapOptions:
 
     def __post_init__(self) -> None:
         rules = (
-            ("scales", len(self.scales) > 0 and min(self.scales) > 0, "one or more numbers above 0"),
+            (
+                "scales",
+                1 <= len(self.scales) <= 32 and 0 < min(self.scales) <= max(self.scales) <= 16,
+                "numbers above 0, up to 16",
+            ),
             ("combination", self.combination in COMBINATIONS, f"one of {', '.join(COMBINATIONS)}"),
             ("top_k", self.top_k >= 0, "0 (all classes) or more"),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
             ("activation", self.activation in ("", *ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}, or nothing"),
-            ("grid", len(self.grid) == 2 and min(self.grid) >= 1, "[rows, columns]"),
+            ("grid", len(self.grid) == 2 and 1 <= min(self.grid) <= max(self.grid) <= 1024, "[rows, columns]"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("verify", self.verify >= 0, "0 or more"),
-            ("threads", self.threads >= 0, "0 or more"),
+            ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
+            ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
         )
         check_fields(self, "", rules)
 
@@ -111,6 +116,9 @@ class ImportOptions:
     ] = "zero"
     num_workers: Annotated[int, "processes that look for unreadable images; 0: the main one"] = 2
     data: DataConfig = field(default_factory=lambda: Config().data)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", [("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}")])
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,7 @@ class ReportOptions(LabelQualityConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads < 0:
-            raise InputError(f"threads: expected 0 or more, got {self.threads}")
+        check_fields(self, "", [("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}")])
 
 
 MODES = {
@@ -163,15 +170,14 @@ def main(argv: list[str]) -> None:
         print(f"Options of {mode}:" if mode else "Options (import --help and report --help list theirs):")
         print(describe_options(MODES[mode][1]))
         return
-    if argv[0] in MODES and (len(argv) < 2 or "=" in argv[1]):
-        raise InputError(f"{argv[0]}: expected the folder of {'a store' if argv[0] == 'report' else 'published maps'}")
     if argv[0] == "report":
-        options = parse_options(ReportOptions, argv[2:], prog="make_label_maps.py", description=__doc__)
-        print(report(argv[1], options))
+        path, rest = take_path(argv[1:], "the folder of a store")
+        print(report(path, parse_options(ReportOptions, rest, prog="make_label_maps.py", description=__doc__)))
         return
     if argv[0] == "import":
-        options = parse_options(ImportOptions, argv[2:], prog="make_label_maps.py", description=__doc__)
-        store = import_tree(argv[1], options)
+        path, rest = take_path(argv[1:], "the folder of published maps")
+        options = parse_options(ImportOptions, rest, prog="make_label_maps.py", description=__doc__)
+        store = import_tree(path, options)
     else:
         options = parse_options(LabelMapOptions, argv, prog="make_label_maps.py", description=__doc__)
         store = make(options)

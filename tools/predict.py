@@ -21,13 +21,14 @@ from typing import IO, Annotated, NamedTuple
 
 import torch
 
-from mlvision.config import describe_options, parse_options, run_command
+from mlvision.config import describe_options, parse_options, run_command, take_path
 from mlvision.data.folder import images_manifest
 from mlvision.data.images import drop_unreadable
 from mlvision.data.limits import MAX_PIXELS
-from mlvision.data.loader import LoaderConfig, eval_loader
+from mlvision.data.loader import MOST_WORKERS, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest
 from mlvision.data.text_files import printable
+from mlvision.engine.precision import MOST_THREADS
 from mlvision.errors import InputError, check_fields
 from mlvision.files import check_out, spreadsheet_text, whole_file
 from mlvision.progress import track
@@ -65,7 +66,9 @@ class PredictOptions:
             ("images", not (self.images and self.split), "nothing next to split="),
             ("threshold", 0 <= self.threshold <= 1, "a score, from 0 to 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("threads", self.threads >= 0, "0 or more"),
+            ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
             ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
         )
         check_fields(self, "", rules)
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
     if not argv or {"-h", "--help"} & set(argv):
         print(f"usage: python tools/predict.py RUN [key=value ...]\n\n{__doc__}\n{describe_options(PredictOptions)}")
         return
-    path, *rest = argv
+    path, rest = take_path(argv, "a run folder or a checkpoint")
     of_data = [argument for argument in rest if argument.startswith("data.")]
     own = [as_list(argument) for argument in rest if argument not in of_data]
     options = parse_options(PredictOptions, own, prog="python tools/predict.py", description=__doc__)
@@ -112,7 +115,7 @@ def as_list(argument: str) -> str:
     key, _, value = argument.partition("=")
     if key not in ("images", "extra_labels") or value.startswith("["):
         return argument
-    return f"{key}={json.dumps([value] if value else [])}"
+    return f"{key}={json.dumps([value] if value else [], ensure_ascii=False)}"
 
 
 def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:

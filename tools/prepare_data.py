@@ -25,8 +25,6 @@ class ScenesOptions(ScenesConfig):
 def check(argv: list[str]) -> int:
     """Counts a data set and looks for bad files, duplicates and overlap; 1 where there are such problems."""
     options = parse_options(CheckOptions, argv, prog="prepare_data.py check", description=str(check.__doc__))
-    if options.samples < 1:
-        raise InputError(f"samples={options.samples}: expected at least 1")
     folder = check_out_folder(options.out or f"runs/check-{options.data.name}")
     result = check_data(options.data, options.num_workers, options.labels_only)
     write_check(result, folder, options.samples, options.seed)

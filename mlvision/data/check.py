@@ -19,10 +19,11 @@ from PIL import Image, ImageColor, ImageDraw
 from mlvision.data import read_split
 from mlvision.data.coco import CocoConfig
 from mlvision.data.images import decode_record, read_photo, record_files
+from mlvision.data.loader import MOST_WORKERS
 from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
 from mlvision.data.records import Boxes, Record
 from mlvision.data.text_files import read_bytes
-from mlvision.errors import InputError, listed, shown
+from mlvision.errors import InputError, check_fields, listed, shown
 from mlvision.files import spreadsheet_text, whole_file
 from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
@@ -41,6 +42,14 @@ class CheckOptions:
     labels_only: Annotated[bool, "count labels alone: no image is looked for or opened, there is no contact sheet"] = (
         False
     )
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("samples", 1 <= self.samples <= 1000, "1 to 1000"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
+        )
+        check_fields(self, "", rules)
 
 
 @dataclass(frozen=True)

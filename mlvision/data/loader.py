@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from mlvision.data.images import read_record
 from mlvision.data.manifest import Manifest
 from mlvision.data.transforms import EvalView, TrainView, View
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.labels.store import LabelMapStore
 from mlvision.types import Batch, CropBox
 
 # An epoch to the rows of the manifest that it visits, in order and over all ranks; equally many in every epoch.
 EpochOrder = Callable[[int], Int64[np.ndarray, " n"]]
+MOST_WORKERS = 256  # of one process: each holds the whole program
 SAMPLINGS = ("shuffled", "class_balanced")
 
 
@@ -54,11 +55,14 @@ class LoaderConfig:
     ] = "shuffled"
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0), ("prefetch", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"loader.{name}: expected at least {least}, got {getattr(self, name)}")
-        if self.sampling not in SAMPLINGS:
-            raise InputError(f"loader.sampling: expected one of {', '.join(SAMPLINGS)}, got '{self.sampling}'")
+        rules = (
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("eval_batch_size", self.eval_batch_size >= 1, "at least 1"),
+            ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
+            ("prefetch", 1 <= self.prefetch <= 1000, "1 to 1000"),
+            ("sampling", self.sampling in SAMPLINGS, f"one of {', '.join(SAMPLINGS)}"),
+        )
+        check_fields(self, "loader.", rules)
 
 
 @dataclass(frozen=True)

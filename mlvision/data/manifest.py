@@ -48,8 +48,14 @@ class DataConfig:
     max_pixels: Annotated[int, "width times height that an image may have, looked up before it is decoded"] = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        # OpenCV goes no further.
-        check_fields(self, "data.", (("max_pixels", 1 <= self.max_pixels <= 2**30, f"1 to {2**30}"),))
+        rules = (
+            ("split", self.split in ("train", "val", "test"), "one of train, val, test"),
+            ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
+            ("val_seed", self.val_seed >= 0, "0 or more"),
+            ("known_seed", self.known_seed >= 0, "0 or more"),
+            ("max_pixels", 1 <= self.max_pixels <= 2**30, f"1 to {2**30}"),  # OpenCV goes no further
+        )
+        check_fields(self, "data.", rules)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 
 from mlvision.data.drawing import GLYPHS, background, distractor, glyph_coverage, mask_polygons, paint
+from mlvision.data.loader import MOST_WORKERS
 from mlvision.data.unfinished import unfinished
 from mlvision.errors import InputError
 from mlvision.progress import track
@@ -76,10 +77,10 @@ class ScenesConfig:
             "seed": (0, 2**63 - 1),
             "num_classes": (16, len(GLYPHS)),
             "difficulty": (0, 1),
-            "long_tail": (1, float("inf")),
+            "long_tail": (1, 1e6),
             "co_occurrence": (0, 1),
             "partial_keep": (0, 1),
-            "num_workers": (0, 1024),
+            "num_workers": (0, MOST_WORKERS),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)

@@ -32,6 +32,9 @@ EVAL_RESIZES = ("squash", "crop")
 _COLOUR_OPTIONS = ("color_jitter", "hue", "randaugment_ops", "cutout")
 
 
+MOST_PIXELS = 4096  # of an input's side
+
+
 @dataclass(frozen=True)
 class ViewConfig:
     """How training and evaluation views are made."""
@@ -59,15 +62,15 @@ class ViewConfig:
     def __post_init__(self) -> None:
         share = "a number from 0 to 1"
         rules = (
-            ("size", self.size >= 1, "at least 1"),
-            ("eval_size", self.eval_size >= 0, "0 (as size) or more"),
+            ("size", 1 <= self.size <= MOST_PIXELS, f"1 to {MOST_PIXELS}"),
+            ("eval_size", 0 <= self.eval_size <= MOST_PIXELS, f"0 (as size) to {MOST_PIXELS}"),
             ("backend", self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("scale", _is_range(self.scale, 1.0), "[min, max] with 0 < min <= max <= 1"),
             ("ratio", _is_range(self.ratio, math.inf), "[min, max] with 0 < min <= max"),
             ("flip", 0 <= self.flip <= 1, share),
             ("color_jitter", 0 <= self.color_jitter <= 1, share),
             ("hue", 0 <= self.hue <= 0.5, "a number from 0 to 0.5"),
-            ("randaugment_ops", self.randaugment_ops >= 0, "0 or more"),
+            ("randaugment_ops", 0 <= self.randaugment_ops <= 100, "0 to 100"),
             ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "a number from 0 to 10"),
             ("cutout", 0 <= self.cutout < 1, "a number from 0 to below 1"),
             ("eval_resize", self.eval_resize in EVAL_RESIZES, f"one of {', '.join(EVAL_RESIZES)}"),

@@ -403,7 +403,8 @@ def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConf
         raise InputError(
             f"optim.accumulate: the {images_per_rank} images of a step and process cannot be divided into {optim.accumulate}"
         )
-    known = multilabel_summary(torch.zeros(1, 1), torch.ones(1, 1))
+    metrics = multilabel_summary(torch.zeros(1, 1), torch.ones(1, 1))
+    known = [name for name in metrics if name != "threshold" and not name.startswith("num_")]  # higher is better
     if checkpoint.select not in (*known, "last"):
         raise InputError(
             f"checkpoint.select: no metric '{checkpoint.select}'; expected last or one of {', '.join(known)}"

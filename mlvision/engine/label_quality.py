@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlvision.data.loader import EpochBatches, ImageDataset, Loader, LoaderConfig
+from mlvision.data.loader import MOST_WORKERS, EpochBatches, ImageDataset, Loader, LoaderConfig
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError, check_fields
@@ -53,8 +53,14 @@ class LabelQualityConfig:
     view: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self) -> None:
-        least = {"images": 0, "crops": 1, "seed": 0, "exact_images": 1}
-        check_fields(self, "", ((name, getattr(self, name) >= low, f"{low} or more") for name, low in least.items()))
+        rules = (
+            ("images", self.images >= 0, "0 or more"),
+            ("crops", 1 <= self.crops <= 1000, "1 to 1000"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("exact_images", self.exact_images >= 1, "1 or more"),
+            ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
+        )
+        check_fields(self, "", rules)
 
 
 def judge_label_maps(

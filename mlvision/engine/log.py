@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 
 _HEADER = "step,epoch,name,value\n"
 # Facts of a validation that are the same each time: no curves.
@@ -29,10 +29,11 @@ class LogConfig:
     cam_images: Annotated[int, "validation images whose CAM grids go to TensorBoard after each epoch; 0: none"] = 0
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise InputError(f"log.every_steps: expected at least 1, got {self.every_steps}")
-        if self.cam_images < 0:
-            raise InputError(f"log.cam_images: expected 0 or more, got {self.cam_images}")
+        rules = (
+            ("every_steps", self.every_steps >= 1, "at least 1"),
+            ("cam_images", 0 <= self.cam_images <= 1000, "0 to 1000"),
+        )
+        check_fields(self, "log.", rules)
 
     def steps_between(self, total_steps: int) -> int:
         """Steps from one log step to the next in a run of so many: a curve has 20 points or more, of 2 steps at least."""

@@ -9,7 +9,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import nn
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # one kernel a step: 10x the default on a CPU
@@ -40,8 +40,9 @@ class OptimConfig:
     ] = 1
 
     def __post_init__(self) -> None:
-        for name, is_valid, expected in (
-            ("lr", 0 < self.lr < math.inf, "a number above 0"),
+        rules = (
+            ("lr", self.lr > 0, "a number above 0"),
+            ("lr_scales", all(scale >= 0 for scale in self.lr_scales.values()), "factors of 0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
@@ -51,9 +52,8 @@ class OptimConfig:
             ("clip_norm", self.clip_norm >= 0, "0 or more"),
             ("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
-        ):
-            if not is_valid:
-                raise InputError(f"optim.{name}: expected {expected}, got {getattr(self, name)!r}")
+        )
+        check_fields(self, "optim.", rules)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class EmaConfig:
     decay: Annotated[float, "decay of the averaged weights (timm ModelEmaV3, with its warm-up); 0: none"] = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise InputError(f"ema.decay: expected 0, or a number below 1, got {self.decay}")
+        check_fields(self, "ema.", [("decay", 0 <= self.decay < 1, "0, or a number below 1")])
 
 
 def parameter_groups(

@@ -7,6 +7,7 @@ import torch
 
 from mlvision.errors import InputError
 
+MOST_THREADS = 1024  # of torch: it starts each of them, and takes any number
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from mlvision.errors import check_fields
 from mlvision.explain.selection import Selection
 from mlvision.explain.subject import Subject
 
@@ -18,6 +19,9 @@ class RandomMap:
 
     cells: Annotated[int, "along each side"] = 7
     label_specific = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", [("cells", 1 <= self.cells <= 256, "1 to 256")])
 
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
@@ -31,6 +35,9 @@ class CentreMap:
 
     cells: Annotated[int, "along each side; odd, so that the peak is the centre"] = 15
     label_specific = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", [("cells", 1 <= self.cells <= 256, "1 to 256")])
 
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection
@@ -46,6 +53,9 @@ class EdgeMap:
 
     cell_px: Annotated[int, "side of a cell"] = 4
     label_specific = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", [("cell_px", self.cell_px >= 1, "1 or more")])
 
     def explain(
         self, subject: Subject, pixels: Float[Tensor, "B in_chans H W"], selection: Selection

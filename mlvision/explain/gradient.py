@@ -133,7 +133,7 @@ class IntegratedGradients(Saliency):
     baseline: Annotated[str, "the image that means nothing: black, mean (the image's colour) or blur"] = "black"
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        return [("num_steps", self.num_steps >= 1, "1 or more"), _baseline_rule(self.baseline)]
+        return [("num_steps", 1 <= self.num_steps <= 10_000, "1 to 10000"), _baseline_rule(self.baseline)]
 
     def _at_once(self, batch_size: int) -> int:
         return batch_size // self.num_steps
@@ -161,7 +161,7 @@ class SmoothGrad(Saliency):
     sigma: Annotated[float, "standard deviation of the noise, for images in [0, 1]"] = 0.15
 
     def _rules(self) -> list[tuple[str, bool, str]]:
-        return [("num_samples", self.num_samples >= 1, "1 or more"), ("sigma", self.sigma >= 0, "0 or more")]
+        return [("num_samples", 1 <= self.num_samples <= 10_000, "1 to 10000"), ("sigma", self.sigma >= 0, "0 or more")]
 
     def _at_once(self, batch_size: int) -> int:
         return 1  # from the same random state

@@ -60,16 +60,17 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         rules = (
-            ("lattice", self.lattice >= 2, "2 or more"),
-            ("steps", self.steps >= 5 and self.steps % 5 == 0, "a multiple of 5"),
+            ("lattice", 2 <= self.lattice <= 256, "2 to 256"),
+            ("steps", 5 <= self.steps <= 1000 and self.steps % 5 == 0, "a multiple of 5, 5 to 1000"),
             (
                 "baselines",
                 bool(self.baselines) and set(self.baselines) <= set(BASELINES),
                 f"some of {', '.join(BASELINES)}",
             ),
             ("sensitivity", all(radius > 0 for radius in self.sensitivity), "radii above 0"),
-            ("sensitivity_samples", self.sensitivity_samples >= 0, "0 or more"),
+            ("sensitivity_samples", 0 <= self.sensitivity_samples <= 1000, "0 to 1000"),
             ("tolerance", self.tolerance >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 0, "0 or more"),
             ("precision", self.precision in PRECISIONS, "fp32, bf16, fp16 or nothing"),
         )
         check_fields(self, "", rules)

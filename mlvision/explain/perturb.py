@@ -37,6 +37,9 @@ class Masks(Protocol):
         ...
 
 
+MOST_SAMPLES = 100_000  # copies of an image
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """What the explainers that hide parts of the image share."""
@@ -127,8 +130,8 @@ class Lime(Perturbation):
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("num_segments", self.num_segments >= 2, "2 or more"),
-            ("num_samples", self.num_samples >= 2, "2 or more"),
+            ("num_segments", 2 <= self.num_segments <= 10_000, "2 to 10000"),
+            ("num_samples", 2 <= self.num_samples <= MOST_SAMPLES, f"2 to {MOST_SAMPLES}"),
             ("ridge", self.ridge >= 0, "0 or more"),
             ("kernel_width", self.kernel_width > 0, "more than 0"),
             ("compactness", self.compactness > 0, "more than 0"),
@@ -167,8 +170,8 @@ class KernelShap(Perturbation):
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("num_segments", self.num_segments >= 2, "2 or more"),
-            ("num_samples", self.num_samples >= 4, "4 or more"),
+            ("num_segments", 2 <= self.num_segments <= 10_000, "2 to 10000"),
+            ("num_samples", 4 <= self.num_samples <= MOST_SAMPLES, f"4 to {MOST_SAMPLES}"),
             ("compactness", self.compactness > 0, "more than 0"),
             ("cell_px", self.cell_px >= 1, "1 or more"),
         ]
@@ -202,8 +205,8 @@ class Rise(Perturbation):
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("num_samples", self.num_samples >= 2, "2 or more"),
-            ("grid", self.grid >= 1, "1 or more"),
+            ("num_samples", 2 <= self.num_samples <= MOST_SAMPLES, f"2 to {MOST_SAMPLES}"),
+            ("grid", 1 <= self.grid <= 256, "1 to 256"),
             ("share", 0 < self.share < 1, "between 0 and 1"),
             ("cell_px", self.cell_px >= 1, "1 or more"),
         ]
@@ -238,8 +241,8 @@ class CoarseToFine(Perturbation):
         return [
             ("window_px", self.window_px >= 0, "0 or more"),
             ("finest_px", self.finest_px >= 0, "0 or more"),
-            ("num_samples", self.num_samples >= 1, "1 or more"),
-            ("num_splits", self.num_splits >= 1, "1 or more"),
+            ("num_samples", 1 <= self.num_samples <= MOST_SAMPLES, f"1 to {MOST_SAMPLES}"),
+            ("num_splits", 1 <= self.num_splits <= 10_000, "1 to 10000"),
         ]
 
     def explain(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mlvision.data.loader import EpochOrder, shuffled
 from mlvision.data.manifest import Manifest
+from mlvision.errors import check_fields
 from mlvision.models import Classifier, Preprocessing
 from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput, to_scores
 
@@ -22,6 +23,9 @@ class MethodConfig:
     """The options of every method; each method's own Config adds to them."""
 
     name: Annotated[str, "which method: a key of METHODS"]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.")
 
 
 class Method(nn.Module):

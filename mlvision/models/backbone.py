@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mlvision.errors import InputError, first_line
+from mlvision.errors import InputError, check_fields, first_line
 from mlvision.models.weights import (
     LoadReport,
     TimmModel,
@@ -40,6 +40,14 @@ class BackboneConfig:
     drop_rate: Annotated[float, "timm's own dropout of the pooled features"] = 0.0
     drop_path_rate: Annotated[float, "stochastic depth: probability of skipping the last block (linear in depth)"] = 0.0
     in_chans: Annotated[int, "channels of the images; other counts than 3 adapt the first layer's weights"] = 3
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("drop_rate", 0 <= self.drop_rate < 1, "a probability in [0, 1)"),
+            ("drop_path_rate", 0 <= self.drop_path_rate < 1, "a probability in [0, 1)"),
+            ("in_chans", 1 <= self.in_chans <= 10_000, "1 to 10000"),
+        )
+        check_fields(self, "model.", rules)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ class HeadConfig:
 
     name: Annotated[str, "which head: a key of HEADS"]
 
+    def __post_init__(self) -> None:
+        check_fields(self, "head.")
+
 
 class Head(nn.Module):
     """Features in, one logit per class out.

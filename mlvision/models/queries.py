@@ -13,6 +13,8 @@ from mlvision.errors import check_fields
 from mlvision.models.heads import Head, HeadConfig, set_bias
 from mlvision.types import Features, HeadOutput
 
+MOST_LAYERS, MOST_WIDTH = 64, 8192  # more than any paper has, fewer than any machine waits for
+
 
 class Attention(nn.Module):
     """Attention of several heads: as torch runs it, or with its weights at hand.
@@ -223,11 +225,11 @@ class MLDecoderHead(QueryHead):
         self, in_features: int, num_classes: int, config: MLDecoderHeadConfig, map_features: int | None = None
     ):
         rules = (
-            ("num_groups", config.num_groups >= 1, "at least 1"),
-            ("width", config.width >= 1, "at least 1"),
-            ("num_layers", config.num_layers >= 1, "at least 1"),
+            ("num_groups", 1 <= config.num_groups <= 100_000, "1 to 100000"),
+            ("width", 1 <= config.width <= MOST_WIDTH, f"1 to {MOST_WIDTH}"),
+            ("num_layers", 1 <= config.num_layers <= MOST_LAYERS, f"1 to {MOST_LAYERS}"),
             ("num_heads", config.num_heads >= 1 and config.width % config.num_heads == 0, _divisor(config.width)),
-            ("feedforward", config.feedforward >= 1, "at least 1"),
+            ("feedforward", 1 <= config.feedforward <= 4 * MOST_WIDTH, f"1 to {4 * MOST_WIDTH}"),
             ("dropout", 0 <= config.dropout < 1, "a probability in [0, 1)"),
         )
         check_fields(config, "head.", rules)
@@ -284,11 +286,15 @@ class Query2LabelHead(QueryHead):
         map_width = map_features or in_features
         width = config.width or map_width
         rules = (
-            ("width", width > 0 and width % 4 == 0, f"a multiple of 4, or 0 where the map's {map_width} is one"),
-            ("encoder_layers", config.encoder_layers >= 0, "0 or more"),
-            ("decoder_layers", config.decoder_layers >= 1, "at least 1"),
+            (
+                "width",
+                0 < width <= MOST_WIDTH and width % 4 == 0,
+                f"a multiple of 4 up to {MOST_WIDTH}, or 0 where the map's {map_width} is one",
+            ),
+            ("encoder_layers", 0 <= config.encoder_layers <= MOST_LAYERS, f"0 to {MOST_LAYERS}"),
+            ("decoder_layers", 1 <= config.decoder_layers <= MOST_LAYERS, f"1 to {MOST_LAYERS}"),
             ("num_heads", config.num_heads >= 1 and width % config.num_heads == 0, _divisor(width)),
-            ("feedforward", config.feedforward >= 0, "0 or more"),
+            ("feedforward", 0 <= config.feedforward <= 4 * MOST_WIDTH, f"0 to {4 * MOST_WIDTH}"),
             ("dropout", 0 <= config.dropout < 1, "a probability in [0, 1)"),
         )
         check_fields(config, "head.", rules)

@@ -71,7 +71,7 @@ class TextConfig:
                 ("encoder", self.encoder in ENCODERS, f"one of {', '.join(ENCODERS)}"),
                 ("weights", bool(self.weights) == (self.encoder == "open_clip"), weights),
                 ("templates", prompts, "prompts that each hold {} for the name"),
-                ("dim", self.dim >= 1, "1 or more"),
+                ("dim", 1 <= self.dim <= 65_536, "1 to 65536"),
             ],
         )
 

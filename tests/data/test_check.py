@@ -265,7 +265,7 @@ def test_command_exits_with_0_1_or_2(root, tmp_path, capsys):
         (["data.root=nowhere"], "data.root=nowhere is not a folder"),
         (["data.separater=,"], "data.separater: no such option; did you mean data.separator"),
         (["data.test=dev"], "split 'dev' does not exist; splits: test, train"),
-        (["samples=0"], "samples=0: expected at least 1"),
+        (["samples=0"], "samples: expected 1 to 1000, got 0"),
     ],
 )
 def test_bad_input_writes_nothing(root, tmp_path, change, message):

@@ -312,7 +312,7 @@ def test_stores_that_cannot_be_judged_are_refused(manifest, config, tmp_path):
     fewer = make_store(tmp_path / "fewer", manifest, maps[:, :7])
     with pytest.raises(InputError, match="maps of 7 classes, the data has 20"):
         judge(fewer, manifest, config)
-    with pytest.raises(InputError, match="crops: expected 1 or more, got 0"):
+    with pytest.raises(InputError, match="crops: expected 1 to 1000, got 0"):
         replace(config, crops=0)
 
 

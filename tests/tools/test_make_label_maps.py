@@ -240,8 +240,8 @@ def test_a_report_that_cannot_be_made_is_refused(arguments, store, tmp_path):
         ([f"out={tmp_path}/nowhere"], "out: the folder .*nowhere does not exist"),
         (["split=val"], "made for the record list .* of 86 images, but the data has .* of 10"),
         (["teacher=[timm]"], "teacher: the report compares with run folders, got timm"),
-        (["crops=0"], "crops: expected 1 or more, got 0"),
-        (["threads=-1"], "threads: expected 0 or more, got -1"),
+        (["crops=0"], "crops: expected 1 to 1000, got 0"),
+        (["threads=-1"], "threads: expected 0 to 1024, got -1"),
     ):
         with pytest.raises(InputError, match=message):
             report(store, arguments, *options)
