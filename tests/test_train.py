@@ -336,7 +336,7 @@ def truncate_image(root):
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
         (None, ["method.loss=asl", "method.gamma_neg=-1.0"], "gamma_neg -1.0"),
-        (None, ["method.loss=focal", "method.gamma=nan"], "gamma nan: expected an exponent of at least 0"),
+        (None, ["method.loss=focal", "method.gamma=nan"], "method.gamma: expected finite numbers"),
         (None, ["optim.lr=inf"], "optim.lr: expected finite numbers"),
         (None, ["seed=-1"], "seed: expected 0 or more"),
         (None, ["bootstrap=1"], "bootstrap: expected 0, or at least 2"),

@@ -123,7 +123,7 @@ class ExplainOptions(MapOptions):
     labels: Annotated[
         list[str],
         "all, predicted, ground_truth, errors, relevant (present or predicted), top<k>, or classes; 'a - b': what speaks "
-        "for a and against b",
+        "for a and against b; class:<name> for a class that is called like a rule",
     ] = field(default_factory=lambda: ["predicted"])
     pick: Annotated[
         str, "evenly: spread over the images; worst: those of the highest loss (which needs their labels)"

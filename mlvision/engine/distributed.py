@@ -152,9 +152,10 @@ def check_same(values: dict[str, str]) -> None:
     for number, own in enumerate(of_ranks):
         name = next((name for name, value in of_ranks[0].items() if own.get(name) != value), None)
         if name is not None:
+            first, other = of_ranks[0][name][:40], own.get(name, "nothing")[:40]
             error = InputError(
-                f"{name}: {of_ranks[0][name][:40]} on rank 0, but {own.get(name, 'nothing')[:40]} on rank {number}; expected the same "
-                "command for every process, and the same files"
+                f"{name}: {first} on rank 0, but {other} on rank {number}; expected the same command for every process, "
+                "and the same files"
             )
             error.on_every_rank = True
             raise error

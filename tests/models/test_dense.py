@@ -16,6 +16,8 @@ from mlvision.models import (
     Backbone,
     BackboneConfig,
     Classifier,
+    CsraHead,
+    CsraHeadConfig,
     DenseTeacher,
     LinearHead,
     LinearHeadConfig,
@@ -433,9 +435,8 @@ def test_random_weights_are_refused_unless_allowed(tmp_path):
 
 def test_what_has_no_dense_reading_is_refused():
     backbone = Backbone(timm.create_model("test_resnet", num_classes=0), (64, 96))
-    head = nn.Identity()
-    head.num_classes = 3
-    with pytest.raises(InputError, match="expected a linear head on test_resnet, got Identity"):
+    head = CsraHead(backbone.num_features, 3, CsraHeadConfig())
+    with pytest.raises(InputError, match="expected a linear head on test_resnet, got CsraHead"):
         DenseTeacher(Classifier(backbone, head))
     with pytest.raises(InputError, match="got dict"):
         build_teacher({})
