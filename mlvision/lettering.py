@@ -81,7 +81,7 @@ def _cut(text: str, kept: int, keep_end: bool) -> str:
 
 def length(text: str, size: int, bold: bool = False) -> float:
     """How many pixels wide a text is."""
-    return sum(_font(face, size).getlength(run) for face, run in _runs(text, bold))
+    return sum((_font(face, size).getlength(run) for face, run in _runs(text, bold)), 0.0)
 
 
 def write(
