@@ -8,6 +8,7 @@ then every key and type is checked.
 import dataclasses
 import difflib
 import functools
+import io
 import logging
 import re
 import sys
@@ -211,6 +212,9 @@ def run_command(main: Callable[[list[str]], Any], *, several_processes: bool = F
     Of several processes, started by torchrun, rank 0 speaks for all; another does where it alone has failed. A script that
     does not share its work among them (`several_processes`) refuses them: each would do all of it and write the same files.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text, which print refuses
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with distributed.session():
         logging.basicConfig(format="%(message)s")
         logging.getLogger("mlvision").setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -322,3 +325,13 @@ def test_a_path_that_is_there_is_no_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "optim.lr=1").mkdir()
     assert take_path(["optim.lr=1"], "a run folder") == ("optim.lr=1", [])
+
+
+def test_a_script_prints_names_that_are_no_text(tmp_path):
+    """A strict terminal or log; what is no UTF-8 is spelt out instead of ending the script."""
+    code = (
+        "from mlvision.config import run_command; import os; run_command(lambda argv: print(os.fsdecode(b'caf\\xe9')))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, b"caf\\udce9\n"), done.stderr

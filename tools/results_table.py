@@ -14,9 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-
-from mlvision.config import Config, build_options, parse_options, run_command
+from mlvision.config import Config, build_options, parse_options, read_yaml, run_command
 from mlvision.data.text_files import read_text
 from mlvision.errors import InputError, shown
 from mlvision.explain.comparison import markdown
@@ -140,7 +138,11 @@ def alike(result: dict[str, Any]) -> tuple[Any, ...]:
 def options_of(grids: Path, grid: str) -> dict[str, Any]:
     """What the grid's file says; nothing if its records have outlived it."""
     path = grids / f"{grid}.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_yaml(path) if path.is_file() else {}
+    for key in ("bounds", "remarks"):
+        if not isinstance(values.get(key, []), list):
+            raise InputError(f"{path}: {key}: expected a list, got {shown(values[key])}")
+    return values
 
 
 def fill_readme(text: str, folder: Path, grids: Path) -> str:

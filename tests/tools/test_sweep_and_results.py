@@ -130,6 +130,20 @@ def test_a_grids_remarks_stand_below_its_table(tmp_path):
     assert "\n\\* Read with the remarks" in page
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("bounds: single_labels\n", "bounds: expected a list, got 'single_labels'"),
+        ("remarks: {a: b}\n", "remarks: expected a list, got"),
+        ("bounds: [a\n", "malformed YAML"),
+    ],
+)
+def test_a_grids_file_that_holds_something_else_is_named(tmp_path, content, message):
+    (tmp_path / "mini.yaml").write_text(content)
+    with pytest.raises(InputError, match=f"mini.yaml.*{message}"):
+        results_table.options_of(tmp_path, "mini")
+
+
 def test_unlike_runs_are_not_averaged(grid, tmp_path):
     sweep.main([str(grid), "seeds=[0]"])
     records = sorted((tmp_path / "records/mini").iterdir())
