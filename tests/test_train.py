@@ -339,7 +339,7 @@ def truncate_image(root):
         (None, ["method.loss=focal", "method.gamma=nan"], "method.gamma: expected finite numbers"),
         (None, ["optim.lr=inf"], "optim.lr: expected finite numbers"),
         (None, ["seed=-1"], "seed: expected 0 or more"),
-        (None, ["bootstrap=1"], "bootstrap: expected 0, or at least 2"),
+        (None, ["bootstrap=1"], "bootstrap: expected 0, or 2 to a million"),
         (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),
         (None, ["data.val=test"], "data.val: 'test' is the test split"),
         (None, ["model.in_chans=1"], "model.in_chans: images of split train have 3 channels, got 1"),
@@ -473,9 +473,12 @@ def test_evaluation_heeds_device_and_precision(trained, monkeypatch):
         (lambda folder: (folder / "config.yaml").unlink(), "no run there"),
         (
             lambda folder: os.truncate(folder / "checkpoints/best.pt", 5000),
-            "best.pt: not a checkpoint, or a truncated one",
+            "best.pt: the file is damaged, or was cut short",
         ),
-        (lambda folder: (folder / "checkpoints/best.pt").write_text("hello"), "best.pt: not a checkpoint"),
+        (
+            lambda folder: (folder / "checkpoints/best.pt").write_text("hello"),
+            "best.pt: cannot be read, or was cut short",
+        ),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), "best.pt: no such checkpoint"),
     ],
 )
@@ -596,7 +599,7 @@ def test_a_run_handed_on_without_its_last_checkpoint_is_evaluated(trained, tmp_p
 def test_options_of_evaluation_are_checked_before_it_begins(trained, monkeypatch):
     monkeypatch.setattr(eval_script, "predict", lambda *_: pytest.fail("evaluation has begun"))
     for option, message in (
-        ("bootstrap=1", "bootstrap: expected 0, or at least 2"),
+        ("bootstrap=1", "bootstrap: expected 0, or 2 to a million"),
         ("threads=-1", "threads: expected 0"),
     ):
         with pytest.raises(InputError, match=message):

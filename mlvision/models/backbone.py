@@ -314,11 +314,6 @@ def build_backbone(
 def create_backbone(config: BackboneConfig, image_size: tuple[int, int] | int | None = None) -> Backbone:
     """A backbone with random weights; arguments and errors as in `build_backbone`."""
     cfg = _pretrained_cfg(config.name)
-    if config.in_chans < 1:
-        raise InputError(f"model.in_chans: expected at least 1, got {config.in_chans}")
-    for key in ("drop_rate", "drop_path_rate"):
-        if not 0 <= getattr(config, key) < 1:
-            raise InputError(f"model.{key}: expected a probability in [0, 1), got {getattr(config, key)}")
     own_size = tuple(cfg.input_size[1:])
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or own_size
     options: dict[str, Any] = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}

@@ -213,7 +213,7 @@ def test_preprocessing_is_that_of_the_weights():
         ("test_vit", {"image_size": (50, 80)}, "gives no spatial map for images of 50x80 (its patches of 16x16"),
         ("densenet121", {"drop_path_rate": 0.1}, "densenet121 takes no drop_path_rate but 0.0"),
         ("resnet18", {"drop_rate": 1.5}, "model.drop_rate: expected a probability"),
-        ("resnet18", {"in_chans": 0}, "model.in_chans: expected at least 1"),
+        ("resnet18", {"in_chans": 0}, "model.in_chans: expected 1 to 10000, got 0"),
         ("resnet18", {"pretrained": "yes"}, "model.pretrained: expected none, hub or package, got 'yes'"),
         ("resnet18", {"pretrained": "hub", "checkpoint": "x.pth"}, "give one of them"),
     ],

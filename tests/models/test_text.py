@@ -199,7 +199,7 @@ def test_names_that_cannot_be_told_apart_or_read(tmp_path, classes, synonyms, me
             "head.text.weights: expected a tag or file with open_clip, nothing with another encoder",
         ),
         ({"encoder": "open_clip", "model": "ViT-B-16"}, "head.text.weights: expected a tag or file with open_clip"),
-        ({"dim": 0}, "head.text.dim: expected 1 or more, got 0"),
+        ({"dim": 0}, "head.text.dim: expected 1 to 65536, got 0"),
     ],
 )
 def test_options_out_of_range(options, message):

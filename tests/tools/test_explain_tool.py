@@ -276,5 +276,5 @@ def test_prototypes_are_patches_of_the_split_and_say_what_is_annotated(run_folde
     assert Image.open(out / "prototypes.png").size[0] > 300
     with pytest.raises(InputError, match="is there already"):
         tool.main(["prototypes", str(run_folder), f"out={out}", *QUICK])
-    with pytest.raises(InputError, match="num: expected 1 or more"):
+    with pytest.raises(InputError, match="num: expected 1 to 1000, got 0"):
         tool.main(["prototypes", str(run_folder), "num=0", f"out={out}2", *QUICK])

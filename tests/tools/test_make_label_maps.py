@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(arguments, teacher, store, scenes_root, tm
         ("activation=relu", "^activation: expected one of softmax, sigmoid, or nothing, got 'relu'"),
         ("combination=mean", "^combination: expected one of mean_logit, mean_probability, got 'mean'"),
         ("dtype=int8", "^dtype: expected one of float16, uint8, got 'int8'"),
-        ("scales=[1.0,-1.0]", "^scales: expected one or more numbers above 0"),
+        ("scales=[1.0,-1.0]", "^scales: expected numbers above 0, up to 16"),
         ("top_k=-1", r"^top_k: expected 0 \(all classes\) or more, got -1"),
     ):
         with pytest.raises(InputError, match=message):
@@ -199,7 +199,7 @@ def test_the_script_explains_each_of_its_commands(capsys):
         assert f"make_label_maps.py {mode}" in text.splitlines()[0]
         assert {option for option in own.values() if f"  {option} (" in text} == {known}
         assert "data.root (text" in text
-    assert "view.scale (tuple of number" in text
+    assert "view.scale ([number, number]" in text
 
 
 def test_the_script_reports(arguments, store, teacher, tmp_path):
@@ -245,7 +245,7 @@ def test_a_report_that_cannot_be_made_is_refused(arguments, store, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             report(store, arguments, *options)
-    with pytest.raises(InputError, match="report: expected the folder of a store"):
+    with pytest.raises(InputError, match="expected the folder of a store first"):
         make_label_maps.main(["report", "crops=2"])
     assert not list(tmp_path.rglob("quality*"))
     assert not list(store.path.glob("quality*"))
