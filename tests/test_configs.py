@@ -183,7 +183,7 @@ def test_every_reader_can_be_checked_with_and_without_images(name, scenes_root, 
     for split, checked in check.splits.items():
         assert checked.unreadable == ()
         assert all(checked.digests)
-        assert labels.splits[split].class_counts()["present"].sum() > 0
+        assert labels.splits[split].class_counts["present"].sum() > 0
         assert f"{split}: {checked.manifest.protocol}" in format_check(labels)
     write_check(check, tmp_path / "out", samples=2, seed=0)
     assert (tmp_path / "out" / "contact_sheet.png").is_file()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,11 +67,12 @@ class SplitCheck:
     digests: tuple[str | None, ...]
     unreadable: tuple[tuple[str, str], ...]
 
-    @property
+    @cached_property
     def duplicates(self) -> list[list[str]]:
         """Groups of keys whose files have the same content."""
         return [keys for keys in _by_content(self).values() if len(keys) > 1]
 
+    @cached_property
     def class_counts(self) -> dict[str, np.ndarray]:
         """`[C]` numbers of images in which each class is present, unknown, or shown by difficult objects alone."""
         difficult = Counter(c for record in self.manifest.records for c in record.difficult)
@@ -86,7 +88,7 @@ class SplitCheck:
         records = self.manifest.records
         per_image = [len(record.labels) for record in records]
         boxes = [record.boxes for record in records if record.boxes is not None]
-        counts = self.class_counts()
+        counts = self.class_counts
         return {
             "protocol": self.manifest.protocol,
             "hash": self.manifest.hash,
@@ -190,7 +192,7 @@ def write_check(check: DataCheck, folder: Path, samples: int, seed: int) -> None
     columns = {
         f"{split}_{kind}": column.tolist()
         for split, checked in check.splits.items()
-        for kind, column in checked.class_counts().items()
+        for kind, column in checked.class_counts.items()
     }
     with whole_file(folder / "check.csv", newline="") as file:
         writer = csv.writer(file)
@@ -210,7 +212,7 @@ def format_check(check: DataCheck, most: int = 10) -> str:
         per_image = s["labels_per_image"]
         numbers = [s["images"], s["labels"], per_image["mean"], per_image["min"], per_image["max"], s["unknown"]]
         rows.append([name, *numbers, s["boxes"], s["crowd_boxes"], s["difficult_boxes"]])
-    counts = {name: split.class_counts() for name, split in check.splits.items()}
+    counts = {name: split.class_counts for name, split in check.splits.items()}
     shown = [(n, kind) for n in counts for kind in counts[n] if kind == "present" or counts[n][kind].any()]
     class_header = ["class", *(name if kind == "present" else f"{name} {kind}" for name, kind in shown)]
     class_rows = [
