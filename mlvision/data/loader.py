@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Annotated, NoReturn
 
 import cv2
@@ -306,11 +308,12 @@ class Loader:
         """What workers die of is said in one line; errors of the code within them stay tracebacks."""
         try:
             yield
-        except RuntimeError as error:
-            if not _WORKERS_FAIL.search(str(error)):
+        except (RuntimeError, OSError, EOFError) as error:
+            codes = _exit_codes(getattr(self._loader._iterator, "_workers", ()))
+            # A batch that was announced by a worker that has died since is an error of the connection, of no one name.
+            unfetched = not isinstance(error, RuntimeError) and codes and _RAISED_IN_WORKER not in str(error)
+            if not (unfetched or _WORKERS_FAIL.search(str(error))):
                 raise
-            workers = getattr(self._loader._iterator, "_workers", ())
-            codes = {worker.exitcode for worker in workers if worker.exitcode is not None}
             raise InputError(f"{_cause(codes, str(error))}; loader.num_workers=0 needs none of this") from error
 
 
@@ -319,8 +322,18 @@ _SHARED_MEMORY = "shared memory(shm)"
 _WORKERS_FAIL = re.compile(
     r"DataLoader worker \(pid|Pin memory thread|Too many open files|items of ancdata|" + re.escape(_SHARED_MEMORY)
 )
+_RAISED_IN_WORKER = "in DataLoader worker process"
 _NO_SHARED_MEMORY = 74  # exit code of a worker
 _IMPATIENT_AFTER = 30.0  # seconds
+
+
+def _exit_codes(workers: Sequence[BaseProcess]) -> set[int]:
+    """Of those that have ended. One that is just ending has closed its connections and gets the moment that it needs."""
+    ending = wait([worker.sentinel for worker in workers], timeout=1.0) if workers else []
+    for worker in workers:
+        if worker.sentinel in ending:
+            worker.join(1.0)
+    return {worker.exitcode for worker in workers if worker.exitcode is not None}
 
 
 def _cause(codes: set[int], message: str) -> str:

@@ -1,5 +1,6 @@
 import multiprocessing
 import multiprocessing.queues
+import multiprocessing.resource_sharer
 import os
 import pickle
 import select
@@ -300,8 +301,17 @@ def outcome_of_workers(spoil, manifest, limit=60) -> str:
     return said
 
 
-def test_a_killed_worker_is_one_line(manifest):
+def refused(*_, **__):
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_killed_worker_is_one_line(manifest, announced):
+    """Killed at any time, or between saying that a batch is ready and handing it over, which is too short to hit."""
+
     def spoil(batch):
+        if announced:
+            multiprocessing.resource_sharer.DupFd.detach = refused
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
 
