@@ -17,7 +17,7 @@ from mlvision.config import Config, describe_options, run_command, take_path
 from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
 from mlvision.data.manifest import Manifest, object_areas
-from mlvision.engine.distributed import on_every_rank, on_main, rank, world_size
+from mlvision.engine.distributed import is_main, on_every_rank, on_main, rank, world_size
 from mlvision.engine.evaluate import Predictions, predict
 from mlvision.errors import InputError
 from mlvision.files import spreadsheet_text, whole_file, write_arrays
@@ -58,7 +58,9 @@ def main(argv: list[str]) -> dict:
         method = run.method
         if weights != run.weights:
             method = on_every_rank(partial(load_run, path, overrides=overrides, weights=weights)).method
-        predictions[weights] = predict(method, loader, run.precision)
+        predictions[weights] = predict(
+            method, loader.tracked(f"evaluating {weights} weights", shown=is_main()), run.precision
+        )
     return on_main(lambda: report(path, run, manifest, bad, predictions))
 
 
@@ -66,7 +68,7 @@ def prepare(path: str, overrides: list[str]) -> tuple[LoadedRun, Manifest, list[
     """The run, the images that judge it, and (split, key, reason) of each that was left out."""
     for argument in overrides:
         key = argument.partition("=")[0]
-        if not any(f"{key}.".startswith(f"{used}.") or f"{used}.".startswith(f"{key}.") for used in USED):
+        if not any(key == used or key.startswith(f"{used}.") for used in USED):
             raise InputError(f"{key}: evaluation does not use this option; expected some of {', '.join(USED)}")
     run = load_run(path, overrides=overrides)
     manifest, bad = read_for(run, run.config.data.split)

@@ -1,14 +1,18 @@
 """Files, written whole or not at all, and read back without trust: what a file holds is a value or an InputError."""
 
 import argparse
+import errno
 import fcntl
 import io
 import math
 import os
 import re
+import shutil
+import socket
 import stat
 import struct
 import tokenize
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +61,8 @@ def _fault_of_place(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(_partial(path))
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return ""
@@ -110,7 +116,7 @@ def whole_file(path: Path | str, mode: str = "w", newline: str | None = None) ->
     fault = _fault_of_place(path)
     if fault:
         raise InputError(fault)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     raw = _open_partial(partial, path)
     try:
         with io.BufferedWriter(raw) as buffer:
@@ -130,6 +136,11 @@ def whole_file(path: Path | str, mode: str = "w", newline: str | None = None) ->
         # Libraries turn it into errors of their own that hide the cause (torch: "unexpected pos"), so it was kept.
         kept = "the previous one is kept" if path.exists() else "nothing was written"
         raise InputError(f"{path}: could not be written ({raw.failure.strerror}); {kept}") from error
+
+
+def _partial(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(path.name + ".partial")
 
 
 class _Raw(io.FileIO):
@@ -160,16 +171,64 @@ def _open_partial(partial: Path, path: Path) -> _Raw:
         except OSError as error:
             raise InputError(f"{path}: could not be written ({partial.name}: {error.strerror})") from error
         try:
-            fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raw.close()
-            raise InputError(f"{path}: another process is writing this file; give each its own") from None
-        except OSError:  # a file system without locks
-            pass
+            fcntl.lockf(
+                raw, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # loader workers, which may outlive this process, inherit flock
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raw.close()
+                raise InputError(f"{path}: another process is writing this file; give each its own") from None
+            # else a file system without locks
         if partial.exists() and os.path.samestat(os.fstat(raw.fileno()), os.lstat(partial)):
             raw.truncate(0)
             return raw
         raw.close()  # its writer has just moved it into its place
+
+
+@contextmanager
+def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that appears at `folder` whole once the block is left, and is filled at the path that is yielded; after an
+    error nothing has changed.
+
+    What processes of this host that are gone have left of the same folder is removed first.
+
+    Args:
+        replace: another folder that is there is removed at the end.
+
+    Raises:
+        OSError: the place is taken, and not to be replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    prefix = f".{folder.name}.unfinished-{host}-"
+    for left in folder.parent.iterdir():
+        number = re.fullmatch(re.escape(prefix) + r"(\d+)-\w+", left.name)
+        if number and not is_alive(int(number[1])):
+            shutil.rmtree(left, ignore_errors=True)
+    path, old = (folder.with_name(f"{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}") for _ in range(2))
+    try:
+        path.mkdir()
+        yield path
+        sync(path)
+        if replace and folder.exists():
+            os.rename(folder, old)
+        os.rename(path, folder)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this host."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; a number that none can have, of which nothing is known
+        return True
+    return True
 
 
 def sync(path: Path) -> None:
@@ -183,8 +242,8 @@ def sync(path: Path) -> None:
 
 def spreadsheet_text(text: str) -> str:
     """A cell that a spreadsheet takes for text: one that starts with = + - @, a tab or a return would be a formula there,
-    and gets an apostrophe in front. So does one that has such an apostrophe already: without the first apostrophe in front
-    of such a sign, every cell is what it was.
+    and gets an apostrophe in front. So does one that starts with such an apostrophe already. Reversible: remove one leading
+    apostrophe wherever one of these signs follows the apostrophes.
 
     Source: OWASP, CSV Injection.
     """
@@ -243,7 +302,10 @@ def _check_archive(path: Path | str) -> None:
     if packed:
         raise InputError(f"{path}: {packed[0]!r} is compressed; expected a file that torch.save wrote")
     if damaged is not None:
-        raise InputError(f"{path}: the file is damaged: the checksum of {damaged!r} does not match")
+        raise InputError(
+            f"{path}: the file is damaged: the checksum of {damaged!r} does not match; where torch.save wrote it without "
+            "checksums (set_crc32_options), load it and save it with them"
+        )
 
 
 @cache
@@ -325,5 +387,7 @@ def one_line(path: Path | str) -> Iterator[None]:
     """What damaged bytes lead other libraries to, as one line that names the file."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
     except _DAMAGED as error:
         raise InputError(f"{path}: the file is damaged, or was cut short ({first_line(error)})") from error

@@ -79,9 +79,11 @@ class Progress:
         self.close()
 
 
-def track(work: Iterable[T], total: int, what: str, unit: str = "images", *, images: int = 1) -> Iterator[T]:
+def track(
+    work: Iterable[T], total: int, what: str, unit: str = "images", *, images: int = 1, shown: bool = True
+) -> Iterator[T]:
     """The items of `work`, each one of `total` units, with their progress shown; arguments as of Progress."""
-    with Progress(total, what, unit, images=images) as progress:
+    with Progress(total, what, unit, images=images, shown=shown) as progress:
         for item in work:
             yield item
             progress.update()

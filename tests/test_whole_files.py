@@ -1,9 +1,12 @@
 """Outputs that are whole or not there, and inputs of bytes that nobody vouches for."""
 
 import argparse
+import multiprocessing
 import os
 import random
+import re
 import socket
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,16 @@ import pytest
 import torch
 
 from mlvision.errors import InputError
-from mlvision.files import check_out, check_out_folder, open_arrays, read_torch, spreadsheet_text, whole_file
+from mlvision.files import (
+    check_out,
+    check_out_folder,
+    is_alive,
+    open_arrays,
+    read_torch,
+    spreadsheet_text,
+    whole_file,
+    whole_folder,
+)
 
 
 def test_a_file_appears_at_the_end_of_the_block(tmp_path):
@@ -52,14 +64,17 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_two_writers_of_one_file_do_not_mix(tmp_path):
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path):
     with whole_file(tmp_path / "a.txt") as file:
         file.write("first")
-        with (
-            pytest.raises(InputError, match="a.txt: another process is writing this file"),
-            whole_file(tmp_path / "a.txt"),
-        ):
-            pass
+        other = os.fork()
+        if other == 0:
+            try:
+                with whole_file(tmp_path / "a.txt"):
+                    os._exit(0)
+            except InputError as error:
+                os._exit(2 if "a.txt: another process is writing this file" in str(error) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 2
     assert (tmp_path / "a.txt").read_text() == "first"
 
 
@@ -293,3 +308,87 @@ def test_damage_is_one_line_or_harmless(tmp_path, kind):
             assert kind == "legacy" or np.array_equal(result, numbers)
     assert len(refused) > 100
     assert all(message.startswith(f"{path}: ") and "\n" not in message for message in refused)
+
+
+# Folders
+
+
+def dead_process() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with whole_folder(tmp_path / "new/set") as folder:
+        (folder / "a").touch()
+        assert not (tmp_path / "new/set").exists()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["new", "new/set", "new/set/a"]
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "new/other") as folder:
+        folder.mkdir()
+    assert os.listdir(tmp_path / "new") == ["set"]
+
+
+def test_a_folder_that_is_there_is_replaced_only_if_asked(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/old").touch()
+    with pytest.raises(OSError), whole_folder(tmp_path / "set") as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path / "set") == ["old"]
+    with pytest.raises(ValueError), whole_folder(tmp_path / "set", replace=True) as folder:
+        raise ValueError
+    assert os.listdir(tmp_path / "set") == ["old"]
+    with whole_folder(tmp_path / "set", replace=True) as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path / "set") == ["new"]
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_only_what_dead_processes_of_this_host_left_of_this_folder_is_removed(tmp_path):
+    host, dead = re.sub(r"[^\w-]", "_", socket.gethostname()), dead_process()
+    left = f".set.unfinished-{host}-{dead}-1a2b"
+    kept = [
+        f".set.unfinished-{host}-{os.getpid()}-1a2b",  # a living one's
+        f".set.unfinished-elsewhere-{dead}-1a2b",
+        f".other.unfinished-{host}-{dead}-1a2b",
+        f"set.unfinished-{host}-{dead}-1a2b",
+        ".set.unfinished-1a2b3c4d",
+    ]
+    for name in (left, *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.jpg").touch()
+    with whole_folder(tmp_path / "set"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "set"])
+
+
+def test_a_living_process_is_told_from_a_dead_one():
+    assert is_alive(os.getpid())
+    assert is_alive(10**30)  # no number of a process: nothing is known
+    assert not is_alive(dead_process())
+
+
+def test_a_process_that_a_writer_has_forked_does_not_hold_its_file(tmp_path):
+    """Loader workers outlive a killed main process by seconds, and would refuse the next one."""
+    writer = os.fork()
+    if writer == 0:
+        with whole_file(tmp_path / "a.csv"):
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(5,)).start()
+            os._exit(0)
+    os.waitpid(writer, 0)
+    with whole_file(tmp_path / "a.csv") as file:
+        file.write("new")
+    assert (tmp_path / "a.csv").read_text() == "new"
+
+
+def test_a_name_that_leaves_no_room_for_the_unfinished_file_is_refused_before_any_work(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        check_out(tmp_path / ("a" * 248 + ".csv"))
+    check_out(tmp_path / ("a" * 240 + ".csv"))
+
+
+def test_an_archive_that_is_not_there_is_not_called_damaged(tmp_path):
+    with pytest.raises(InputError, match=r"none\.npz: No such file or directory$"), open_arrays(tmp_path / "none.npz"):
+        pass

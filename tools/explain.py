@@ -8,9 +8,7 @@ python tools/explain.py prototypes runs/<name>
 """
 
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,12 +34,10 @@ from mlvision.explain.prototypes import draw_prototypes, find_prototypes, write_
 from mlvision.explain.render import ExplainedImage, ShownMethod
 from mlvision.explain.report import ReportData, write_report
 from mlvision.explain.selection import class_index, parse_labels
-from mlvision.files import whole_file
+from mlvision.files import whole_file, whole_folder
 from mlvision.labels import LabelMapStore
 from mlvision.models.weights import state_hash
-from mlvision.progress import track
 from mlvision.run import LoadedRun, describe_environment, load_run, read_for, write_json
-from mlvision.types import Batch
 
 
 def _differ(names: list[str]) -> bool:
@@ -193,7 +189,7 @@ def main(argv: list[str]) -> Any:
 
 def explain_run(argv: list[str]) -> Path:
     """Maps, grids, measures and the report of one run; written image by image, so that memory does not grow with them."""
-    run, options = read_arguments([as_list(argument) for argument in argv], ExplainOptions, "python tools/explain.py")
+    run, options = read_arguments(argv, ExplainOptions, "python tools/explain.py")
     out = new_folder(options.out or run.folder / "explanations")
     if options.images:
         manifest, known = folder_manifest(Path(options.images), run.classes, options.max_pixels), False
@@ -233,7 +229,7 @@ def explain_run(argv: list[str]) -> Path:
         "seed": str(options.seed),
     }
     columns: dict[str, list[Columns]] = {name: [] for name in explainers}
-    with writing(out) as folder:
+    with whole_folder(out) as folder:
         images = refuse_flat(explained_images(run, asker, explainers, rows, options, columns), explainers)
         images = save_maps(images, folder / "maps", run.classes, about)
         title = f"{run.folder.name}, split {split}"
@@ -263,7 +259,7 @@ def explained_images(
     """One after the other, those that have such a label; what is measured of them is added to `columns`."""
     measures = options.measures if options.measure else None
     anything = False
-    for batch in progress(batches_of(asker.manifest, run, rows, options), "explaining"):
+    for batch in batches_of(asker.manifest, run, rows, options).tracked("explaining"):
         if options.measure or options.stored:
             check_whole(batch.view.boxes)
         with run.precision.autocast():
@@ -275,12 +271,6 @@ def explained_images(
         yield from images
     if not anything:
         raise InputError(f"labels: none of the {len(rows)} images has such a label; there is nothing to explain")
-
-
-def as_list(argument: str) -> str:
-    """`method=occlusion` for `method=[occlusion]`."""
-    key, equals, value = argument.partition("=")
-    return f"{key}=[{value}]" if equals and key in ("method", "labels") and not value.startswith("[") else argument
 
 
 def name_of(role: str, manifest: Manifest) -> str:
@@ -308,16 +298,6 @@ def chosen_rows(run: LoadedRun, manifest: Manifest, options: ExplainOptions, kno
         losses.append(image_losses(logits.float().cpu(), batch.targets, run.method.activation))
     worst = torch.cat(losses).nan_to_num(nan=-1).argsort(descending=True).numpy()
     return np.sort(worst[: options.num_images or None])
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
-        folder = Path(name) / out.name
-        folder.mkdir()
-        yield folder
-        folder.replace(out)
 
 
 def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[LoadedRun, Any]:
@@ -350,10 +330,6 @@ def new_folder(out: str | Path) -> Path:
     return path
 
 
-def progress(batches: Loader, what: str) -> Iterable[Batch]:
-    return track(batches, len(batches), what, "batches", images=batches.images_per_step)
-
-
 def rows_of(num: int, manifest: Manifest) -> Int64[np.ndarray, " n"]:
     """So many rows, spread evenly; 0: all."""
     return evenly(num or len(manifest), len(manifest))
@@ -381,7 +357,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
     asker = Asker(Subject(run.method), manifest, "relevant", options.threshold)
     explainers = chosen_explainers(run, options)
     comparison = Comparison(asker.subject, explainers, options.measures, sensitive, randomise, options.seed)
-    for batch in progress(batches_of(manifest, run, rows, options), "explaining"):
+    for batch in batches_of(manifest, run, rows, options).tracked("explaining"):
         check_whole(batch.view.boxes)
         with run.precision.autocast():
             asked = asker.ask(batch)
@@ -408,7 +384,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
         "environment": describe_environment(run.precision.device),
     }
     table = f"{protocol}.\n\n{markdown([result])}"
-    with writing(out) as folder:
+    with whole_folder(out) as folder:
         write_json(folder / "comparison.json", result)
         with whole_file(folder / "comparison.md") as file:
             file.write(table + "\n")
@@ -440,17 +416,16 @@ def chosen_explainers(run: LoadedRun, options: CompareOptions) -> dict[str, Any]
 
 def show_prototypes(argv: list[str]) -> Path:
     """The patches that are nearest to each label: prototypes.png to look at, prototypes.csv to go on with."""
-    arguments = [as_list(argument) for argument in argv]
-    run, options = read_arguments(arguments, PrototypeOptions, "python tools/explain.py prototypes")
+    run, options = read_arguments(argv, PrototypeOptions, "python tools/explain.py prototypes")
     out = new_folder(options.out or run.folder / "prototypes")
     labels = [class_index(name, len(run.classes), run.classes) for name in options.labels or run.classes]
     manifest, _ = read_for(run, options.split)
     split = name_of(options.split, manifest)
     batches = batches_of(manifest, run, rows_of(options.num_images, manifest), options)
     with run.precision.autocast():
-        found = find_prototypes(Subject(run.method), progress(batches, "looking"), options.num)
+        found = find_prototypes(Subject(run.method), batches.tracked("looking"), options.num)
     dataset = batches.dataset
-    with writing(out) as folder:
+    with whole_folder(out) as folder:
         page = draw_prototypes(
             found,
             labels,

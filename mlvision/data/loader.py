@@ -35,6 +35,7 @@ from mlvision.data.manifest import Manifest
 from mlvision.data.transforms import EvalView, TrainView, View
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.store import LabelMapStore
+from mlvision.progress import track
 from mlvision.types import Batch, CropBox
 
 # An epoch to the rows of the manifest that it visits, in order and over all ranks; equally many in every epoch.
@@ -289,6 +290,10 @@ class Loader:
                     raise batch
                 yield batch
 
+    def tracked(self, what: str, *, shown: bool = True) -> Iterator[Batch]:
+        """One iteration, with its progress shown; arguments as of Progress."""
+        return track(self, len(self), what, "batches", images=self.images_per_step, shown=shown)
+
     def _start(self) -> Iterator[Batch | InputError]:
         # DataLoader has a dead worker raise an error wherever the main process is just then, in the midst of a step or of
         # saving. It also looks after its workers, every five seconds, while it waits for them: that is enough.
@@ -305,7 +310,7 @@ class Loader:
 
     @contextmanager
     def _one_line_for_workers(self) -> Iterator[None]:
-        """What workers die of is said in one line; errors of the code within them stay tracebacks."""
+        """Report a worker's death in one line; errors of the code that it runs stay tracebacks."""
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:

@@ -20,8 +20,8 @@ from PIL import Image
 
 from mlvision.data.drawing import GLYPHS, background, distractor, glyph_coverage, mask_polygons, paint
 from mlvision.data.loader import MOST_WORKERS
-from mlvision.data.unfinished import unfinished
 from mlvision.errors import InputError
+from mlvision.files import whole_folder
 from mlvision.progress import track
 
 SPLITS = ("train", "test")
@@ -190,10 +190,8 @@ def write_scenes(config: ScenesConfig, out: Path) -> None:
     if _already_written(config, out):
         print(f"{out}: holds this very set of scenes already; left as it is")
         return
-    # Everything goes to a sibling that is renamed at the end: a run that is killed leaves no folder named `out`.
-    with unfinished(out) as folder:
+    with whole_folder(out) as folder:
         _write_all(config, folder)
-        os.rename(folder, out)
 
 
 def _already_written(config: ScenesConfig, out: Path) -> bool:

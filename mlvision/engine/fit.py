@@ -33,7 +33,7 @@ from mlvision.engine.optim import EmaConfig, OptimConfig, build_optimizer, learn
 from mlvision.engine.precision import Precision
 from mlvision.engine.seed import rng_state, set_rng_state
 from mlvision.engine.stop import StopSignal
-from mlvision.errors import InputError
+from mlvision.errors import InputError, first_line
 from mlvision.losses import binary_cross_entropy, softmax_cross_entropy
 from mlvision.methods.base import Method
 from mlvision.metrics import multilabel_summary
@@ -151,7 +151,7 @@ class FitState:
                 self.ema.module.load_state_dict(saved["ema"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: does not fit this model ({str(error).strip().splitlines()[0]})") from error
+            raise InputError(f"{path}: does not fit this model ({first_line(error)})") from error
         self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
         self.best_epoch = saved.get("best_epoch", 0)  # of a run that was begun without patience
@@ -371,7 +371,7 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
     for weights, method in (("raw", state.method), ("ema", state.ema.module if state.ema else None)):
         if method is not None:
             share_buffers(method)
-            found = predict(method, loader, precision)
+            found = predict(method, loader.tracked(f"validating {weights} weights", shown=is_main()), precision)
             summary = multilabel_summary(found.logits, found.targets, activation=method.activation)
             loss = validation_loss(found.logits, found.targets, method.activation)
             state.validation |= {f"val/{weights}/{name}": value for name, value in (summary | {"loss": loss}).items()}

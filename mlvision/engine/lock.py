@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from mlvision.data.unfinished import is_alive
 from mlvision.errors import InputError
+from mlvision.files import is_alive
 
 LOCK = "in_use"
 _RENEWED_EVERY, _WATCHED_FOR = 10.0, 60.0  # seconds

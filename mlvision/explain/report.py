@@ -12,8 +12,6 @@ opacity are the browser's work: a map is stored at its own resolution, a byte a 
 import base64
 import html
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -24,9 +22,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from PIL import Image
 
-from mlvision.data.unfinished import unfinished
 from mlvision.errors import InputError
 from mlvision.explain.render import ORDER, ExplainedImage, ShownMethod, colour_table, shared_limit, shown_part
+from mlvision.files import whole_folder
 from mlvision.types import reaches
 
 MAX_SIDE = 64  # cells; an input-gradient map of 224 x 224 would make 50 kB a label
@@ -72,17 +70,9 @@ def write_report(folder: str | Path, report: ReportData, *, max_side: int = MAX_
     if not names or len(set(names)) < len(names):
         raise InputError(f"report: expected methods of different names, got {names}")
     _check_free(folder)
-    # Everything goes to a sibling that is renamed at the end: a run that is killed leaves no half report.
-    with unfinished(folder) as written:
+    with whole_folder(folder, replace=True) as written:
         _write_all(written, report, max_side)
-        if folder.exists():
-            _check_free(folder)
-            old = written.with_name(written.name.replace("unfinished", "old"))
-            os.rename(folder, old)
-            os.rename(written, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(written, folder)
+        _check_free(folder)  # again: it may have been filled since
     return folder / "index.html"
 
 

@@ -12,10 +12,7 @@ N images in the order of the record list, C classes, h x w cells.
 
 import hashlib
 import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -28,7 +25,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from mlvision.errors import InputError, first_line
-from mlvision.files import one_line, sync
+from mlvision.files import one_line, sync, whole_file, whole_folder
 from mlvision.types import ACTIVATIONS, KINDS, LabelMap
 
 FORMAT = "mlvision label maps"
@@ -252,10 +249,8 @@ class LabelMapWriter:
             InputError: another store is there (names the first difference), or rank 0 made none in time.
         """
         path = Path(path)
-        if rank == 0:
-            if not (path / META).is_file():
-                _create(path, meta)
-            _remove_partial(path)
+        if rank == 0 and not (path / META).is_file():
+            _create(path, meta)
         deadline = time.monotonic() + timeout
         while not (path / META).is_file():
             if time.monotonic() > deadline:
@@ -383,34 +378,18 @@ def _damaged(name: str, part: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _create(path: Path, meta: StoreMeta) -> None:
-    """An empty store, prepared beside its place and moved there whole; of several that try at once, one succeeds."""
-    partial = path.with_name(_partial_prefix(path) + uuid.uuid4().hex)
+    """An empty store, which appears whole; of several processes that try at once, one succeeds."""
     try:
-        partial.mkdir(parents=True)
-        for name, (shape, dtype) in meta.layout().items():
-            file = partial / f"{name}.npy"
-            np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)  # holes: no blocks yet
-            sync(file)
-        (partial / META).write_text(json.dumps(meta.to_json(), indent=2) + "\n", encoding="utf-8")
-        sync(partial / META)
-        sync(partial)
-        os.rename(partial, path)
-        sync(path.parent)
+        with whole_folder(path) as folder:
+            for name, (shape, dtype) in meta.layout().items():
+                file = folder / f"{name}.npy"
+                np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)  # holes: no blocks yet
+                sync(file)
+            with whole_file(folder / META) as file:
+                file.write(json.dumps(meta.to_json(), indent=2) + "\n")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         if not (path / META).is_file():
             raise InputError(f"{path}: the store could not be made there ({error.strerror})") from error
-
-
-def _partial_prefix(path: Path) -> str:
-    return f"{path.name}.partial-"
-
-
-def _remove_partial(path: Path) -> None:
-    """Remove what killed processes left of a store that is there now: none can still be moved to a path that is taken."""
-    for folder in path.parent.iterdir():
-        if folder.name.startswith(_partial_prefix(path)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_text(value: Any) -> bool:

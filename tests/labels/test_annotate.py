@@ -264,15 +264,6 @@ def test_killed_at_ten_moments_and_resumed_equals_one_made_in_one_go(tmp_path):
     assert [entry.name for entry in folder.parent.iterdir()] == ["maps"]
 
 
-def test_what_a_killed_process_left_beside_a_store_is_removed_when_it_is_opened_again(tmp_path):
-    fill_store(tmp_path / "maps", meta_of())
-    (tmp_path / "maps.partial-0123").mkdir()
-    (tmp_path / "maps.partial-0123" / "done.npy").touch()
-    (tmp_path / "other.partial-0123").mkdir()
-    LabelMapWriter.create_or_resume(tmp_path / "maps", meta_of())
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["maps", "other.partial-0123"]
-
-
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_ranks_that_run_at_once_make_the_store_of_one(tmp_path, world_size):
     meta = meta_of(num_records=40)
