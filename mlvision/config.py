@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import yaml
 
 from mlvision.data import DATASETS
@@ -32,7 +33,7 @@ from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
 from mlvision.engine.precision import MOST_THREADS
-from mlvision.errors import InputError, check_fields, describe_os_error, shown
+from mlvision.errors import InputError, check_fields, describe_os_error, first_line, shown
 from mlvision.files import whole_file
 from mlvision.methods import METHODS, MethodConfig
 from mlvision.models import HEADS, BackboneConfig, HeadConfig
@@ -205,11 +206,14 @@ def load_options(cls: type, path: Path) -> Any:
     return build_options(cls, read_yaml(path), source=str(path))
 
 
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class of errors for it
+
+
 def run_command(main: Callable[[list[str]], Any], *, several_processes: bool = False) -> NoReturn:
     """Run a script's `main(argv)`: a user's mistake becomes one line on stderr and exit code 2, never a traceback.
 
     An integer that `main` returns is the exit code. What the package logs (which weights were loaded, say) goes to stderr.
-    Of several processes, started by torchrun, rank 0 speaks for all; another does where it alone has failed. A script that
+    Under torchrun, rank 0 prints the errors of all; another rank prints only its own. A script that
     does not share its work among them (`several_processes`) refuses them: each would do all of it and write the same files.
     """
     for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no text, which print refuses
@@ -241,6 +245,11 @@ def _run(main: Callable[[list[str]], Any]) -> int:
         code = 2
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error)):
+            raise
+        print(f"error: memory ran out; smaller batches or images take less ({first_line(error)})", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         if distributed.is_main():
@@ -373,6 +382,8 @@ def _convert(layers: Sequence[Layer], hint: Any, key: str) -> Any:
         if len(items) == len(kinds):
             places = enumerate(zip(items, kinds, strict=True))
             return container(_convert([(item, source)], kind, f"{key}[{i}]") for i, (item, kind) in places)
+    if container is list and isinstance(value, _Written) and items is value and arguments[0] in _SCALARS:
+        return [_convert([(value, source)], arguments[0], f"{key}[0]")] if value else []  # `x` for `[x]`
     converted = _SCALARS[hint](value) if hint in _SCALARS else None
     if converted is not None:
         return converted

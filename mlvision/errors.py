@@ -49,12 +49,13 @@ def describe_os_error(error: OSError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says is wrong, short enough for one of our lines."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """What another library says is wrong, short enough for one of our lines: its first line, or what that announces."""
+    first, *rest = map(str.strip, str(error).strip().split("\n"))
+    return (rest[0] if rest and first.endswith(":") else first) or type(error).__name__
 
 
 def check_fields(options: object, prefix: str, rules: Iterable[tuple[str, bool, str]] = ()) -> None:
-    """Refuse the first option that is no number of this world (NaN, infinite, or a whole number of more than 64 bits), or
+    """Refuse the first option that is not finite or is a whole number of more than 64 bits, or
     breaks its rule: (field, whether it holds, what was expected).
 
     Raises:

@@ -57,7 +57,7 @@ from mlvision.models.text import (
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
 _IMAGE_COLUMNS = ("split", "key", "bytes")  # of images.csv
-_WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml.partial")
+_WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml")
 # What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
 _FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "data.check_files", "loader.num_workers")
 
@@ -473,9 +473,7 @@ def load_run(
     try:
         method.load_state_dict(saved["ema" if weights == "ema" else "method"])
     except RuntimeError as error:
-        raise InputError(
-            f"{checkpoint}: does not fit {folder / 'config.yaml'} ({str(error).splitlines()[0]})"
-        ) from error
+        raise InputError(f"{checkpoint}: does not fit {folder / 'config.yaml'} ({first_line(error)})") from error
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
     return LoadedRun(method, classes, config, folder, precision, view, weights)
@@ -526,7 +524,8 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"out: {folder} is a file, expected a folder")
         if not (folder / "config.yaml").is_file():
-            foreign = [p.name for p in folder.iterdir() if p.name not in _WRITTEN_FIRST] if folder.is_dir() else []
+            files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+            foreign = [name for name in files if name.removesuffix(".partial") not in _WRITTEN_FIRST]
             if foreign:
                 raise InputError(
                     f"out: {folder} holds no run but other files ({sorted(foreign)[0]}); give a new folder"

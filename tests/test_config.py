@@ -33,6 +33,29 @@ def test_yaml_then_overrides(tmp_path):
         config.seed = 3
 
 
+def test_a_list_of_one_needs_no_brackets():
+    def words(argument):
+        return parse_options(Words, [argument], prog="", description="").words
+
+    assert words("words=tie #2") == words('words=["tie #2"]') == ["tie #2"]
+    assert words("words=a: b, c") == ["a: b, c"]
+    assert words("words=null") == ["null"]
+    assert words("words=") == words("words=[]") == []
+    assert words("words=[a, b]") == ["a", "b"]
+    assert words("words=[a") == ["[a"]
+    with pytest.raises(InputError, match=r"^words: expected .*, got \{'a': 1\}"):
+        words("words={a: 1}")
+    assert parse("data.ignore_columns=x", "data.name=csv").data.ignore_columns == ["x"]
+    with pytest.raises(InputError, match=r"^seeds\[0\]: expected whole number, got 'x'"):
+        parse_options(Words, ["seeds=x"], prog="", description="")
+
+
+@dataclass(frozen=True)
+class Words:
+    words: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+
 def test_a_saved_config_reads_back_equal(tmp_path):
     config = parse("data.name=csv", "data.root=a b", "data.splits={train: 0-4, test: 5-9}", "method.loss=asl", "seed=7")
     save_options(config, tmp_path / "config.yaml")
@@ -335,3 +358,13 @@ def test_a_script_prints_names_that_are_no_text(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (0, b"caf\\udce9\n"), done.stderr
+
+
+@pytest.mark.parametrize("code", ["torch.empty(10**14)", "numpy.zeros(10**15)", "[0] * 10**18"])
+def test_memory_that_runs_out_is_one_line(code):
+    code = f"from mlvision.config import run_command; import numpy, torch; run_command(lambda argv: {code})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: memory ran out; smaller batches or images take less (")
+    assert done.stderr.count("\n") == 1

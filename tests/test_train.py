@@ -22,7 +22,7 @@ import tools.explain as explain_tool
 import tools.predict as predict_tool
 import train as train_script
 from mlvision import load_run
-from mlvision.config import Config, load_options
+from mlvision.config import Config, load_options, parse_options
 from mlvision.data.loader import eval_loader
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.engine.checkpoint import load_checkpoint
@@ -32,7 +32,7 @@ from mlvision.engine.guard import NonFiniteError
 from mlvision.engine.lock import locked
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
-from mlvision.run import build_run, read_for
+from mlvision.run import build_run, choose_folder, read_for
 
 ROOT = Path(__file__).parents[1]
 
@@ -611,6 +611,13 @@ def test_a_folder_of_other_things_is_not_written_to(smoke_arguments, tmp_path):
     with pytest.raises(InputError, match="holds no run but other files"):
         train_script.main([*smoke_arguments, f"out={tmp_path}"])
     assert (tmp_path / "metrics.csv").read_text() == "mine"
+
+
+def test_a_run_that_was_killed_before_its_config_was_written_begins_anew(smoke_arguments, tmp_path):
+    for name in ("images.csv.partial", "config.yaml.partial", "environment.json"):
+        (tmp_path / name).touch()
+    config = parse_options(Config, [*smoke_arguments, f"out={tmp_path}", "resume=auto"], prog="", description="")
+    assert choose_folder(config) == (tmp_path, False)
 
 
 def test_a_diverging_run_stops_with_step_and_images_and_keeps_its_checkpoint(smoke_arguments, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ _CONSTANT = {"threshold", "num_images", "num_classes", "num_skipped_classes", "n
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: Annotated[
-        int, "training loss and rates are read back and written every so many steps; more often in runs of few steps"
+        int, "steps from one line of training loss and rates in metrics.csv to the next; fewer in short runs"
     ] = 50
     tensorboard: Annotated[bool, "write TensorBoard events"] = True
     cam_images: Annotated[int, "validation images whose CAM grids go to TensorBoard after each epoch; 0: none"] = 0
@@ -36,8 +36,8 @@ class LogConfig:
         check_fields(self, "log.", rules)
 
     def steps_between(self, total_steps: int) -> int:
-        """Steps from one log step to the next in a run of so many: a curve has 20 points or more, of 2 steps at least."""
-        return min(self.every_steps, max(2, total_steps // 20))
+        """Steps from one log step to the next in a run of so many: a curve has 20 points, or one of each step."""
+        return min(self.every_steps, max(1, total_steps // 20))
 
 
 class RunLog:

@@ -46,8 +46,8 @@ class StopSignal:
             return
         self.name = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":  # by the system's call: print may be what was interrupted
-            again = "; once more to end at once" if number == signal.SIGINT else ""
-            os.write(2, f"{self.name}: training is saved after this step or validation{again}\n".encode())
+            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            os.write(2, f"{self.name}: saving after this step or validation{again}\n".encode())
         if self._waiting:
             raise _Heard
 

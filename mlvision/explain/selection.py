@@ -74,7 +74,8 @@ class Selection:
         return self.scores(torch.eye(num_classes, device=self.labels.device).expand(len(self.labels), -1, -1)).mT
 
 
-Labels = str | int | Tensor | np.ndarray | Selection | Sequence[Label | Contrast] | Sequence[Sequence[Label | Contrast]]
+Choice = Label | Contrast
+Labels = str | int | np.integer | Tensor | np.ndarray | Selection | Sequence[Choice] | Sequence[Sequence[Choice]]
 
 
 def _gather(logits: Float[Tensor, "B ... C"], labels: Int64[Tensor, "B L"]) -> Float[Tensor, "B ... L"]:
@@ -137,8 +138,9 @@ def select(
         if labels.numel() and int(labels.max()) >= num_classes:
             raise InputError(f"labels: {int(labels.max())} is beyond the {num_classes} classes")
         chosen, what = Selection(labels.long().cpu()), "labels"
-    elif isinstance(labels, int):
-        chosen, what = _by_list([[labels]] * num_images, num_classes, classes), "labels"
+    elif not isinstance(labels, Sequence):
+        index = class_index(labels, num_classes, classes)
+        chosen, what = Selection(torch.full((num_images, 1), index)), "labels"
     else:
         per_image = [isinstance(entry, Sequence) and not isinstance(entry, str | tuple) for entry in labels]
         if any(per_image) and (not all(per_image) or len(labels) != num_images):

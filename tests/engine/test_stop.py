@@ -27,7 +27,7 @@ def test_a_signal_is_noted_and_ends_the_batches(number, capfd):
     assert taken == [1, 2, 3]
     assert stop()
     assert stop.name == number.name
-    assert capfd.readouterr().err.startswith(f"{number.name}: training is saved after this step or validation")
+    assert capfd.readouterr().err.startswith(f"{number.name}: saving after this step or validation")
     assert [signal.getsignal(each) for each in BOTH] == before
 
 

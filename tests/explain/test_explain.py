@@ -61,6 +61,11 @@ def test_a_contrast_is_the_difference_of_two_logits():
     assert chosen.directions(4)[0].tolist() == [[1, 0, -1, 0], [0, 0, 0, 1]]
 
 
+def test_one_index_is_for_every_image():
+    for label in (2, np.int64(2), np.uint8(2)):
+        assert select(label, LOGITS).labels.tolist() == [[2], [2]]
+
+
 def test_directions_and_scores_agree():
     chosen = select([[0, (1, 2)], [3]], LOGITS)
     by_direction = torch.einsum("blc,bc->bl", chosen.directions(4), LOGITS)
