@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import time
 import tracemalloc
 from dataclasses import replace
 
@@ -279,7 +280,8 @@ class Reader:
 
     def wait(self, condition):
         """Until a condition holds on the page; playwright's own waiting evaluates text there, which the page forbids."""
-        for _ in range(100):
+        end = time.monotonic() + 60  # a browser draws, and so scrolls, seconds late when all cores are busy
+        while time.monotonic() < end:
             if self.page.evaluate(condition):
                 return
             self.page.wait_for_timeout(50)
