@@ -10,7 +10,7 @@ from mlvision.data.bigearthnet import BigEarthNetConfig, read_bigearthnet
 from mlvision.data.coco import CocoConfig, read_coco
 from mlvision.data.csv_table import CsvConfig, read_csv
 from mlvision.data.imagenet import ImagenetConfig, read_imagenet
-from mlvision.data.manifest import DataConfig, Manifest, check_inside
+from mlvision.data.manifest import DataConfig, Manifest, check_distinct_images, check_inside
 from mlvision.data.matrix import MatrixConfig, read_matrix
 from mlvision.data.nuswide import NuswideConfig, read_nuswide
 from mlvision.data.records import Boxes, Record
@@ -67,6 +67,7 @@ def read_split(config: DataConfig, split: str) -> Manifest:
         if collects:
             gc.enable()
     check_inside(config, manifest)
+    check_distinct_images(manifest)
     return dataclasses.replace(manifest, max_pixels=config.max_pixels)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated
@@ -80,8 +80,9 @@ def read_csv(config: CsvConfig, split: str) -> Manifest:
     not named is absent, and without `classes` the class list is made from the rows of all splits, so that all splits
     agree on it. A column without a name, such as an index that pandas wrote, is left out.
 
-    A file name without an image's suffix stands for the one image file of that stem; if files are not looked for
-    (`check_files`), it stays as it is.
+    A file name without an image's suffix stands for the one image file of that stem, so rows that name an image with and
+    without its suffix are rows of one image; if files are not looked for (`check_files`), the name stays as it is. A split
+    rule looks at the name as the file has it.
 
     Raises:
         InputError: file, column, value or split is not as expected; the message names the line.
@@ -97,21 +98,26 @@ def read_csv(config: CsvConfig, split: str) -> Manifest:
     split_of, rule = _read_splits(config, table, named)
     if split not in split_of:
         raise _no_such_split(config, table, split, split_of)
-    rows_of = _group_rows(config, table, named, split_of)
+    files_of = _files_by_stem(root, named) if config.check_files else {}
+    keys = [files_of[name][0] if len(files_of.get(name, ())) == 1 else name for name in named]
+    rows_of = _group_rows(config, table, keys, split_of)
     classes, labels, unknown = (_read_label_column if config.label_column else _read_class_columns)(config, table)
     chosen = {key: rows for key, rows in rows_of.items() if split_of[rows[0]] == split}
-    keys = _find_by_stem(root, list(chosen), source) if config.check_files else list(chosen)
-
+    for key in chosen:
+        if key in files_of:
+            raise InputError(
+                f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files_of[key])}"
+            )
     joined = [tuple(sorted({label for row in rows for label in labels[row]})) for rows in chosen.values()]
     num_repeats = sum(len(labels[row]) for rows in chosen.values() for row in rows) - sum(map(len, joined))
     records = Records(
         Record(key, os.path.join(root, key), of_image, unknown[rows[0]])
-        for key, rows, of_image in zip(keys, chosen.values(), joined, strict=True)
+        for (key, rows), of_image in zip(chosen.items(), joined, strict=True)
     )
     check_files(config, records, source)
     left_out = sum(split_of[rows[0]] is None for rows in rows_of.values())
     what = "rows" if config.rows == "image" else "images"
-    protocol = f"{config.file}{rule}, {len(keys):,} of {len(rows_of):,} {what}"
+    protocol = f"{config.file}{rule}, {len(chosen):,} of {len(rows_of):,} {what}"
     if left_out:
         protocol += f" ({left_out:,} {what} belong to no split)"
     if num_repeats:
@@ -132,12 +138,16 @@ def _group_rows(
 ) -> dict[str, list[int]]:
     """The rows of each image, by its key; with `rows=image` it has one."""
     rows_of: dict[str, list[int]] = {}
+    image = table.column_index(config.image_column)
     for row, key in enumerate(keys):
         rows = rows_of.setdefault(key, [])
         rows.append(row)
         if len(rows) == 1:
             continue
         repeats = f"column {config.image_column!r} repeats {shown(key)} of line {table.lines[rows[0]]}"
+        here, there = (table.rows[i][image].strip() for i in (row, rows[0]))
+        if here != there:
+            repeats += f" ({shown(here)} and {shown(there)} are one image)"
         if config.rows == "image":
             hint = "; data.rows=label reads a row per image and label" if config.label_column else ""
             raise table.error(row, repeats + hint)
@@ -146,28 +156,18 @@ def _group_rows(
     return rows_of
 
 
-def _find_by_stem(root: str, keys: Sequence[str], source: str) -> list[str]:
-    """The keys; of one without an image's suffix, that of the only image file with its stem, if there is one."""
+def _files_by_stem(root: str, keys: Iterable[str]) -> dict[str, list[str]]:
+    """The image files with the stem of each key that has no image's suffix and is no file itself."""
     stems = {key for key in keys if not _is_image(key)}
-    if not stems:
-        return list(keys)
     files_of: dict[str, list[str]] = {}
-    names_there = set()
     for folder in {posixpath.dirname(key) for key in stems}:
         path = os.path.join(root, folder)
         for name in sorted(os.listdir(path)) if os.path.isdir(path) else ():
             key = posixpath.join(folder, name)
-            names_there.add(key)
+            stems.discard(key)
             if _is_image(name):
                 files_of.setdefault(posixpath.splitext(key)[0], []).append(key)
-    stems -= names_there
-    complete = []
-    for key in keys:
-        files = files_of.get(key, [key]) if key in stems else [key]
-        if len(files) > 1:
-            raise InputError(f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files)}")
-        complete.append(files[0])
-    return complete
+    return {stem: files_of[stem] for stem in stems if stem in files_of}
 
 
 def _is_image(name: str) -> bool:

@@ -1,14 +1,13 @@
 """Folders that are searched for images: which files count, in which order, and what is said of the others."""
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlvision.data.images import SUFFIXES
 from mlvision.data.limits import MAX_PIXELS
-from mlvision.data.manifest import Manifest
+from mlvision.data.manifest import Manifest, first_repeat, true_paths
 from mlvision.data.records import Record
 from mlvision.data.text_files import printable
 from mlvision.errors import InputError
@@ -140,9 +139,10 @@ def images_manifest(paths: Sequence[str], classes: tuple[str, ...], max_pixels: 
             files.append(path)
         else:
             raise InputError(f"images: {printable(path)}: no such file or folder")
-    twice = next((path for path, count in Counter(map(os.path.normpath, files)).items() if count > 1), None)
-    if twice is not None:
-        raise InputError(f"images: {printable(twice)} is given twice")
+    pair = first_repeat(true_paths(files))
+    if pair is not None:
+        first, again = (printable(os.path.normpath(files[i])) for i in pair)
+        raise InputError(f"images: {first} is given twice{'' if again == first else f', the second time as {again}'}")
     unknown = tuple(range(len(classes)))
     records = tuple(Record(Path(path).as_posix(), path, labels=(), unknown=unknown) for path in files)
     notes = notes or [f"{len(files):,} image files"]

@@ -239,9 +239,9 @@ def hide_labels(manifest: Manifest, known: float, seed: int) -> Manifest:
 
 
 def check_disjoint(a: Manifest, b: Manifest) -> None:
-    """Refuses two manifests that share an image, by its key or by the path of its file."""
-    keys, paths = set(a.keys), set(map(os.path.abspath, a.paths))
-    shared = [key for key, path in zip(b.keys, b.paths, strict=True) if key in keys or os.path.abspath(path) in paths]
+    """Refuses two manifests that share an image, by its key or by its file."""
+    keys, files = set(a.keys), set(true_paths(a.paths))
+    shared = [key for key, file in zip(b.keys, true_paths(b.paths), strict=True) if key in keys or file in files]
     if shared:
         raise InputError(f"splits {a.split!r} and {b.split!r} share {len(shared):,} images: {listed(shared, most=5)}")
 
@@ -283,6 +283,55 @@ def check_inside(config: DataConfig, manifest: Manifest) -> None:
                 f"split {manifest.split!r}: the image {key} lies outside data.root={config.root}; "
                 "data.outside_root=true reads it all the same"
             )
+
+
+def check_distinct_images(manifest: Manifest) -> None:
+    """Refuses two records of one file, and two files of one key.
+
+    Raises:
+        InputError: names both.
+    """
+    pair = first_repeat(true_paths(manifest.paths))
+    if pair is not None:
+        a, b = (manifest.records[i] for i in pair)
+        raise InputError(
+            f"split {manifest.split!r}: the images {a.key} and {b.key} are one file, {printable(a.path)}: expected each "
+            "image once, by one name"
+        )
+    pair = first_repeat(manifest.keys)
+    if pair is not None:
+        a, b = (manifest.records[i] for i in pair)
+        raise InputError(
+            f"split {manifest.split!r}: the files {a.path!r} and {b.path!r} are both called {a.key} in tables and logs: "
+            "rename one"
+        )
+
+
+def first_repeat(names: Sequence[str]) -> tuple[int, int] | None:
+    """The places of the first name that repeats an earlier one, (earlier, later); None if all differ."""
+    if len(set(names)) == len(names):
+        return None
+    first: dict[str, int] = {}
+    return next((first[name], i) for i, name in enumerate(names) if first.setdefault(name, i) != i)
+
+
+def true_paths(paths: Iterable[str]) -> list[str]:
+    """The paths as the file system has them: two are equal if they lead through whatever folders to one file.
+
+    Each folder is looked up once, no file is: a link to a file is an image of its own.
+    """
+    true_folders: dict[str, str] = {}
+    files = []
+    for path in paths:
+        folder, slash, name = os.path.normpath(path).rpartition("/")
+        folder += slash
+        if folder not in true_folders:
+            try:
+                true_folders[folder] = os.path.realpath(folder)
+            except ValueError:  # a zero byte, or half of a surrogate pair: there is no such folder
+                true_folders[folder] = os.path.abspath(folder)
+        files.append(os.path.join(true_folders[folder], name))
+    return files
 
 
 def check_files(config: DataConfig, records: Records, source: str) -> None:

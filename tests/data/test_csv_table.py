@@ -182,7 +182,7 @@ RULE = {"split_rule": "file_number", "ignore_columns": ["scene"]}
         (
             LISTED.replace("c.jpg", "./a.jpg"),
             {"label_column": "tags"},
-            "repeats 'a.jpg' of line 2; data.rows=label reads",
+            r"repeats 'a.jpg' of line 2 \('./a.jpg' and 'a.jpg' are one image\); data.rows=label reads",
         ),
         (LISTED.replace("owl", "x" * 10_000), {"label_column": "tags"}, "class 2 has a name of 10,000 characters"),
         ('image,"a\nb"\nx.jpg,1\n', {}, "class 0 is called 'a.nb': expected a name in one line"),
@@ -309,10 +309,51 @@ def test_names_without_suffix_are_found_by_their_stem(tmp_path):
     (tmp_path / "sub" / "b.jpeg").touch()
     with pytest.raises(InputError, match="image 'sub/b' has no suffix, and several files fit: sub/b.PNG, sub/b.jpeg"):
         read(tmp_path)
+    split = {"split_column": "cat"}
+    assert [r.key for r in read(tmp_path, "1", **split, ignore_columns=["cat"], label_column="image").records] == [
+        "a.1.jpg",
+        "c.jpg",
+    ]
     (tmp_path / "a.1.jpg").unlink()
     (tmp_path / "sub" / "b.jpeg").unlink()
     with pytest.raises(InputError, match="1 of its 4 image files are missing, the first is .*/a.1$"):
         read(tmp_path)
+
+
+def test_an_image_with_and_without_its_suffix_is_one(tmp_path):
+    table(tmp_path, "image,tag,part\nim/a,dog,1\nim/b.jpg,owl,1\n./im/a.jpg,cat,1\nim\\a,cat,1\n")
+    for name in ("im/a", "./im/a.jpg", "im/b.jpg", "im\\a"):
+        (tmp_path / name).unlink(missing_ok=True)
+    for name in ("im/a.jpg", "im/b.jpg"):
+        (tmp_path / name).touch()
+    options = {"label_column": "tag", "rows": "label"}
+
+    manifest = read(tmp_path, **options, ignore_columns=["part"])
+
+    assert [(r.key, r.labels) for r in manifest.records] == [("im/a.jpg", (0, 1)), ("im/b.jpg", (2,))]
+    with pytest.raises(
+        InputError,
+        match=r"line 4: column 'image' repeats 'im/a.jpg' of line 2 \('./im/a.jpg' and 'im/a' are one image\); data.rows",
+    ):
+        read(tmp_path, label_column="tag")
+    (tmp_path / "labels.csv").write_text("image,cat,part\nim/a,1,train\nim/a.jpg,0,test\n")
+    with pytest.raises(
+        InputError, match=r"line 3: column 'image' repeats 'im/a.jpg' of line 2 \('im/a.jpg' and 'im/a'"
+    ):
+        read(tmp_path, "train", split_column="part")
+    with pytest.raises(InputError, match="line 3: .* with another split: test instead of train"):
+        read(tmp_path, "train", split_column="part", label_column="cat", rows="label")
+
+
+def test_a_split_rule_sees_the_name_as_the_file_has_it(tmp_path):
+    keys = [f"{i}" for i in range(40)]
+    (tmp_path / "labels.csv").write_text("image,cat\n" + "".join(f"{key},1\n" for key in keys))
+    for key in keys:
+        (tmp_path / f"{key}.jpg").touch()
+
+    test = read(tmp_path, "test", split_rule="hash", splits={"test": "0-49"})
+
+    assert [r.key for r in test.records] == [f"{key}.jpg" for key in keys if hash_percent(key) < 50]
 
 
 def test_columns_without_a_name_are_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """manifest.py: targets, hashes, carving a validation part, and the refusals that protect an evaluation."""
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mlvision.data.manifest import (
     check_root,
     check_same_classes,
     hide_labels,
+    true_paths,
 )
 from mlvision.data.records import Record, Records
 from mlvision.errors import InputError
@@ -160,6 +162,25 @@ def test_shared_images_are_refused_by_key_and_by_path():
     same_file = Manifest(train.classes, (Record("by another name", "b/../a/0003.jpg", ()),), "test")
     with pytest.raises(InputError, match="share 1 images: by another name"):
         check_disjoint(train, same_file)
+
+
+def test_images_are_shared_through_links_to_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "a" / "link.jpg").symlink_to("0001.jpg")
+    train = manifest(["0001.jpg"], folder=str(tmp_path / "a"))
+    classes = train.classes
+
+    check_disjoint(train, Manifest(classes, (Record("link", str(tmp_path / "b" / "link.jpg"), ()),), "test"))
+    with pytest.raises(InputError, match="share 1 images: other"):
+        check_disjoint(train, Manifest(classes, (Record("other", str(tmp_path / "b" / "0001.jpg"), ()),), "test"))
+
+
+def test_true_paths_need_no_file_system():
+    assert true_paths(["/x.jpg", "/nowhere/../y/./x.jpg", "/\0/x.jpg", "/\ud800/x.jpg"]) == [
+        "/x.jpg", "/y/x.jpg", "/\0/x.jpg", "/\ud800/x.jpg"
+    ]  # fmt: skip
+    assert true_paths(["x.jpg"]) == [f"{os.getcwd()}/x.jpg"]
 
 
 def test_class_lists_must_agree():

@@ -12,36 +12,37 @@ from mlvision.data.images import read_record
 from mlvision.errors import InputError
 
 
-def write_csv(root, name):
-    (root / "labels.csv").write_text(f"image,a\n{name},1\n", encoding="utf-8", errors="surrogatepass")
+def write_csv(root, *names):
+    text = "".join(f"{name},1\n" for name in names)
+    (root / "labels.csv").write_text(f"image,a\n{text}", encoding="utf-8", errors="surrogatepass")
     return {"name": "csv", "split": "all"}
 
 
-def write_coco(root, name):
-    (root / "annotations").mkdir()
+def write_coco(root, *names):
+    (root / "annotations").mkdir(exist_ok=True)
     document = {
-        "images": [{"id": 1, "file_name": name, "width": 6, "height": 4}],
+        "images": [{"id": i, "file_name": name, "width": 6, "height": 4} for i, name in enumerate(names)],
         "categories": [{"id": 1, "name": "a"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2, 2]} for i, _ in enumerate(names)],
     }
     (root / "annotations" / "instances_train.json").write_text(json.dumps(document))
     return {"name": "coco", "images": ".", "split": "train"}
 
 
-def write_matrix(root, name):
-    np.save(root / "train.npy", np.ones((1, 1)))
-    (root / "names.txt").write_text(f"{name}\n")
+def write_matrix(root, *names):
+    np.save(root / "train.npy", np.ones((len(names), 1)))
+    (root / "names.txt").write_text("".join(f"{name}\n" for name in names))
     return {"name": "matrix", "labels": "{split}.npy", "names": "names.txt", "split": "train"}
 
 
-def write_nus(root, name):
-    write_nuswide(root, ["a"], {name: ("Train", [1])}, {"Train": [0]})
+def write_nus(root, *names):
+    write_nuswide(root, ["a"], {name: ("Train", [1]) for name in names}, {"Train": range(len(names))})
     return {"name": "nuswide", "images": ".", "split": "Train", "check_files": False}
 
 
-def write_vg(root, name):
-    (root / "train_list_500.txt").write_text(f"{name}\n")
-    (root / "vg_category_500_labels_index.json").write_text(json.dumps({name: [0]}))
+def write_vg(root, *names):
+    (root / "train_list_500.txt").write_text("".join(f"{name}\n" for name in names))
+    (root / "vg_category_500_labels_index.json").write_text(json.dumps({name: [0] for name in names}))
     return {"name": "vg500", "images": ["."], "split": "train", "check_files": False}
 
 
@@ -92,6 +93,38 @@ def test_links_below_the_root_may_lead_out(outside):
     (outside / "set" / "link2.jpg").symlink_to(outside / "secret.jpg")
 
     assert len(build_manifest(root=str(outside / "set"), **options)) == 3
+
+
+@pytest.mark.parametrize("write", [write_csv, write_coco, write_matrix, write_nus, write_vg])
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [("a.jpg", "../set/a.jpg"), ("a.jpg", "{root}/a.jpg"), ("../set/a.jpg", "{root}/a.jpg"), ("a.jpg", "linked/a.jpg")],
+)
+@pytest.mark.parametrize("through", ["set", "link to set"])
+def test_one_file_by_two_names_is_refused(outside, write, given, again, through, monkeypatch):
+    root = outside / "set"
+    (root / "a.jpg").write_bytes((outside / "secret.jpg").read_bytes())
+    (root / "linked").symlink_to(root)
+    (outside / "link to set").symlink_to(root)
+    monkeypatch.chdir(outside)  # `root` may be relative, and a name absolute
+    given, again = (name.format(root=outside / through) for name in (given, again))
+    options = write(root, given, again) | {"outside_root": True}
+
+    for check_files in (True, False):
+        with pytest.raises(
+            InputError, match=f"split '\\w+': the images {given} and {again} are one file, .*a.jpg: exp"
+        ):
+            build_manifest(root=through, **(options | {"check_files": check_files}))
+
+
+def test_two_files_of_one_key_are_refused(tmp_path):
+    for name in ("a\n.jpg", r"a\n.jpg"):
+        path = tmp_path / "train" / "cat" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    with pytest.raises(InputError, match=r"split 'train': the files .* and .* are both called train/cat/a\\n.jpg in"):
+        build_manifest("imagenet", root=str(tmp_path), split="train")
 
 
 def test_half_of_a_surrogate_pair_is_no_name(outside):

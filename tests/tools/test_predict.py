@@ -253,7 +253,13 @@ def test_single_files_and_several_folders(run_folder, photos, tmp_path, monkeypa
     ):
         predict.main([str(run_folder), images, f"out={out}", "num_workers=0"])
         assert [row[0] for row in read_csv(out)[1:]] == keys
-    for images in ("images=[photos/a.jpg,./photos/a.jpg]", "images=[photos,photos/deep/c.jpg]"):
+    (tmp_path / "linked").symlink_to("photos")
+    for images in (
+        "images=[photos/a.jpg,./photos/a.jpg]",
+        "images=[photos,photos/deep/c.jpg]",
+        f"images=[photos/a.jpg,{photos}/a.jpg]",
+        "images=[photos,linked]",
+    ):
         with pytest.raises(InputError, match=r"images: photos/(a|deep/c).jpg is given twice"):
             predict.main([str(run_folder), images, f"out={out}", "num_workers=0"])
 
