@@ -126,7 +126,7 @@ def images_manifest(paths: Sequence[str], classes: tuple[str, ...], max_pixels: 
     Raises:
         InputError: as `folder_manifest`, no such file, or an image that is given twice.
     """
-    if len(paths) == 1 and not os.path.isfile(paths[0]):
+    if len(paths) == 1 and os.path.isdir(paths[0]):
         return folder_manifest(Path(paths[0]), classes, max_pixels)
     files: list[str] = []
     notes = []

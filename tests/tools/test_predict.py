@@ -106,7 +106,8 @@ def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("images=/nowhere", "images: /nowhere is not a folder"),
+        ("images=/nowhere", "images: /nowhere: no such file or folder"),
+        ("images=missing.jpg", "images: missing.jpg: no such file or folder"),
         ("images=", "images: expected a folder or image files, got nothing; split= names a split"),
         ("images=[/nowhere,/elsewhere]", "images: /nowhere: no such file or folder"),
         ("split=test", "images: expected nothing next to split="),
