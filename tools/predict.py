@@ -27,7 +27,7 @@ from mlvision.data.images import drop_unreadable
 from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.loader import MOST_WORKERS, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest
-from mlvision.data.text_files import printable
+from mlvision.data.records import printable
 from mlvision.engine.precision import MOST_THREADS
 from mlvision.errors import InputError, check_fields
 from mlvision.files import check_out, spreadsheet_text, whole_file

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from mlvision.data.folder import FolderSearch, find_images, kind_of, list_folder
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_root
-from mlvision.data.records import Record
-from mlvision.data.text_files import printable, read_json, read_names
+from mlvision.data.records import Record, printable
+from mlvision.data.text_files import read_json, read_names
 from mlvision.errors import InputError, shown
 
 _VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"

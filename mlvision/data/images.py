@@ -24,8 +24,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from mlvision.data import jpeg
 from mlvision.data.limits import MAX_PIXELS, check_pixels
 from mlvision.data.manifest import Manifest
-from mlvision.data.records import Record
-from mlvision.data.text_files import printable, read_bytes
+from mlvision.data.records import Record, printable
+from mlvision.data.text_files import read_bytes
 from mlvision.errors import InputError
 from mlvision.progress import track
 

@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from mlvision.data.limits import MAX_PIXELS
-from mlvision.data.records import UNWRITABLE, Record, Records
-from mlvision.data.text_files import printable
+from mlvision.data.records import UNWRITABLE, Record, Records, printable
 from mlvision.errors import InputError, check_fields, listed, shown
 
 # Pixels of the longest side that an annotation may state: more is a number in the wrong place.

@@ -21,6 +21,11 @@ from mlvision.data.bands import BandStack
 UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+def printable(text: str) -> str:
+    """The text with the escapes of what no line of text can hold: in the name of a file there may be any byte."""
+    return UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 @dataclass(frozen=True)
 class Boxes:
     """The annotated objects of one image, as columns of n rows.
@@ -71,8 +76,7 @@ class Record:
 
     def __post_init__(self) -> None:
         if UNWRITABLE.search(self.key):
-            key = UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), self.key)
-            object.__setattr__(self, "key", key)
+            object.__setattr__(self, "key", printable(self.key))
 
 
 @dataclass(frozen=True)

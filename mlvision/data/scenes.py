@@ -21,7 +21,7 @@ from PIL import Image
 from mlvision.data.drawing import GLYPHS, background, distractor, glyph_coverage, mask_polygons, paint
 from mlvision.data.loader import MOST_WORKERS
 from mlvision.errors import InputError
-from mlvision.files import whole_folder
+from mlvision.files import whole_file, whole_folder
 from mlvision.progress import track
 
 SPLITS = ("train", "test")
@@ -220,7 +220,8 @@ def _write_all(config: ScenesConfig, folder: Path) -> None:
             _write_instances(config, folder, "train_single", split, largest)
             kept, unknown = zip(*(_keep_some(config, i, some) for i, some in enumerate(objects)), strict=True)
             _write_instances(config, folder, "train_partial", split, kept, unknown)
-    (folder / _IDENTITY_FILE).write_text(json.dumps(config.identity, indent=1) + "\n", encoding="utf-8")
+    with whole_file(folder / _IDENTITY_FILE) as file:
+        file.write(json.dumps(config.identity, indent=1) + "\n")
 
 
 def _write_images(config: ScenesConfig, split: str, count: int, folder: Path) -> list[list[dict[str, Any]]]:
@@ -302,5 +303,5 @@ def _write_instances(
         "annotations": list(chain.from_iterable(objects)),
         "categories": [{"id": i + 1, "name": c, "supercategory": "glyph"} for i, c in enumerate(config.classes)],
     }
-    path = folder / "annotations" / f"instances_{name}.json"
-    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+    with whole_file(folder / "annotations" / f"instances_{name}.json") as file:
+        file.write(json.dumps(content, separators=(",", ":")))

@@ -8,13 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mlvision.data.records import UNWRITABLE
+from mlvision.data.records import printable
 from mlvision.errors import InputError, shown
-
-
-def printable(text: str) -> str:
-    """The text with the escapes of what no line of text can hold: in the name of a file there may be any byte."""
-    return UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def read_bytes(path: str) -> bytes:

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from mlvision import files
 from mlvision.data import scenes
 from mlvision.data.drawing import GLYPHS, background, glyph_coverage, mask_polygons, paint
 from mlvision.data.scenes import ScenesConfig, draw_labels, draw_scene, write_scenes
@@ -361,6 +363,16 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scenes, "_write_instances", full_disk)
     with pytest.raises(OSError, match="No space left"):
+        write_scenes(LITTLE, tmp_path / "set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files._Raw, "write", full_disk)
+    with pytest.raises(InputError, match=r"annotations/instances_train.json: could not be written \(No space left"):
         write_scenes(LITTLE, tmp_path / "set")
     assert not list(tmp_path.iterdir())
 
