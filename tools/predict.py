@@ -24,7 +24,7 @@ import torch
 from mlvision.config import describe_options, parse_options, run_command, take_path
 from mlvision.data.folder import images_manifest
 from mlvision.data.images import drop_unreadable
-from mlvision.data.limits import MAX_PIXELS
+from mlvision.data.limits import MOST_PIXELS
 from mlvision.data.loader import MOST_WORKERS, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest
 from mlvision.data.records import printable
@@ -50,14 +50,19 @@ class PredictOptions:
         list[str], "names of classes that the model was not trained on; a head that compares with names can take them"
     ] = field(default_factory=list)
     threshold: Annotated[float, "a class is a label where its score is at least this"] = 0.5
-    top_k: Annotated[int, "so many classes of the highest scores are the labels, whatever the threshold; 0: by it"] = 0
+    top_k: Annotated[
+        int, "label each image with its k highest-scoring classes, ignoring `threshold`; 0: use `threshold`"
+    ] = 0
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
-    on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and say so"] = (
-        "error"
-    )
-    max_pixels: Annotated[int, "width times height that an image may have, looked up before it is decoded"] = MAX_PIXELS
+    on_bad_image: Annotated[
+        str,
+        "error: stop at a file that cannot be decoded; skip: leave it out and say so; empty: the run's data.on_bad_image",
+    ] = ""
+    max_pixels: Annotated[
+        int, "width times height that an image may have, looked up before it is decoded; 0: the run's data.max_pixels"
+    ] = 0
     batch_size: Annotated[int, "images a batch"] = 64
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
 
@@ -69,7 +74,8 @@ class PredictOptions:
             ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
-            ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
+            ("on_bad_image", self.on_bad_image in ("", "error", "skip"), "error or skip"),
+            ("max_pixels", 0 <= self.max_pixels <= MOST_PIXELS, f"0 to {MOST_PIXELS}"),
         )
         check_fields(self, "", rules)
 
@@ -128,15 +134,16 @@ def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:
         raise InputError(
             "images: expected a folder or image files, got nothing; split= names a split of the run's data"
         )
+    own = {name: value for name in ("on_bad_image", "max_pixels") if (value := getattr(options, name))}
+    data = replace(run.config.data, **own)
     if options.split:
-        skipping = replace(run.config.data, on_bad_image=options.on_bad_image)
-        config = replace(run.config, data=skipping, loader=replace(run.config.loader, num_workers=options.num_workers))
+        config = replace(run.config, data=data, loader=replace(run.config.loader, num_workers=options.num_workers))
         manifest, unreadable = read_for(replace(run, config=config), options.split)
         bad = [(key, reason) for _, key, reason in unreadable]
     else:
-        manifest, bad = images_manifest(options.images, run.classes, options.max_pixels), []
+        manifest, bad = images_manifest(options.images, run.classes, data.max_pixels), []
         check_images(run.config.model.in_chans, manifest)
-        if options.on_bad_image == "skip":
+        if data.on_bad_image == "skip":
             manifest, bad = drop_unreadable(manifest, options.num_workers)
     print(printable(manifest.protocol))
     for key, reason in bad:
@@ -146,11 +153,12 @@ def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:
 
 def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> Iterator[Predicted]:
     """What the run says of each image, in the order of the manifest."""
+    device = run.precision.device
     loading = LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
     loader = eval_loader(manifest, run.view, loading)
     for batch in track(loader, len(loader), "predicting", "batches", images=options.batch_size):
         with torch.inference_mode(), run.precision.autocast():
-            logits = run.method.predict(batch.images.to(run.precision.device))
+            logits = run.method.predict(batch.images.to(device))
         scores = run.method.scores(logits.float()).cpu()
         if options.top_k:
             labels = scores.topk(options.top_k, dim=1).indices.tolist()
@@ -159,7 +167,7 @@ def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> 
         for row, own_labels, own_scores in zip(batch.index.tolist(), labels, scores.tolist(), strict=True):
             key = manifest.records[row].key
             if any(map(math.isnan, own_scores)):
-                raise InputError(f"{key}: the model gives NaN for it: its weights are damaged, or {options.device} is")
+                raise InputError(f"{key}: the model gives NaN for it: its weights are damaged, or {device} is")
             yield Predicted(key, own_labels, own_scores)
 
 

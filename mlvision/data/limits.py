@@ -4,6 +4,7 @@ from mlvision.errors import InputError
 
 # By default as many as Pillow takes before it refuses a file as an attack.
 MAX_PIXELS = 178_956_970
+MOST_PIXELS = 2**30  # that the option may allow: OpenCV goes no further
 
 
 def check_pixels(width: int, height: int, max_pixels: int, path: str) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from mlvision.data.limits import MAX_PIXELS
+from mlvision.data.limits import MAX_PIXELS, MOST_PIXELS
 from mlvision.data.records import UNWRITABLE, Record, Records, printable
 from mlvision.errors import InputError, check_fields, listed, shown
 
@@ -52,7 +52,7 @@ class DataConfig:
             ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
             ("val_seed", self.val_seed >= 0, "0 or more"),
             ("known_seed", self.known_seed >= 0, "0 or more"),
-            ("max_pixels", 1 <= self.max_pixels <= 2**30, f"1 to {2**30}"),  # OpenCV goes no further
+            ("max_pixels", 1 <= self.max_pixels <= MOST_PIXELS, f"1 to {MOST_PIXELS}"),
         )
         check_fields(self, "data.", rules)
 

@@ -114,6 +114,8 @@ def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, 
         ("threshold=50", "threshold: expected a score, from 0 to 1, got 50"),
         ("threshold=-0.1", "threshold: expected a score, from 0 to 1, got -0.1"),
         ("top_k=-1", "top_k: expected 0 or more, got -1"),
+        ("max_pixels=-1", "^max_pixels: expected 0 to 1073741824, got -1"),
+        ("on_bad_image=pass", "^on_bad_image: expected error or skip, got 'pass'"),
         ("out=x.json", "out: expected a name that ends in .csv or .jsonl, got 'x.json'"),
         ("out=predictions", "out: expected a name that ends in .csv or .jsonl, got 'predictions'"),
         ("out=/dev/null", "out: expected a name that ends in .csv or .jsonl, got '/dev/null'"),
@@ -281,6 +283,47 @@ def test_a_split_of_the_runs_own_data(run_folder, tmp_path):
         predict.main([str(run_folder), "split=tset", f"out={out}"])
 
 
+@pytest.fixture
+def torn_root(scenes_root, tmp_path):
+    """The run's data with a test image that cannot be decoded."""
+    shutil.copytree(scenes_root, tmp_path / "torn")
+    (tmp_path / "torn/images/test/000002.jpg").write_bytes(b"broken")
+    return tmp_path / "torn"
+
+
+@pytest.mark.parametrize("which", ["split", "images"])
+def test_bad_images_and_the_limit_of_pixels_are_the_runs_own_overridden(run_folder, torn_root, tmp_path, which):
+    skipping = tmp_path / "skipping"
+    shutil.copytree(run_folder, skipping)
+    text = (skipping / "config.yaml").read_text()
+    (skipping / "config.yaml").write_text(text.replace("on_bad_image: error", "on_bad_image: skip"))
+    out = tmp_path / "p.jsonl"
+    images = "split=test" if which == "split" else f"images={torn_root}/images/test"
+    num_images = len(list((torn_root / "images/test").iterdir()))
+    common = [images, f"data.root={torn_root}", f"out={out}", "num_workers=0", "threads=1"]
+
+    for run, more in (
+        (run_folder, "data.on_bad_image=skip"),
+        (run_folder, "on_bad_image=skip"),
+        (skipping, "threshold=0.5"),
+    ):
+        predict.main([str(run), *common, more])
+        keys = [line["image"] for line in read_jsonl(out)]
+        assert len(keys) == num_images - 1
+        assert not any("000002" in key for key in keys)
+        out.unlink()
+    for run, more in (
+        (run_folder, "threshold=0.5"),
+        (skipping, "on_bad_image=error"),
+        (skipping, "data.on_bad_image=error"),
+    ):
+        with pytest.raises(InputError, match="000002.jpg"):
+            predict.main([str(run), *common, more])
+    for more in ("max_pixels=5", "data.max_pixels=5"):
+        with pytest.raises(InputError, match=r"pixels are more than max_pixels allows \(5\)"):
+            predict.main([str(run_folder), *common, more])
+
+
 def test_the_classes_of_the_highest_scores(run_folder, photos, tmp_path):
     out = tmp_path / "p.jsonl"
     arguments = [str(run_folder), f"images={photos}", f"out={out}", "num_workers=0", "threads=1"]
@@ -366,6 +409,9 @@ def test_scores_that_are_no_numbers_are_refused(renamed, photos, tmp_path):
         for weights in filter(None, (state["method"], state["ema"])):
             weights["classifier.head.linear.bias"] = torch.full_like(weights["classifier.head.linear.bias"], torch.nan)
         save_checkpoint(path, state)
-    with pytest.raises(InputError, match="a.jpg: the model gives NaN for it"):
+    device = load_run(folder).precision.device
+    with pytest.raises(
+        InputError, match=f"a.jpg: the model gives NaN for it: its weights are damaged, or {device} is$"
+    ):
         predict.main([str(folder), f"images={photos}", f"out={tmp_path}/p.csv", "num_workers=0"])
     assert not list(tmp_path.glob("p.csv*"))
