@@ -284,7 +284,7 @@ def _complete_sizes(
     sizes = images.sizes.copy()
     for row in np.unique(annotations.images[sizes[annotations.images, 0] == 0]).tolist() if config.check_files else ():
         try:
-            sizes[row] = read_size(paths[int(row)])
+            sizes[row] = read_size(paths[int(row)], config.max_pixels)
         except InputError as error:
             raise images.table.error(
                 row, f"has no width and height, and its file does not give them: {error}"

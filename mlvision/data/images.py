@@ -57,6 +57,7 @@ _PNG_PLAIN_CHUNKS = frozenset(
 )
 _EIGHT_BIT_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"))
 _EXIF_ORIENTATION = 0x0112
+_TIFF_SIDES = (256, 257)  # width, height
 _TIFF_BITS_PER_SAMPLE = 258
 
 # What turns the stored rows and columns into the upright picture, by the value of the Exif tag Orientation.
@@ -141,20 +142,18 @@ def check_size(record: Record, image: Shaped[np.ndarray, "H W C"]) -> None:
         )
 
 
-def read_size(path: str) -> tuple[int, int]:
-    """Width and height of the upright image in a file; only the header is decoded.
+def read_size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the upright image in a file; of a PNG, whose rotation may follow its pixels, they are decoded too.
 
     Raises:
-        InputError: the file cannot be read, or is not an image.
+        InputError: the file cannot be read, is too large, or is not an image.
     """
-    try:
-        with Image.open(io.BytesIO(read_bytes(path))) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's plugins raise whatever their parsing stumbles over
-        raise InputError(f"{path}: its size cannot be read: {' '.join(str(error).split())}") from error
+    with _pillow_image(read_bytes(path), printable(path), max_pixels) as image:
+        # As stored: versions of Pillow differ in whether they have turned a TIFF's `size` before its pixels are decoded.
+        stored = (image.tag_v2[tag] for tag in _TIFF_SIDES) if isinstance(image, TiffImageFile) else image.size
+        width, height = stored
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
 
 
 def record_files(record: Record) -> list[str]:

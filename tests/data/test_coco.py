@@ -384,9 +384,13 @@ def test_a_size_that_is_not_stated_is_read_from_the_file(root):
         document["images"][0][key] = None
     write(root, document)
     with pytest.raises(
-        InputError, match="the entry with id 139 has no width and height, .*000139.jpg: its size cannot be"
+        InputError, match="the entry with id 139 has no width and height, .*000139.jpg: cannot be decoded: not an"
     ):
         read(root)
+
+    Image.new("RGB", (640, 426)).save(root / "val2017" / "000000000139.jpg")
+    with pytest.raises(InputError, match="id 139 has no .*: 640 x 426 pixels are more than max_pixels allows"):
+        read(root, max_pixels=1000)
 
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: the upright picture is 640 wide

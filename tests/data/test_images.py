@@ -18,7 +18,16 @@ from PIL import Image, ImageFile, ImageOps
 
 from mlvision.data import images as images_module
 from mlvision.data import jpeg as jpeg_module
-from mlvision.data.images import FORMATS, check_size, decode_image, drop_unreadable, read_image, read_record, rgb_array
+from mlvision.data.images import (
+    FORMATS,
+    check_size,
+    decode_image,
+    drop_unreadable,
+    read_image,
+    read_record,
+    read_size,
+    rgb_array,
+)
 from mlvision.data.manifest import Manifest, Record
 from mlvision.errors import InputError
 
@@ -436,6 +445,32 @@ def test_headers_that_promise_gigabytes_are_refused_with_one_line():
             decode_image(data, "x.img")
     with pytest.raises(InputError, match="x.img: cannot be decoded: "):  # the limit raised: OpenCV's own, then Pillow
         decode_image(png, "x.img", max_pixels=2**31)
+
+
+def test_the_size_of_a_large_file_is_read_up_to_the_limit(tmp_path):
+    header = bytearray(encode(Image.fromarray(picture(8, 8)), "BMP"))
+    header[18:26] = struct.pack("<ii", 20_000, 19_000)  # more than twice Pillow's own limit
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.bmp")
+    with open(path, "wb") as file:
+        file.write(header)
+
+    assert read_size(path, max_pixels=20_000 * 19_000) == (20_000, 19_000)
+    with pytest.raises(InputError, match=r"caf\\udce9.bmp: 20,000 x 19,000 pixels are more than max_pixels allows"):
+        read_size(path)
+    with open(path, "wb") as file:
+        file.write(b"<html>")
+    with pytest.raises(InputError, match=r"caf\\udce9.bmp: cannot be decoded: not an image file"):
+        read_size(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "MPO"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_is_that_of_the_decoded_image(tmp_path, kind, orientation):
+    path = tmp_path / "image"
+    path.write_bytes(encode(Image.fromarray(picture(30, 20)), kind, exif=exif(orientation)))
+
+    assert read_size(str(path)) == read_image(str(path)).shape[1::-1]
+    assert read_size(str(path)) in ((30, 20), (20, 30))
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
