@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from mlvision.data import read_split
 from mlvision.data.coco import CocoConfig
-from mlvision.data.images import decode_record, read_photo, record_files
+from mlvision.data.images import decode_record, map_records, read_photo, record_files
 from mlvision.data.loader import MOST_WORKERS
 from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
 from mlvision.data.records import Boxes, Record
@@ -28,7 +27,6 @@ from mlvision.errors import InputError, check_fields, listed, shown
 from mlvision.files import spreadsheet_text, whole_file
 from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
-from mlvision.progress import track
 
 
 @dataclass(frozen=True)
@@ -260,9 +258,7 @@ def _check_split(manifest: Manifest, num_workers: int) -> SplitCheck:
             return None, str(error)
         return hashlib.sha256(b"".join(contents)).hexdigest(), None
 
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        checked = pool.map(check_file, manifest.records)
-        results = list(track(checked, len(manifest), manifest.split))
+    results = map_records(check_file, manifest, num_workers, manifest.split)
     unreadable = [(r.key, why) for r, (_, why) in zip(manifest.records, results, strict=True) if why is not None]
     return SplitCheck(manifest, tuple(digest for digest, _ in results), tuple(unreadable))
 

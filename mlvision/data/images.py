@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -27,7 +28,9 @@ from mlvision.data.manifest import Manifest
 from mlvision.data.records import Record, printable
 from mlvision.data.text_files import read_bytes
 from mlvision.errors import InputError
-from mlvision.progress import track
+from mlvision.progress import Progress
+
+T = TypeVar("T")
 
 # Pillow's names of the formats that are read, each with the suffixes of its files in lower case. Pillow knows others, which
 # hold no photograph, are only recognised, or are handed to a further program (EPS).
@@ -212,6 +215,18 @@ def read_photo(record: Record, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray
     return pixels if pixels.dtype == np.uint8 else np.round(pixels * 255).astype(np.uint8)
 
 
+def map_records(work: Callable[[Record], T], manifest: Manifest, num_workers: int, what: str) -> list[T]:
+    """What `work` returns for each record, in their order; `what` is done is shown as in `Progress`."""
+    results = []
+    # The bar before the pool: it looks whether standard error is a terminal, and while a JPEG is decoded that is a file.
+    # Threads: both decoders release the interpreter lock.
+    with Progress(len(manifest), what) as progress, ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for result in pool.map(work, manifest.records):
+            results.append(result)
+            progress.update()
+    return results
+
+
 def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest, list[tuple[str, str]]]:
     """Decodes every image once: the manifest without the bad ones, and (key, reason) of each bad one.
 
@@ -226,10 +241,7 @@ def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest,
             return str(error)
         return None
 
-    # Threads: both decoders release the interpreter lock.
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        checked = pool.map(reason, manifest.records)
-        reasons = list(track(checked, len(manifest), f"decoding {manifest.split}"))
+    reasons = map_records(reason, manifest, num_workers, f"decoding {manifest.split}")
     bad = [(record.key, why) for record, why in zip(manifest.records, reasons, strict=True) if why is not None]
     if not bad:
         return manifest, []

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
+from mlvision.data import check
 from mlvision.data import images as images_module
 from mlvision.data import jpeg as jpeg_module
 from mlvision.data.images import (
@@ -580,6 +581,26 @@ def test_dropping_unreadable_images_leaves_a_sound_manifest_as_it_is(tmp_path):
         path.write_text("no image")
     with pytest.raises(InputError, match="'train': none of its 3 images can be read"):
         drop_unreadable(manifest, 2)
+
+
+@pytest.mark.parametrize(
+    "decode_all", [lambda manifest: drop_unreadable(manifest, 2), lambda manifest: check._check_split(manifest, 2)]
+)
+def test_the_terminal_is_recognised_before_standard_error_is_listened_to(tmp_path, decode_all, monkeypatch, capsys):
+    (tmp_path / "a.jpg").write_bytes(encode(Image.fromarray(picture(9, 12)), "JPEG"))
+    manifest = Manifest(("cat",), (Record("a.jpg", str(tmp_path / "a.jpg"), (0,)),), "train")
+    events = []
+    decode = jpeg_module.decode
+    monkeypatch.setattr(jpeg_module, "decode", lambda data: events.append("decode") or decode(data))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: events.append("isatty") or True, raising=False)
+    # Threads that are as fast as can be.
+    monkeypatch.setattr(ThreadPoolExecutor, "map", lambda pool, work, items: [work(item) for item in items])
+
+    decode_all(manifest)
+
+    assert events[0] == "isatty"
+    assert events.count("decode") == 1
+    assert "train" in capsys.readouterr().err
 
 
 def test_a_forked_process_hears_for_itself():
