@@ -286,7 +286,7 @@ def _read_ranges(splits: Mapping[str, str]) -> dict[str, range]:
 
 
 def _normal(cell: str) -> str:
-    """A cell as `CELLS` has it: `1.0`, ` 1 ` and `1` are one, and so are `True` and `true`."""
+    """A cell as `CELLS` has it: `1.0`, ` 1 ` and `1` are one, as `2.0` and `2` are, and so are `True` and `true`."""
     text = cell.strip().lower()
     try:
         number = float(text)
@@ -294,7 +294,7 @@ def _normal(cell: str) -> str:
         return text
     if math.isnan(number):
         return "nan"
-    return str(int(number)) if number in (-1, 0, 1) else text
+    return str(int(number)) if number.is_integer() else text
 
 
 def _meanings(config: CsvConfig) -> dict[str, str]:

@@ -7,7 +7,9 @@ import io
 import numpy as np
 import pytest
 
+from mlvision.config import parse_options
 from mlvision.data import build_manifest
+from mlvision.data.check import CheckOptions
 from mlvision.data.csv_table import file_number, hash_percent
 from mlvision.errors import InputError
 
@@ -265,6 +267,35 @@ def test_the_meaning_of_cells_is_an_option(tmp_path):
     np.testing.assert_array_equal(manifest.targets, [[1, 0, np.nan], [1, 0, 0]])
     manifest = read(tmp_path, cells={"-1": "absent", "X": "unknown"})
     np.testing.assert_array_equal(manifest.targets, [[1, np.nan, 0], [np.nan, 0, np.nan]])
+
+
+@pytest.mark.parametrize("cell", ["2", "2.0", "02", "+2.", " 2e0 "])
+@pytest.mark.parametrize("given", ["2", "2.0", "2e0"])
+def test_a_whole_number_is_one_cell_however_it_is_written(tmp_path, cell, given):
+    table(tmp_path, f"image,cat,dog\na.jpg,{cell},1\nb.jpg,0,-3.0\n")
+
+    manifest = read(tmp_path, cells={given: "unknown", "-3": "present"})
+
+    np.testing.assert_array_equal(manifest.targets, [[np.nan, 1], [0, 1]])
+    for other in ("2.5", "inf", "1e999", "two"):
+        table(tmp_path, f"image,cat,dog\na.jpg,{other},1\n")
+        with pytest.raises(
+            InputError,
+            match=r"holds '.*', expected 1, 0, .*; map other values with data.cells, or exclude the column with data.ignore_"
+            r"columns=\[cat\]$",
+        ):
+            read(tmp_path, cells={given: "unknown"})
+
+
+def test_numbers_are_keys_of_cells_in_yaml_and_on_the_command_line(tmp_path):
+    (tmp_path / "check.yaml").write_text("data:\n  name: csv\n  cells: {2: unknown, -1: absent, 3.0: present}\n")
+    for arguments in (
+        [str(tmp_path / "check.yaml")],
+        ["data.name=csv", "data.cells={2: unknown, -1: absent, 3.0: present}"],
+        ["data.name=csv", "data.cells.2=unknown", "data.cells.-1=absent", "data.cells={3.0: present}"],
+    ):
+        data = parse_options(CheckOptions, arguments, prog="check", description="").data
+        assert data.cells == {"2": "unknown", "-1": "absent", "3.0": "present"}
 
 
 def test_a_row_per_image_and_label(tmp_path):
