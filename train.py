@@ -79,8 +79,8 @@ def left_out(run: Run) -> Iterator[str]:
     num_dropped = batches.num_images % batches.batch_size
     if num_dropped:
         yield (
-            f"note: each epoch leaves out {num_dropped} of its {batches.num_images:,} images, which do not fill a batch of "
-            f"{batches.batch_size}; others each time"
+            f"note: each epoch drops {num_dropped} of {batches.num_images:,} images (incomplete last batch of "
+            f"{batches.batch_size}); which ones varies by epoch"
         )
     num_present, _ = run.train.label_counts()
     absent = [name for name, number in zip(run.train.classes, num_present, strict=True) if not number]

@@ -38,7 +38,7 @@ class CheckOptions:
     samples: Annotated[int, "images of each split on the contact sheet"] = 12
     seed: Annotated[int, "seed that chooses these images"] = 0
     num_workers: Annotated[int, "threads that decode"] = 2
-    labels_only: Annotated[bool, "count labels alone: no image is looked for or opened, there is no contact sheet"] = (
+    labels_only: Annotated[bool, "count labels only: no image is looked for or opened, there is no contact sheet"] = (
         False
     )
 
@@ -72,7 +72,7 @@ class SplitCheck:
 
     @cached_property
     def class_counts(self) -> dict[str, np.ndarray]:
-        """`[C]` numbers of images in which each class is present, unknown, or shown by difficult objects alone."""
+        """`[C]` numbers of images in which each class is present, unknown, or shown by difficult objects only."""
         difficult = Counter(c for record in self.manifest.records for c in record.difficult)
         present, known = self.manifest.label_counts()
         return {
@@ -275,7 +275,7 @@ def _unsplit_names(classes: Sequence[str]) -> list[str]:
         if len(joined) > len(classes) / 2 and least * len(parts) <= len(classes):
             return [
                 f"{len(joined):,} of {len(classes):,} class names hold {separator!r} and are made of {len(parts):,} parts, "
-                f"such as {shown(joined[0])}: a list of labels that was not taken apart? data.separator says what stands "
+                f"such as {shown(joined[0])}: an unsplit list of labels? data.separator says what stands "
                 "between them"
             ]
     return []

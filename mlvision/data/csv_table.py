@@ -344,7 +344,7 @@ def _read_class_columns(config: CsvConfig, table: _Table) -> _Labels:
 
 def _no_meaning(config: CsvConfig, name: str, cell: str) -> str:
     expected = "expected 1, 0, or -1 or empty (unknown)"
-    hint = f"data.cells says what others mean, data.ignore_columns=[{name}] that it is no class"
+    hint = f"map other values with data.cells, or exclude the column with data.ignore_columns=[{name}]"
     if cell.strip() in (config.train, config.val, config.test):
         hint = f"if it names the split, set data.split_column={name}"
     return f"column {shown(name)} holds {shown(cell.strip())}, {expected}; {hint}"

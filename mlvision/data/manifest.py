@@ -42,7 +42,7 @@ class DataConfig:
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and list it"] = (
         "error"
     )
-    check_files: Annotated[bool, "look whether every image file is there; false: labels alone are read"] = True
+    check_files: Annotated[bool, "look whether every image file is there; false: only labels are read"] = True
     outside_root: Annotated[bool, "read images too whose names lead out of `root`: absolute ones, or by `..`"] = False
     max_pixels: Annotated[int, "width times height that an image may have, looked up before it is decoded"] = MAX_PIXELS
 

@@ -24,7 +24,7 @@ def read_bytes(path: str) -> bytes:
     except OSError as error:
         raise InputError(f"{printable(path)}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a zero byte, or half of a surrogate pair
-        raise InputError(f"{printable(path)}: no name of a file: {error}") from error
+        raise InputError(f"{printable(path)}: not a valid file name: {error}") from error
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -17,7 +17,7 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-# What a class is in an image that shows it by difficult objects alone.
+# What a class is in an image that shows it by difficult objects only.
 DIFFICULT = ("negative", "unknown", "positive")
 
 
@@ -27,7 +27,7 @@ class VocConfig(DataConfig):
 
     name: Annotated[str, "which reader: a key of DATASETS"] = "voc"
     train: Annotated[str, "name of the split to train on"] = "trainval"
-    difficult: Annotated[str, "a class shown by difficult objects alone is negative, unknown or positive"] = "negative"
+    difficult: Annotated[str, "a class shown by difficult objects only is negative, unknown or positive"] = "negative"
     difficult_test: Annotated[str, "the same in the split that `test` names"] = "unknown"
     classes: Annotated[list[str], "class list in order; empty: VOC's twenty"] = field(default_factory=list)
 
@@ -35,7 +35,7 @@ class VocConfig(DataConfig):
 def read_voc(config: VocConfig, split: str) -> Manifest:
     """Reads one split: the images of ImageSets/Main/{split}.txt.
 
-    Published results differ in what they make of a class that an image shows by difficult objects alone. The devkit's
+    Published results differ in what they make of a class that an image shows by difficult objects only. The devkit's
     evaluation leaves the image out of that class (`unknown`, the default for `test`). CSRA trains on it as negative (the
     default), DualCoOp takes it as negative in training and test, SALGL trains on it as positive. Such classes stand in
     `Record.difficult` in any case. An object without a `difficult` element is not difficult. Parts of a person (head,
@@ -61,7 +61,7 @@ def read_voc(config: VocConfig, split: str) -> Manifest:
     num_difficult = sum(len(record.difficult) for record in records)
     protocol = (
         f"{os.path.basename(os.path.normpath(root))}, ImageSets/Main/{split}.txt, {len(records):,} images, "
-        f"classes shown by difficult objects alone are {convention} ({num_difficult:,} labels)"
+        f"classes shown by difficult objects only are {convention} ({num_difficult:,} labels)"
     )
     return Manifest(classes, records, split, protocol)
 

@@ -313,7 +313,7 @@ def test_labels_that_were_not_taken_apart_are_a_problem(tmp_path, there, given):
     wrong = check_data(CsvConfig(separator=given, **options), labels_only=True)
     (problem,) = wrong.problems()
     assert f"84 of 92 class names hold {there!r} and are made of 8 parts, such as 'tag0{there}tag1'" in problem
-    assert "data.separator" in problem
+    assert "an unsplit list of labels? data.separator" in problem
     assert check_data(CsvConfig(separator=there, **options), labels_only=True).problems() == []
 
 

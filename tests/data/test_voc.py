@@ -77,7 +77,7 @@ def test_three_conventions_for_difficult_objects(root, convention, labels, unkno
 
     assert (manifest.records[0].labels, manifest.records[0].unknown) == (labels, unknown)
     assert manifest.records[0].difficult == (PERSON,)
-    assert f"difficult objects alone are {convention}" in manifest.protocol
+    assert f"difficult objects only are {convention}" in manifest.protocol
     expected = {"negative": 0, "unknown": np.nan, "positive": 1}[convention]
     np.testing.assert_array_equal(manifest.targets[0, [CAR, PERSON, DOG]], [1, expected, 0])
 
