@@ -770,7 +770,7 @@ BENCHMARKS: dict[str, Callable[[BenchmarkOptions], Iterator[Row]]] = {
 def main(argv: list[str]) -> None:
     names = [argument for argument in argv if not is_override(argument) and not argument.startswith("-")]
     if {"-h", "--help"} & set(argv) or not argv:
-        print(f"usage: benchmark.py NAME ... [key=value ...]\n\n{__doc__}")
+        print(f"usage: python tools/benchmark.py NAME ... [key=value ...]\n\n{__doc__}")
         for name, benchmark in BENCHMARKS.items():
             print(f"  {name:12}{(benchmark.__doc__ or '').splitlines()[0]}")
         print(f"\n{describe_options(BenchmarkOptions)}")
@@ -779,7 +779,7 @@ def main(argv: list[str]) -> None:
     if unknown or not names:
         raise InputError(f"expected some of {', '.join(BENCHMARKS)}, got {', '.join(unknown) or 'none'}")
     rest = [argument for argument in argv if argument not in names]
-    options = parse_options(BenchmarkOptions, rest, prog="benchmark.py", description=__doc__)
+    options = parse_options(BenchmarkOptions, rest, prog="python tools/benchmark.py", description=__doc__)
     options = replace(options, device=str(resolve_device(options.device)))
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -126,7 +126,9 @@ class ExplainOptions(MapOptions):
     ] = "evenly"
     measure: Annotated[bool, "also measure the explanations: metrics.json and metrics.csv"] = False
     grids: Annotated[int, "PNG pages of each method, 8 images each; 0: none"] = 2
-    out: Annotated[str, "folder to write; empty: explanations in the run folder"] = ""
+    out: Annotated[
+        str, "folder to write; empty: explanations in the run folder, explanations_<name> of a folder of images"
+    ] = ""
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
@@ -190,13 +192,13 @@ def main(argv: list[str]) -> Any:
 def explain_run(argv: list[str]) -> Path:
     """Maps, grids, measures and the report of one run; written image by image, so that memory does not grow with them."""
     run, options = read_arguments(argv, ExplainOptions, "python tools/explain.py")
-    out = new_folder(options.out or run.folder / "explanations")
+    out = new_folder(options.out or run.folder / default_name(options))
     if options.images:
         manifest, known = folder_manifest(Path(options.images), run.classes, options.max_pixels), False
         print(manifest.protocol)
     else:
         manifest, known = read_for(run, options.split)[0], True
-    split = f"none, the folder {options.images}" if options.images else name_of(options.split, manifest)
+    split = "none" if options.images else name_of(options.split, manifest)
     if options.measure and not known:
         raise InputError("measure: measures need the images' labels, and a folder has none; leave images= empty")
     labels = parse_labels(options.labels, run.classes, known)
@@ -232,7 +234,7 @@ def explain_run(argv: list[str]) -> Path:
     with whole_folder(out) as folder:
         images = refuse_flat(explained_images(run, asker, explainers, rows, options, columns), explainers)
         images = save_maps(images, folder / "maps", run.classes, about)
-        title = f"{run.folder.name}, split {split}"
+        title = f"{run.folder.name}, {f'images of {options.images}' if options.images else f'split {split}'}"
         images = save_pages(
             images, folder / "grids", run.classes, shown, options.threshold, num=options.grids, title=title
         )
@@ -244,8 +246,12 @@ def explain_run(argv: list[str]) -> Path:
             means = {name: measured_means(table) for name, table in tables.items()}
             environment = describe_environment(run.precision.device)
             write_json(folder / "metrics.json", {**summary, "environment": environment, "means": means})
-    print(f"{', '.join(explainers)}: open {out / 'report' / 'index.html'}")
+    print(f"{', '.join(explainers)}, {len(rows)} of {len(manifest)} images: open {out / 'report' / 'index.html'}")
     return out
+
+
+def default_name(options: ExplainOptions) -> str:
+    return f"explanations_{Path(options.images).resolve().name}" if options.images else "explanations"
 
 
 def explained_images(

@@ -172,14 +172,18 @@ def main(argv: list[str]) -> None:
         return
     if argv[0] == "report":
         path, rest = take_path(argv[1:], "the folder of a store")
-        print(report(path, parse_options(ReportOptions, rest, prog="make_label_maps.py", description=__doc__)))
+        print(
+            report(
+                path, parse_options(ReportOptions, rest, prog="python tools/make_label_maps.py", description=__doc__)
+            )
+        )
         return
     if argv[0] == "import":
         path, rest = take_path(argv[1:], "the folder of published maps")
-        options = parse_options(ImportOptions, rest, prog="make_label_maps.py", description=__doc__)
+        options = parse_options(ImportOptions, rest, prog="python tools/make_label_maps.py", description=__doc__)
         store = import_tree(path, options)
     else:
-        options = parse_options(LabelMapOptions, argv, prog="make_label_maps.py", description=__doc__)
+        options = parse_options(LabelMapOptions, argv, prog="python tools/make_label_maps.py", description=__doc__)
         store = make(options)
     print(f"{len(store)} maps of {store.meta.grid[0]}x{store.meta.grid[1]} cells: {options.out}")
 

@@ -45,7 +45,7 @@ class PredictOptions:
         list[str], "what is predicted: a folder, sub-folders included, an image file, or a list of both"
     ] = field(default_factory=list)
     split: Annotated[str, "instead of images: role of the run's own images, test, val or train"] = ""
-    out: Annotated[str, "file to write, .csv or .jsonl"] = "predictions.csv"
+    out: Annotated[str, "file to write, .csv or .jsonl; one that is there is replaced"] = "predictions.csv"
     extra_labels: Annotated[
         list[str], "names of classes that the model was not trained on; a head that compares with names can take them"
     ] = field(default_factory=list)
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
         return
     path, rest = take_path(argv, "a run folder or a checkpoint")
     of_data = [argument for argument in rest if argument.startswith("data.")]
-    own = [as_list(argument) for argument in rest if argument not in of_data]
+    own = [argument for argument in rest if argument not in of_data]
     options = parse_options(PredictOptions, own, prog="python tools/predict.py", description=__doc__)
     out = check_out(options.out, tuple(WRITERS))
     write = WRITERS[out.suffix.lower()]
@@ -114,14 +114,6 @@ def main(argv: list[str]) -> None:
     num_changed = sum(spreadsheet_text(name) != name for name in names)
     if num_changed:
         print(f"{num_changed} names begin like a formula and have an apostrophe in front; .jsonl has them as they are")
-
-
-def as_list(argument: str) -> str:
-    """`images=folder` for `images=[folder]`, whatever letters the path has."""
-    key, _, value = argument.partition("=")
-    if key not in ("images", "extra_labels") or value.startswith("["):
-        return argument
-    return f"{key}={json.dumps([value] if value else [], ensure_ascii=False)}"
 
 
 def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:

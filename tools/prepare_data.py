@@ -24,7 +24,9 @@ class ScenesOptions(ScenesConfig):
 
 def check(argv: list[str]) -> int:
     """Counts a data set and looks for bad files, duplicates and overlap; 1 where there are such problems."""
-    options = parse_options(CheckOptions, argv, prog="prepare_data.py check", description=str(check.__doc__))
+    options = parse_options(
+        CheckOptions, argv, prog="python tools/prepare_data.py check", description=str(check.__doc__)
+    )
     folder = check_out_folder(options.out or f"runs/check-{options.data.name}")
     result = check_data(options.data, options.num_workers, options.labels_only)
     write_check(result, folder, options.samples, options.seed)
@@ -35,7 +37,9 @@ def check(argv: list[str]) -> int:
 
 def scenes(argv: list[str]) -> int:
     """Writes the generated data set in COCO's format."""
-    options = parse_options(ScenesOptions, argv, prog="prepare_data.py scenes", description=str(scenes.__doc__))
+    options = parse_options(
+        ScenesOptions, argv, prog="python tools/prepare_data.py scenes", description=str(scenes.__doc__)
+    )
     if not options.out:
         raise InputError("out is not set: give the folder to write, such as out=datasets/scenes")
     generator = ScenesConfig(**{option.name: getattr(options, option.name) for option in fields(ScenesConfig)})
@@ -52,7 +56,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: prepare_data.py COMMAND [config.yaml ...] [key=value ...]\n\n{__doc__}")
+        print(f"usage: python tools/prepare_data.py COMMAND [config.yaml ...] [key=value ...]\n\n{__doc__}")
         for name, command in COMMANDS.items():
             print(f"  {name:8}{command.__doc__}")
         print("\n`prepare_data.py COMMAND --help` lists the options of a command.")

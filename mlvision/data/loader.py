@@ -287,7 +287,7 @@ class Loader:
                 if batch is None:
                     return
                 if isinstance(batch, InputError):
-                    raise batch
+                    raise InputError(f"{batch} (data.on_bad_image=skip leaves out such images)") from batch
                 yield batch
 
     def tracked(self, what: str, *, shown: bool = True) -> Iterator[Batch]:
