@@ -35,13 +35,13 @@ from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, c
 from mlvision.data.text_files import read_json, read_text
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
+from mlvision.engine.callbacks import Callback
 from mlvision.engine.checkpoint import check_classes, load_checkpoint
 from mlvision.engine.fit import BEST, LAST, check_options
 from mlvision.engine.lock import LOCK, locked
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything, set_deterministic
 from mlvision.errors import InputError, first_line, shown
-from mlvision.explain.callback import CamGrids
 from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import METHODS, Method
@@ -253,7 +253,7 @@ def compile_backbone(method: Method, backend: str) -> None:
     method.classifier.backbone.compile(backend=backend)
 
 
-def build_callbacks(run: Run) -> list[CamGrids]:
+def build_callbacks(run: Run) -> list[Callback]:
     """What watches a run beside its progress bar: CAM grids of validation images spread over the split, where asked for."""
     if not run.config.log.cam_images or not run.config.log.tensorboard:
         return []
@@ -261,6 +261,8 @@ def build_callbacks(run: Run) -> list[CamGrids]:
         raise InputError(
             f"log.cam_images: expected 0 for images of {run.config.model.in_chans} channels: none is a picture"
         )
+    from mlvision.explain.callback import CamGrids  # brings captum, skimage and pyplot: seconds to import
+
     rows = evenly(run.config.log.cam_images, len(run.val)).tolist()
     samples = [run.val_loader.dataset[0, row] for row in rows]
     images = torch.stack([sample.views[0].image for sample in samples])

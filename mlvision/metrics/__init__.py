@@ -1,4 +1,4 @@
-"""Metrics: pure functions of scores and targets, never of a model."""
+"""Metrics: pure functions of scores and targets, never of a model. Pictures of them: `figures`, which needs matplotlib."""
 
 from mlvision.metrics.average_precision import average_precision, average_precisions, mean_average_precision
 from mlvision.metrics.bootstrap import Interval, bootstrap_interval
@@ -14,7 +14,6 @@ from mlvision.metrics.faithfulness import (
     patch_order,
     specificity,
 )
-from mlvision.metrics.figures import draw_precision_recall
 from mlvision.metrics.localisation import (
     MassInBox,
     RankAccuracy,
@@ -47,7 +46,6 @@ __all__ = [
     "cross_label_matrix",
     "decide",
     "deletion_measures",
-    "draw_precision_recall",
     "entropy",
     "expected_calibration_error",
     "f_measures",

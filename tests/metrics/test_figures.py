@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mlvision.errors import InputError
-from mlvision.metrics import average_precision, draw_precision_recall
-from mlvision.metrics.figures import BEST, WORST
+from mlvision.metrics import average_precision
+from mlvision.metrics.figures import BEST, WORST, draw_precision_recall
 
 
 @pytest.fixture
