@@ -18,20 +18,38 @@ ROOT = Path(__file__).parents[2]
 SMOKE = "configs/smoke/scenes_test_resnet_baseline.yaml"
 
 
-@pytest.fixture
-def grid(scenes_root, tmp_path):
-    path = tmp_path / "mini.yaml"
+def write_grid(folder: Path, root: Path) -> Path:
+    """The file of a grid of two rates and two seeds, which writes below its own folder."""
+    path = folder / "mini.yaml"
     path.write_text(
         f"experiments:\n- {{config: {SMOKE}, label: rates, grid: {{optim.lr: [0.001, 0.01]}}}}\n"
-        f"overrides: [data.root={scenes_root}, device=cpu, threads=1, optim.epochs=1, log.tensorboard=false]\n"
-        f"seeds: [0, 1]\nruns: {tmp_path}/runs\nrecords: {tmp_path}/records/mini\n"
+        f"overrides: [data.root={root}, device=cpu, threads=1, optim.epochs=1, log.tensorboard=false]\n"
+        f"seeds: [0, 1]\nruns: {folder}/runs\nrecords: {folder}/records/mini\n"
     )
     return path
 
 
-def test_a_grid_is_run_once_and_becomes_a_table(grid, tmp_path, monkeypatch, capsys):
-    sweep.main([str(grid), "seeds=[0]"])
-    records = sorted((tmp_path / "records/mini").iterdir())
+@pytest.fixture
+def grid(scenes_root, tmp_path):
+    return write_grid(tmp_path, scenes_root)
+
+
+@pytest.fixture(scope="module")
+def records_of_seed_0(scenes_root, tmp_path_factory):
+    """What a sweep over the grid leaves in its folder of records."""
+    folder = tmp_path_factory.mktemp("swept")
+    sweep.main([str(write_grid(folder, scenes_root)), "seeds=[0]"])
+    return folder / "records"
+
+
+@pytest.fixture
+def records(records_of_seed_0, tmp_path):
+    """A copy of them, where the test's own grid looks for its records."""
+    shutil.copytree(records_of_seed_0, tmp_path / "records")
+    return sorted((tmp_path / "records/mini").iterdir())
+
+
+def test_a_grid_is_run_once_and_becomes_a_table(grid, records, tmp_path, monkeypatch, capsys):
     assert [r.name for r in records] == ["rates-optim.lr=0.001-seed0.json", "rates-optim.lr=0.01-seed0.json"]
     assert [json.loads(r.read_text())["config"]["optim"]["lr"] for r in records] == [0.001, 0.01]
 
@@ -144,9 +162,7 @@ def test_a_grids_file_that_holds_something_else_is_named(tmp_path, content, mess
         results_table.options_of(tmp_path, "mini")
 
 
-def test_unlike_runs_are_not_averaged(grid, tmp_path):
-    sweep.main([str(grid), "seeds=[0]"])
-    records = sorted((tmp_path / "records/mini").iterdir())
+def test_unlike_runs_are_not_averaged(records, tmp_path):
     other = json.loads(records[0].read_text())
     other["config"]["seed"] = 1
     other["config"]["optim"]["weight_decay"] = 0.7
@@ -296,9 +312,8 @@ def test_a_record_of_other_label_maps_is_noticed(tmp_path, monkeypatch):
         sweep.is_finished(path, run)
 
 
-def test_seeds_of_different_label_maps_are_not_averaged(grid, tmp_path):
-    sweep.main([str(grid), "seeds=[0]"])
-    first = min((tmp_path / "records/mini").iterdir())
+def test_seeds_of_different_label_maps_are_not_averaged(records, tmp_path):
+    first = records[0]
     other = json.loads(first.read_text())
     other["config"]["seed"], other["environment"]["label_maps"] = 1, {"teacher": "b"}
     first.with_name(first.name.replace("seed0", "seed1")).write_text(json.dumps(other))
