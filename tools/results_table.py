@@ -214,9 +214,9 @@ def check_alike(experiment: str, records: list[dict[str, Any]]) -> None:
         InputError: naming the option, or both protocols.
     """
     first, *others = records
+    config = build_options(Config, first["config"])
     for other in others:
-        configs = [build_options(Config, record["config"]) for record in (first, other)]
-        difference = config_difference(configs[0], replace(configs[1], seed=configs[0].seed))
+        difference = config_difference(config, replace(build_options(Config, other["config"]), seed=config.seed))
         if difference:
             raise InputError(f"{experiment}: its runs differ in more than their seed: {difference}")
         protocols = [record["metrics"]["protocol"] for record in (first, other)]
