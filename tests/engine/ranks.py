@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import runpy
 import signal
 import sys
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ class Case:
     """One command, and what befalls one rank in it.
 
     Attributes:
+        script: a key of MAINS, or the path of a script that is run as it is.
         fault: KILL or TERM: this signal; nan: its loss is not finite.
         rank: that it befalls.
         step: at whose end (KILL, TERM), or in which (nan).
@@ -82,7 +84,9 @@ def run(case: Case) -> Outcome:
             stack.enter_context(contextlib.redirect_stdout(stdout))
         stack.enter_context(contextlib.redirect_stderr(stderr))
         try:
-            run_command(MAINS[case.script], several_processes=True)
+            if case.script in MAINS:
+                run_command(MAINS[case.script], several_processes=True)
+            runpy.run_path(case.script, run_name="__main__")
         except SystemExit as end:
             code = end.code
     return Outcome(code, stdout.getvalue(), stderr.getvalue(), [row for rows in calls for row in rows])
