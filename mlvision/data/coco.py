@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from mlvision.data.images import read_size
 from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Objects, Outlines, Record, Records
+from mlvision.data.records import LabelLists, Objects, Outlines, Records
 from mlvision.data.text_files import find_split_file, read_json
 from mlvision.errors import InputError, listed, shown
 
@@ -74,22 +74,17 @@ def read_coco(config: CocoConfig, split: str) -> Manifest:
         raise InputError(
             f"{source}: split {split!r} is empty: none of its {len(images.ids)} images has an annotation{chosen}"
         )
-    paths = [os.path.join(root, key) for key in images.keys]
-    sizes = _complete_sizes(config, images, annotations, paths)
+    sizes = _complete_sizes(config, images, annotations, root)
     objects, num_lines = _read_objects(annotations, rows, sizes)
     unknown = _read_unknown(images, annotations, categories)
-    records = Records(
-        (
-            Record(
-                key=images.keys[row],
-                path=paths[row],
-                labels=tuple(sorted(set(annotations.labels[annotations.of(row)].tolist()))),
-                unknown=unknown.get(row, ()),
-                size=(int(sizes[row, 0]), int(sizes[row, 1])) if sizes[row, 0] else None,
-            )
-            for row in rows.tolist()
-        ),
-        objects,
+    records = Records.under(
+        root,
+        [images.keys[row] for row in rows.tolist()],
+        # `rows` ascends and holds the image of every annotation.
+        LabelLists.of_pairs(np.searchsorted(rows, annotations.images), annotations.labels, len(rows)),
+        LabelLists(unknown.get(row, ()) for row in rows.tolist()),
+        objects=objects,
+        sizes=sizes[rows],
     )
     check_files(config, records, source)
     chosen = "images with an annotation" if config.protocol == "annotated" else "all images"
@@ -278,13 +273,13 @@ def _is_side(value: Any) -> TypeGuard[int | float]:
 
 
 def _complete_sizes(
-    config: CocoConfig, images: _Images, annotations: _Annotations, paths: Sequence[str]
+    config: CocoConfig, images: _Images, annotations: _Annotations, root: str
 ) -> Int64[np.ndarray, "n 2"]:
     """The sizes, read from the files of annotated images that state none; still 0 where files are not looked for."""
     sizes = images.sizes.copy()
     for row in np.unique(annotations.images[sizes[annotations.images, 0] == 0]).tolist() if config.check_files else ():
         try:
-            sizes[row] = read_size(paths[int(row)], config.max_pixels)
+            sizes[row] = read_size(os.path.join(root, images.keys[int(row)]), config.max_pixels)
         except InputError as error:
             raise images.table.error(
                 row, f"has no width and height, and its file does not give them: {error}"

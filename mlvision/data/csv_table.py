@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated
 
+import numpy as np
+from jaxtyping import Int64
+
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Record, Records
+from mlvision.data.records import LabelLists, Records
 from mlvision.data.text_files import read_text
 from mlvision.errors import InputError, listed, shown
 
@@ -100,24 +103,25 @@ def read_csv(config: CsvConfig, split: str) -> Manifest:
         raise _no_such_split(config, table, split, split_of)
     files_of = _files_by_stem(root, named) if config.check_files else {}
     keys = [files_of[name][0] if len(files_of.get(name, ())) == 1 else name for name in named]
-    rows_of = _group_rows(config, table, keys, split_of)
-    classes, labels, unknown = (_read_label_column if config.label_column else _read_class_columns)(config, table)
-    chosen = {key: rows for key, rows in rows_of.items() if split_of[rows[0]] == split}
-    for key in chosen:
+    image_of, first_rows = _group_rows(config, table, keys, split_of)
+    classes, present, unknown = (_read_label_column if config.label_column else _read_class_columns)(config, table)
+    chosen = [row for row in first_rows.tolist() if split_of[row] == split]
+    chosen_keys = [keys[row] for row in chosen]
+    for key in chosen_keys:
         if key in files_of:
             raise InputError(
                 f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files_of[key])}"
             )
-    joined = [tuple(sorted({label for row in rows for label in labels[row]})) for rows in chosen.values()]
-    num_repeats = sum(len(labels[row]) for rows in chosen.values() for row in rows) - sum(map(len, joined))
-    records = Records(
-        Record(key, os.path.join(root, key), of_image, unknown[rows[0]])
-        for (key, rows), of_image in zip(chosen.items(), joined, strict=True)
-    )
+
+    place = np.full(len(first_rows), -1, dtype=np.int64)
+    place[image_of[chosen]] = np.arange(len(chosen))
+    place_of = place[image_of]  # of each row's image among the chosen ones, -1 if it is none
+    labels, num_repeats = _of_images(present, place_of, len(chosen))
+    records = Records.under(root, chosen_keys, labels, _of_images(unknown, place_of, len(chosen))[0])
     check_files(config, records, source)
-    left_out = sum(split_of[rows[0]] is None for rows in rows_of.values())
+    left_out = sum(split_of[row] is None for row in first_rows.tolist())
     what = "rows" if config.rows == "image" else "images"
-    protocol = f"{config.file}{rule}, {len(chosen):,} of {len(rows_of):,} {what}"
+    protocol = f"{config.file}{rule}, {len(chosen):,} of {len(first_rows):,} {what}"
     if left_out:
         protocol += f" ({left_out:,} {what} belong to no split)"
     if num_repeats:
@@ -135,25 +139,36 @@ def _no_such_split(config: CsvConfig, table: "_Table", split: str, split_of: Seq
 
 def _group_rows(
     config: CsvConfig, table: "_Table", keys: Sequence[str], split_of: Sequence[str | None]
-) -> dict[str, list[int]]:
-    """The rows of each image, by its key; with `rows=image` it has one."""
-    rows_of: dict[str, list[int]] = {}
+) -> tuple[Int64[np.ndarray, " R"], Int64[np.ndarray, " I"]]:
+    """The image of each row, and the first row of each image; with `rows=image` an image has one row."""
     image = table.column_index(config.image_column)
-    for row, key in enumerate(keys):
-        rows = rows_of.setdefault(key, [])
-        rows.append(row)
-        if len(rows) == 1:
-            continue
-        repeats = f"column {config.image_column!r} repeats {shown(key)} of line {table.lines[rows[0]]}"
-        here, there = (table.rows[i][image].strip() for i in (row, rows[0]))
+    number_of: dict[str, int] = {}
+    image_of = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
+    _, first_rows = np.unique(image_of, return_index=True)
+    first_of = first_rows[image_of]
+    repeated = np.flatnonzero(first_of != np.arange(len(keys)))
+    for row, first in zip(repeated.tolist(), first_of[repeated].tolist(), strict=True):
+        repeats = f"column {config.image_column!r} repeats {shown(keys[row])} of line {table.lines[first]}"
+        here, there = (table.rows[i][image].strip() for i in (row, first))
         if here != there:
             repeats += f" ({shown(here)} and {shown(there)} are one image)"
         if config.rows == "image":
             hint = "; data.rows=label reads a row per image and label" if config.label_column else ""
-            raise table.error(row, repeats + hint)
-        if split_of[row] != split_of[rows[0]]:
-            raise table.error(row, f"{repeats} with another split: {split_of[row]} instead of {split_of[rows[0]]}")
-    return rows_of
+        elif split_of[row] != split_of[first]:
+            hint = f" with another split: {split_of[row]} instead of {split_of[first]}"
+        else:
+            continue
+        raise table.error(row, repeats + hint)
+    return image_of, first_rows
+
+
+def _of_images(pairs: "_Pairs", place_of: Int64[np.ndarray, " R"], num_images: int) -> tuple[LabelLists, int]:
+    """The classes of each image, by its place, from pairs of a row and a class; and how many pairs repeat others."""
+    rows, classes = pairs
+    places = place_of[rows]
+    is_chosen = places >= 0
+    lists = LabelLists.of_pairs(places[is_chosen], classes[is_chosen], num_images)
+    return lists, int(is_chosen.sum() - lists.lengths(range(num_images)).sum())
 
 
 def _files_by_stem(root: str, keys: Iterable[str]) -> dict[str, list[str]]:
@@ -307,11 +322,12 @@ def _meanings(config: CsvConfig) -> dict[str, str]:
     return meanings
 
 
-_Labels = tuple[tuple[str, ...], list[tuple[int, ...]], list[tuple[int, ...]]]
+# A row and a class each.
+_Pairs = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 
 
-def _read_class_columns(config: CsvConfig, table: _Table) -> _Labels:
-    """Class names, and the present and the unknown classes of each row, from one column a class."""
+def _read_class_columns(config: CsvConfig, table: _Table) -> tuple[tuple[str, ...], _Pairs, _Pairs]:
+    """Class names, and the pairs of a row and a class that is present or unknown there, from one column a class."""
     for name in config.ignore_columns:
         table.column_index(name)
     others = {config.image_column, config.split_column, *config.ignore_columns}
@@ -328,18 +344,16 @@ def _read_class_columns(config: CsvConfig, table: _Table) -> _Labels:
     indices = [table.column_index(name) for name in columns]
     meanings = _meanings(config)
     cells = list(zip(*table.rows, strict=True))
-    meaning_of = {cell: meanings.get(_normal(cell)) for cell in set().union(*(cells[i] for i in indices))}
-    labels, unknown = [], []
-    for row, fields in enumerate(table.rows):
-        of_row = [meaning_of[fields[i]] for i in indices]
-        if None in of_row:
-            bad = of_row.index(None)
-            raise table.error(row, _no_meaning(config, columns[bad], fields[indices[bad]]))
-        labels.append(tuple([c for c, meaning in enumerate(of_row) if meaning == "present"]))
-        unknown.append(
-            tuple([c for c, meaning in enumerate(of_row) if meaning == "unknown"]) if "unknown" in of_row else ()
-        )
-    return tuple(columns), labels, unknown
+    number = {**{meaning: i for i, meaning in enumerate(MEANINGS)}, None: len(MEANINGS)}
+    number_of = {cell: number[meanings.get(_normal(cell))] for cell in set().union(*(cells[i] for i in indices))}
+    numbers = np.stack(
+        [np.frombuffer(bytes(map(number_of.__getitem__, cells[i])), dtype=np.uint8) for i in indices], axis=1
+    )
+    if (numbers == number[None]).any():
+        row, bad = np.argwhere(numbers == number[None])[0].tolist()
+        raise table.error(row, _no_meaning(config, columns[bad], table.rows[row][indices[bad]]))
+    present, unknown = (np.nonzero(numbers == number[meaning]) for meaning in ("present", "unknown"))
+    return tuple(columns), (present[0], present[1]), (unknown[0], unknown[1])
 
 
 def _no_meaning(config: CsvConfig, name: str, cell: str) -> str:
@@ -350,7 +364,7 @@ def _no_meaning(config: CsvConfig, name: str, cell: str) -> str:
     return f"column {shown(name)} holds {shown(cell.strip())}, {expected}; {hint}"
 
 
-def _read_label_column(config: CsvConfig, table: _Table) -> _Labels:
+def _read_label_column(config: CsvConfig, table: _Table) -> tuple[tuple[str, ...], _Pairs, _Pairs]:
     """As `_read_class_columns`, from the one column that holds the labels of a row; one may stand there twice.
 
     Nothing is unknown. With `rows=label` a cell is one label, whatever it holds.
@@ -358,16 +372,20 @@ def _read_label_column(config: CsvConfig, table: _Table) -> _Labels:
     if not config.separator:
         raise InputError("data.separator is empty: expected what stands between the labels, such as ;")
     index = table.column_index(config.label_column)
-    cells = [row[index].split(config.separator) if config.rows == "image" else [row[index]] for row in table.rows]
-    named = [[label.strip() for label in cell if label.strip()] for cell in cells]
-    classes = tuple(config.classes or sorted(set().union(*named)))
+    cells = [row[index] for row in table.rows]
+    names_of = {
+        cell: [name.strip() for name in (cell.split(config.separator) if config.rows == "image" else [cell])]
+        for cell in set(cells)
+    }
+    classes = tuple(config.classes or sorted(set().union(*names_of.values()) - {""}))
     if not classes:
         raise InputError(f"{table.source}: column {config.label_column!r} holds no label")
     class_of = {name: c for c, name in enumerate(classes)}
-    labels = []
-    for row, names in enumerate(named):
-        foreign = [name for name in names if name not in class_of]
-        if foreign:
-            raise table.error(row, f"label {shown(foreign[0])} is not in the class list: {listed(classes)}")
-        labels.append(tuple(class_of[name] for name in names))
-    return classes, labels, [()] * len(labels)
+    foreign = {cell: name for cell in names_of for name in reversed(names_of[cell]) if name and name not in class_of}
+    if foreign:
+        row = next(row for row, cell in enumerate(cells) if cell in foreign)
+        raise table.error(row, f"label {shown(foreign[cells[row]])} is not in the class list: {listed(classes)}")
+    classes_of = {cell: [class_of[name] for name in names if name] for cell, names in names_of.items()}
+    rows = np.repeat(np.arange(len(cells)), [len(classes_of[cell]) for cell in cells])
+    labels = np.array([c for cell in cells for c in classes_of[cell]], dtype=np.int64)
+    return classes, (rows, labels), (rows[:0], labels[:0])

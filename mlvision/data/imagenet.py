@@ -2,13 +2,16 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
+
+import numpy as np
 
 from mlvision.data.folder import FolderSearch, find_images, kind_of, list_folder
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_root
-from mlvision.data.records import Record, printable
+from mlvision.data.records import LabelLists, Records, printable
 from mlvision.data.text_files import read_json, read_names
 from mlvision.errors import InputError, shown
 
@@ -64,24 +67,19 @@ def read_imagenet(config: ImagenetConfig, split: str) -> Manifest:
             names = search.images
         else:
             search, names = FolderSearch(), [_VALIDATION_NAME.format(number) for number in range(1, len(lists) + 1)]
-        labels = [_look_up(f"{folder}/{name}", lists, source) for name in names]
-        records = tuple(
-            _record(root, folder, name, chosen) for name, chosen in zip(names, labels, strict=True) if chosen
-        )
+        keys = [f"{folder}/{name}" for name in names]
+        labels = LabelLists(_look_up(keys, lists, source))
+        records = Records.under(root, keys, labels)
+        records = records.take(np.flatnonzero(records.labels_per_image()).tolist())
         note = f"ReaL labels ({config.real}), {len(names) - len(records):,} images with an empty list left out"
     else:
         search, labels = _search(root, folder, folders, flat=False)
-        records = tuple(_record(root, folder, name, (c,)) for name, c in zip(search.images, labels, strict=True))
+        records = Records.under(root, [f"{folder}/{name}" for name in search.images], LabelLists((c,) for c in labels))
         note = "one label an image, that of its folder"
     protocol = f"{folder}, {len(records):,} images of {len(classes):,} classes, {note}"
     if search.others:
         protocol += f"; {search.note()}"
     return Manifest(classes, records, split, protocol)
-
-
-def _record(root: str, folder: str, name: str, labels: tuple[int, ...]) -> Record:
-    key = f"{folder}/{name}"
-    return Record(key, os.path.join(root, key), labels)
 
 
 def _class_folders(path: str) -> tuple[str, ...]:
@@ -147,13 +145,17 @@ def _read_real(source: str, num_classes: int) -> list[tuple[int, ...]]:
     return lists
 
 
-def _look_up(key: str, lists: list[tuple[int, ...]], source: str) -> tuple[int, ...]:
-    match = _VALIDATION_FILE.fullmatch(key.rpartition("/")[2])
-    if match is None:
-        raise InputError(
-            f"{key}: expected a name such as ILSVRC2012_val_00000001.JPEG, whose number is the row of {source}"
-        )
-    number = int(match[1])
-    if not 1 <= number <= len(lists):
-        raise InputError(f"{key}: {source} has {len(lists):,} lists, none for number {number:,}")
-    return lists[number - 1]
+def _look_up(keys: Sequence[str], lists: list[tuple[int, ...]], source: str) -> list[tuple[int, ...]]:
+    """The list of each image, by the number in its name."""
+    chosen = []
+    for key in keys:
+        match = _VALIDATION_FILE.fullmatch(key.rpartition("/")[2])
+        if match is None:
+            raise InputError(
+                f"{key}: expected a name such as ILSVRC2012_val_00000001.JPEG, whose number is the row of {source}"
+            )
+        number = int(match[1])
+        if not 1 <= number <= len(lists):
+            raise InputError(f"{key}: {source} has {len(lists):,} lists, none for number {number:,}")
+        chosen.append(lists[number - 1])
+    return chosen

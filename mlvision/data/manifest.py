@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
 from mlvision.data.limits import MAX_PIXELS, MOST_PIXELS
-from mlvision.data.records import UNWRITABLE, Record, Records, printable
+from mlvision.data.records import UNWRITABLE, Boxes, Record, Records, printable
 from mlvision.errors import InputError, check_fields, listed, shown
 
 # Pixels of the longest side that an annotation may state: more is a number in the wrong place.
@@ -122,35 +122,47 @@ class Manifest:
     def targets(self) -> Float32[np.ndarray, "N C"]:
         """`[N, C]` float32: 1 present, 0 absent, NaN unknown."""
         table = np.zeros((len(self), len(self.classes)), dtype=np.float32)
-        for index, row in enumerate(table):
-            self._fill(row, index)
+        for records, labels in self._columns.pairs("labels"):
+            table[records, labels] = 1
+        for records, labels in self._columns.pairs("unknown"):
+            table[records, labels] = np.nan
         return table
 
     def label_counts(self) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
         """In how many images each class is present, and in how many it is known, without making the table."""
-        present, unknown = np.zeros((2, len(self.classes)), dtype=np.int64)
-        for row in range(len(self)):
-            present[self._columns.labels(row)] += 1
-            unknown[self._columns.unknown(row)] += 1
-        return present, len(self) - unknown
+        return self._count("labels"), len(self) - self._count("unknown")
+
+    def difficult_counts(self) -> Int64[np.ndarray, " C"]:
+        """How many images show each class by difficult objects only."""
+        return self._count("difficult")
+
+    def labels_per_image(self) -> Int64[np.ndarray, " N"]:
+        """How many classes are present in each image."""
+        return self._columns.labels_per_image()
+
+    def boxes(self) -> tuple[Int64[np.ndarray, " M"], Boxes]:
+        """The objects of all images, without their segmentation; and the index of each one's image."""
+        return self._columns.boxes()
+
+    def _count(self, column: Literal["labels", "unknown", "difficult"]) -> Int64[np.ndarray, " C"]:
+        counts = np.zeros(len(self.classes), dtype=np.int64)
+        for _, labels in self._columns.pairs(column):
+            counts += np.bincount(labels, minlength=len(counts))
+        return counts
 
     def target(self, index: int) -> Float32[np.ndarray, " C"]:
         """One row of `targets`, without making the table: it would be gigabytes for millions of images."""
         row = np.zeros(len(self.classes), dtype=np.float32)
-        self._fill(row, index)
-        return row
-
-    def _fill(self, row: Float32[np.ndarray, " C"], index: int) -> None:
         row[self._columns.labels(index)] = 1
         row[self._columns.unknown(index)] = np.nan
+        return row
 
     @cached_property
     def hash(self) -> str:
         """sha256 of the record list (keys, labels, unknowns): the same images, labels and order."""
         digest = hashlib.sha256()
-        for index, key in enumerate(self.keys):
-            row = f"[{json.dumps(key)}, {self._columns.labels(index)}, {self._columns.unknown(index)}]\n"
-            digest.update(row.encode())
+        for key, (labels, unknown) in zip(self.keys, self._columns.lists(), strict=True):
+            digest.update(f"[{json.dumps(key)}, {labels}, {unknown}]\n".encode())
         return digest.hexdigest()
 
     @cached_property
@@ -226,12 +238,12 @@ def hide_labels(manifest: Manifest, known: float, seed: int) -> Manifest:
         return manifest
     labels, unknown = [], []
     columns = manifest._columns
-    for index, key in enumerate(manifest.keys):
+    for key, (present, not_known) in zip(manifest.keys, columns.lists(), strict=True):
         digest = hashlib.shake_256(f"{seed} {key}".encode()).digest(4 * len(manifest.classes))
         draw = np.frombuffer(digest, dtype="<u4") / 2**32
         hidden = set(np.flatnonzero(draw >= known).tolist())
-        labels.append(tuple(label for label in columns.labels(index) if label not in hidden))
-        unknown.append(tuple(sorted(hidden.union(columns.unknown(index)))))
+        labels.append(tuple(label for label in present if label not in hidden))
+        unknown.append(tuple(sorted(hidden.union(not_known))))
     note = f"each label known with probability {known:g} (seed {seed})"
     protocol = f"{manifest.protocol}; {note}" if manifest.protocol else note
     return replace(manifest, records=columns.relabel(labels, unknown), protocol=protocol)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64, Shaped
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Record, Records
+from mlvision.data.records import LabelLists, Records
 from mlvision.data.text_files import check_distinct, find_split_file, read_lines, read_names
 from mlvision.errors import InputError, listed, shown
 from mlvision.files import one_line, open_arrays
@@ -80,10 +80,8 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
     present, unknown = _meaning(matrix, config.values, source)
     keys = [image_key(config.images, name) for name in names]
     check_distinct(keys, names_source, "image", "row")
-    records = Records(
-        Record(key, os.path.join(root, key), tuple(np.flatnonzero(p).tolist()), tuple(np.flatnonzero(u).tolist()))
-        for key, p, u in zip(keys, present, unknown, strict=True)
-    )
+    columns = (LabelLists.of_pairs(*np.nonzero(entries), len(keys)) for entries in (present, unknown))
+    records = Records.under(root, keys, *columns)
     check_files(config, records, names_source)
     protocol = (
         f"{os.path.basename(source)}, {len(records):,} images x {len(classes)} classes, "

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key, on_disk
-from mlvision.data.records import Record, Records
+from mlvision.data.records import LabelLists, Records
 from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
 from mlvision.errors import InputError, shown
 
@@ -76,11 +76,9 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
 
     keys = [image_key(config.images, name) for name in names]
     check_distinct(keys, source, "image", "line")
-    records = Records(
-        Record(key, os.path.join(root, key), tuple(np.flatnonzero(row).tolist()))
-        for key, row in zip(keys, table, strict=True)
-        if row.any() or config.protocol == "all"
-    )
+    records = Records.under(root, keys, LabelLists.of_pairs(*np.nonzero(table), len(keys)))
+    if config.protocol != "all":
+        records = records.take(np.flatnonzero(table.any(axis=1)).tolist())
     note = "every image" if config.protocol == "all" else "images with at least one label"
     if config.missing == "skip" and config.check_files:
         num_listed = len(records)

@@ -5,12 +5,13 @@ count, which copies the page that the processes shared. Arrays are shared for go
 """
 
 import copy
+import os
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped
@@ -19,6 +20,8 @@ from mlvision.data.bands import BandStack
 
 # What no CSV, log or terminal keeps in one piece: control characters, line separators, and halves of surrogate pairs.
 UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Images whose labels are looked up at once: for those of a million images, the pairs would take gigabytes.
+_CHUNK = 2**16
 
 
 def printable(text: str) -> str:
@@ -178,21 +181,63 @@ class _Texts:
         self._bytes = b"".join(encoded)
         self._ends = array("q", accumulate(map(len, encoded)))
 
-    def __getitem__(self, row: int) -> str:
-        return self._bytes[self._ends[row - 1] if row else 0 : self._ends[row]].decode()
+    def of(self, rows: Sequence[int]) -> Iterator[str]:
+        for row in rows:
+            yield self._bytes[self._ends[row - 1] if row else 0 : self._ends[row]].decode()
 
 
-class _Labels:
-    """One tuple of class indices for each image; equal tuples are stored once."""
+class _Paths:
+    """One path for each image. Nearly all are a folder and the key: the folder is stored once."""
+
+    def __init__(self, paths: Iterable[str], keys: Iterable[str]) -> None:
+        self._parts, self._which = _distinct(
+            (path.removesuffix(key), path.endswith(key)) for path, key in zip(paths, keys, strict=True)
+        )
+
+    def of(self, rows: Sequence[int], keys: Iterable[str]) -> Iterator[str]:
+        for row, key in zip(rows, keys, strict=True):
+            text, is_joined = self._parts[self._which[row]]
+            yield text + key if is_joined else text
+
+
+class LabelLists:
+    """The class indices of each image, ascending; equal tuples are stored once."""
 
     def __init__(self, rows: Iterable[tuple[int, ...]]) -> None:
         tuples, self._which = _distinct(rows)
         self._values = array("i", chain.from_iterable(tuples))
         self._ends = array("q", accumulate(map(len, tuples)))
 
+    @classmethod
+    def of_pairs(
+        cls, images: Int64[np.ndarray, " m"], labels: Int64[np.ndarray, " m"], num_images: int
+    ) -> "LabelLists":
+        """From pairs of an image and a class in any order; one that occurs twice counts once."""
+        num_classes = int(labels.max(initial=0)) + 1
+        images, labels = np.divmod(np.unique(images * num_classes + labels), num_classes)
+        lists = cls(())
+        lists._which = array("i", range(num_images))
+        lists._values = array("i", labels.astype(np.int32).tobytes())
+        lists._ends = array("q", np.cumsum(np.bincount(images, minlength=num_images), dtype=np.int64).tobytes())
+        return lists
+
     def __getitem__(self, row: int) -> list[int]:
-        which = self._which[row]
-        return self._values[self._ends[which - 1] if which else 0 : self._ends[which]].tolist()
+        return next(self.of((row,)))
+
+    def of(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        for row in rows:
+            which = self._which[row]
+            yield self._values[self._ends[which - 1] if which else 0 : self._ends[which]].tolist()
+
+    def lengths(self, rows: Sequence[int]) -> Int64[np.ndarray, " n"]:
+        """How many classes each image has."""
+        return np.diff(np.asarray(self._ends).view(np.int64), prepend=0)[np.asarray(self._which)[np.asarray(rows)]]
+
+    def pairs(self, rows: Sequence[int]) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
+        """The place in `rows`, and the class, of each label."""
+        which = np.asarray(self._which)[np.asarray(rows)]
+        images, places = _members(np.asarray(self._ends).view(np.int64), which)
+        return images, np.asarray(self._values)[places].astype(np.int64)
 
 
 class Records(Sequence[Record]):
@@ -202,29 +247,58 @@ class Records(Sequence[Record]):
 
     Args:
         records: any records; what they hold is copied into columns.
-        objects: the boxes of these images if they are columns already; the records' own are None then.
     """
 
-    def __init__(self, records: Iterable[Record], objects: Objects | None = None) -> None:
+    def __init__(self, records: Iterable[Record]) -> None:
         keys, paths, labels, unknown, difficult, boxes, sizes, bands = [], [], [], [], [], [], [], []
         for record in records:
             keys.append(record.key)
-            # Nearly all paths are a folder and the key: the folder is stored once.
-            is_joined = record.path.endswith(record.key)
-            paths.append((record.path[: len(record.path) - len(record.key)] if is_joined else record.path, is_joined))
+            paths.append(record.path)
             labels.append(record.labels)
             unknown.append(record.unknown)
             difficult.append(record.difficult)
             boxes.append(record.boxes)
             sizes.append(record.size or (0, 0))
             bands.append(record.bands)
-        self._keys = _Texts(keys)
-        self._paths, self._which_path = _distinct(paths)
-        self._labels, self._unknown, self._difficult = _Labels(labels), _Labels(unknown), _Labels(difficult)
-        self._objects = objects or (Objects.of(boxes) if any(one is not None for one in boxes) else None)
+        self._keys, self._paths = _Texts(keys), _Paths(paths, keys)
+        self._labels, self._unknown, self._difficult = LabelLists(labels), LabelLists(unknown), LabelLists(difficult)
+        self._objects = Objects.of(boxes) if any(one is not None for one in boxes) else None
         self._sizes = array("i", chain.from_iterable(sizes))
         self._bands, self._which_bands = _distinct(bands)
         self._rows = array("q", range(len(keys)))
+
+    @classmethod
+    def under(
+        cls,
+        root: str,
+        keys: Sequence[str],
+        labels: LabelLists,
+        unknown: LabelLists | None = None,
+        difficult: LabelLists | None = None,
+        objects: Objects | None = None,
+        sizes: Int64[np.ndarray, "N 2"] | None = None,
+    ) -> "Records":
+        """The images at `root`/key, from columns: an object for each image would take more time than all else.
+
+        Args:
+            root: folder of the data set.
+            keys: N keys, as `Record` has them or not yet escaped.
+            labels, unknown, difficult: the classes of each image; None: no image has one.
+            objects: the boxes of these images.
+            sizes: width, height in pixels that the annotation states; 0 where it states none.
+        """
+        number, none = len(keys), LabelLists([()] * len(keys))
+        escaped = [printable(key) if UNWRITABLE.search(key) else key for key in keys]
+        records = cls(())
+        records._keys = _Texts(escaped)
+        records._paths = _Paths((os.path.join(root, key) for key in keys), escaped)
+        records._labels, records._unknown, records._difficult = labels, unknown or none, difficult or none
+        records._objects = objects
+        sizes = np.zeros((number, 2), dtype=np.int64) if sizes is None else sizes
+        records._sizes = array("i", sizes.astype(np.int32).tobytes())
+        records._bands, records._which_bands = _distinct([None] * number)
+        records._rows = array("q", range(number))
+        return records
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -236,19 +310,28 @@ class Records(Sequence[Record]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.take(range(len(self))[index])
-        row = self._rows[index]
-        key = self._keys[row]
-        width, height = self._sizes[2 * row : 2 * row + 2]
-        return Record(
-            key,
-            self._path(row, key),
-            tuple(self._labels[row]),
-            tuple(self._unknown[row]),
-            tuple(self._difficult[row]),
-            self._objects[row] if self._objects else None,
-            (width, height) if width else None,
-            self._bands[self._which_bands[row]],
-        )
+        return next(self._made((self._rows[index],)))
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._made(self._rows)
+
+    def _made(self, rows: Sequence[int]) -> Iterator[Record]:
+        """The records of these rows of the columns."""
+        paths = self._paths.of(rows, self._keys.of(rows))
+        lists = (column.of(rows) for column in (self._labels, self._unknown, self._difficult))
+        columns = zip(rows, self._keys.of(rows), paths, *lists, strict=True)
+        for row, key, path, labels, unknown, difficult in columns:
+            width, height = self._sizes[2 * row : 2 * row + 2]
+            yield Record(
+                key,
+                path,
+                tuple(labels),
+                tuple(unknown),
+                tuple(difficult),
+                self._objects[row] if self._objects else None,
+                (width, height) if width else None,
+                self._bands[self._which_bands[row]],
+            )
 
     def take(self, indices: Iterable[int]) -> "Records":
         """The records at `indices`, in that order; the columns are shared."""
@@ -262,22 +345,22 @@ class Records(Sequence[Record]):
         part._labels, part._unknown = (self._stored(column) for column in (labels, unknown))
         return part
 
-    def _stored(self, column: Sequence[tuple[int, ...]]) -> _Labels:
+    def _stored(self, column: Sequence[tuple[int, ...]]) -> LabelLists:
         """A column in the order of what is stored; images that are none of these records have nothing in it."""
         stored: list[tuple[int, ...]] = [()] * (len(self._sizes) // 2)
         for row, labels in zip(self._rows, column, strict=True):
             stored[row] = labels
-        return _Labels(stored)
+        return LabelLists(stored)
 
     @property
     def keys(self) -> list[str]:
         """The key of every record; without making the records."""
-        return [self._keys[row] for row in self._rows]
+        return list(self._keys.of(self._rows))
 
     @property
     def paths(self) -> list[str]:
         """The path of every record; without making the records."""
-        return [self._path(row, self._keys[row]) for row in self._rows]
+        return list(self._paths.of(self._rows, self._keys.of(self._rows)))
 
     def labels(self, index: int) -> list[int]:
         """`labels` of one record; without making it."""
@@ -287,9 +370,36 @@ class Records(Sequence[Record]):
         """`unknown` of one record; without making it."""
         return self._unknown[self._rows[index]]
 
-    def _path(self, row: int, key: str) -> str:
-        text, is_joined = self._paths[self._which_path[row]]
-        return text + key if is_joined else text
+    def lists(self) -> Iterator[tuple[list[int], list[int]]]:
+        """`labels` and `unknown` of one record after the other; without making them."""
+        return zip(self._labels.of(self._rows), self._unknown.of(self._rows), strict=True)
+
+    def labels_per_image(self) -> Int64[np.ndarray, " N"]:
+        """How many `labels` each record has."""
+        return self._labels.lengths(self._rows)
+
+    def pairs(
+        self, column: Literal["labels", "unknown", "difficult"]
+    ) -> Iterator[tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]]:
+        """The index of the record, and the class, of each label of a column; a few thousand records at a time."""
+        lists: LabelLists = {"labels": self._labels, "unknown": self._unknown, "difficult": self._difficult}[column]
+        for start in range(0, len(self), _CHUNK):
+            records, labels = lists.pairs(self._rows[start : start + _CHUNK])
+            yield records + start, labels
+
+    def boxes(self) -> tuple[Int64[np.ndarray, " M"], Boxes]:
+        """The objects of all records, without their segmentation; and the index of each one's record."""
+        if self._objects is None:
+            nothing = np.zeros(0, dtype=np.int64)
+            return nothing, Boxes(np.zeros((0, 4), np.float32), nothing, nothing > 0, nothing > 0, ())
+        records, places = _members(self._objects.ends, np.asarray(self._rows))
+        columns = (
+            self._objects.xyxy,
+            self._objects.labels.astype(np.int64),
+            self._objects.crowd,
+            self._objects.difficult,
+        )
+        return records, Boxes(*(column[places] for column in columns), segmentation=(None,) * len(places))
 
 
 def _ends(lengths: Iterable[int]) -> Int64[np.ndarray, " n"]:
@@ -299,6 +409,15 @@ def _ends(lengths: Iterable[int]) -> Int64[np.ndarray, " n"]:
 
 def _start(ends: Int64[np.ndarray, " n"], i: int) -> int:
     return int(ends[i - 1]) if i else 0
+
+
+def _members(
+    ends: Int64[np.ndarray, " n"], pieces: Shaped[np.ndarray, " k"]
+) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
+    """What stands in the `pieces`, of which each ends where `ends` says: which of the pieces, and the place, of each."""
+    lengths = np.diff(ends, prepend=0)[pieces]
+    first = ends[pieces] - lengths - (np.cumsum(lengths) - lengths)  # the place, less the number of places before it
+    return np.repeat(np.arange(len(pieces)), lengths), np.arange(lengths.sum()) + np.repeat(first, lengths)
 
 
 def _distinct(values: Iterable[Any]) -> tuple[list[Any], array]:

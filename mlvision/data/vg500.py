@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Record, Records
+from mlvision.data.records import LabelLists, Records
 from mlvision.data.text_files import check_distinct, find_split_file, read_json, read_names
 from mlvision.errors import InputError, shown
 
@@ -50,18 +50,15 @@ def read_vg500(config: Vg500Config, split: str) -> Manifest:
     if not isinstance(labels_of, dict):
         raise InputError(f"{label_file}: expected an object, image name to class numbers")
     folder_of = _find_folders(root, config.images)
-    records = []
-    for line, name in enumerate(names, start=1):
-        labels = _labels(name, labels_of, label_file, len(classes), f"{source}, line {line}")
-        key = image_key(folder_of.get(name, config.images[0]), name)
-        records.append(Record(key, os.path.join(root, key), labels))
-    columns = Records(records)
-    check_distinct(columns.keys, source, "image", "line")
-    check_files(config, columns, source)
+    labels = _read_labels(names, labels_of, label_file, len(classes), source)
+    keys = [image_key(folder_of.get(name, config.images[0]), name) for name in names]
+    records = Records.under(root, keys, labels)
+    check_distinct(records.keys, source, "image", "line")
+    check_files(config, records, source)
     protocol = (
         f"Visual Genome, {os.path.basename(source)}, {len(records):,} images, {len(classes)} classes ({config.labels})"
     )
-    return Manifest(classes, columns, split, protocol)
+    return Manifest(classes, records, split, protocol)
 
 
 def _read_classes(config: Vg500Config, root: str) -> tuple[str, ...]:
@@ -83,12 +80,18 @@ def _find_folders(root: str, folders: Sequence[str]) -> dict[str, str]:
     return folder_of
 
 
-def _labels(name: str, labels_of: Mapping[str, Any], label_file: str, num_classes: int, where: str) -> tuple[int, ...]:
-    if name not in labels_of:
-        raise InputError(f"{where}: image {shown(name)} has no labels in {label_file}")
-    labels = labels_of[name]
-    if not isinstance(labels, list) or not all(type(c) is int and 0 <= c < num_classes for c in labels):
-        raise InputError(
-            f"{label_file}: {shown(name)} has {shown(labels)}, expected a list of classes 0 to {num_classes - 1}"
-        )
-    return tuple(sorted(set(labels)))
+def _read_labels(
+    names: Sequence[str], labels_of: Mapping[str, Any], label_file: str, num_classes: int, source: str
+) -> LabelLists:
+    """The classes of each image that the list `source` names."""
+    rows = []
+    for line, name in enumerate(names, start=1):
+        if name not in labels_of:
+            raise InputError(f"{source}, line {line}: image {shown(name)} has no labels in {label_file}")
+        labels = labels_of[name]
+        if not isinstance(labels, list) or not all(type(c) is int and 0 <= c < num_classes for c in labels):
+            raise InputError(
+                f"{label_file}: {shown(name)} has {shown(labels)}, expected a list of classes 0 to {num_classes - 1}"
+            )
+        rows.append(tuple(sorted(set(labels))))
+    return LabelLists(rows)

@@ -1,6 +1,7 @@
 """Pascal VOC: XML annotations and image-set lists, http://host.robots.ox.ac.uk/pascal/VOC/voc2007/htmldoc/."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 from xml.etree import ElementTree
@@ -8,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
-from mlvision.data.records import Boxes, Record, Records
+from mlvision.data.records import LabelLists, Objects, Outlines, Records
 from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
 from mlvision.errors import InputError, listed, shown
 
@@ -56,9 +57,8 @@ def read_voc(config: VocConfig, split: str) -> Manifest:
     convention = config.difficult_test if split == config.test else config.difficult
     ids = [_image_id(source, number, line) for number, line in enumerate(read_names(source, "image"), start=1)]
     check_distinct([image_key(".", image_id) for image_id in ids], source, "image", "line")
-    records = Records(_read_record(root, image_id, classes, convention) for image_id in ids)
+    records, num_difficult = _read_records(root, ids, classes, convention)
     check_files(config, records, source)
-    num_difficult = sum(len(record.difficult) for record in records)
     protocol = (
         f"{os.path.basename(os.path.normpath(root))}, ImageSets/Main/{split}.txt, {len(records):,} images, "
         f"classes shown by difficult objects only are {convention} ({num_difficult:,} labels)"
@@ -75,26 +75,47 @@ def _image_id(source: str, number: int, line: str) -> str:
     return line
 
 
-def _read_record(root: str, image_id: str, classes: tuple[str, ...], convention: str) -> Record:
-    source = os.path.join(root, "Annotations", f"{image_id}.xml")
-    size, boxes = _read_annotation(source, classes)
-    easy, hard = (set(boxes.labels[boxes.difficult == flag].tolist()) for flag in (False, True))
-    difficult = tuple(sorted(hard - easy))
-    labels = easy | hard if convention == "positive" else easy
-    key = image_key("JPEGImages", f"{image_id}.jpg")
-    return Record(
-        key=key,
-        path=os.path.join(root, key),
-        labels=tuple(sorted(labels)),
-        unknown=difficult if convention == "unknown" else (),
-        difficult=difficult,
-        boxes=boxes,
-        size=size,
+def _read_records(root: str, ids: Sequence[str], classes: tuple[str, ...], convention: str) -> tuple[Records, int]:
+    """The images' records; and how many classes their images show by difficult objects only."""
+    class_of = {name: c for c, name in enumerate(classes)}
+    sizes, ends, corners, labels, is_difficult = [], [], [], [], []
+    present, difficult = [], []
+    for image_id in ids:
+        size, objects = _read_annotation(os.path.join(root, "Annotations", f"{image_id}.xml"), class_of)
+        sizes.append(size)
+        corners += [box for box, _, _ in objects]
+        labels += [label for _, label, _ in objects]
+        is_difficult += [flag for _, _, flag in objects]
+        ends.append(len(labels))
+        easy, hard = ({label for _, label, flag in objects if flag == of_kind} for of_kind in (False, True))
+        difficult.append(tuple(sorted(hard - easy)))
+        present.append(tuple(sorted(easy | hard if convention == "positive" else easy)))
+    objects = Objects(
+        ends=np.array(ends, dtype=np.int64),
+        exists=np.ones(len(ids), dtype=bool),
+        xyxy=np.clip(np.array(corners, dtype=np.float64).reshape(-1, 4), 0, 1).astype(np.float32),
+        labels=np.array(labels, dtype=np.int32),
+        crowd=np.zeros(len(labels), dtype=bool),
+        difficult=np.array(is_difficult, dtype=bool),
+        outlines=Outlines.of([None] * len(labels)),
     )
+    shown_hard = LabelLists(difficult)
+    records = Records.under(
+        root,
+        [image_key("JPEGImages", f"{image_id}.jpg") for image_id in ids],
+        LabelLists(present),
+        unknown=shown_hard if convention == "unknown" else None,
+        difficult=shown_hard,
+        objects=objects,
+        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+    )
+    return records, sum(map(len, difficult))
 
 
-def _read_annotation(source: str, classes: tuple[str, ...]) -> tuple[tuple[int, int], Boxes]:
-    """Width and height in pixels, and the objects, of one image."""
+def _read_annotation(
+    source: str, class_of: Mapping[str, int]
+) -> tuple[tuple[int, int], list[tuple[list[float], int, bool]]]:
+    """Of one image: width and height in pixels; and box, class and whether it is difficult of each object."""
     try:
         document = ElementTree.fromstring(read_text(source))
     except ElementTree.ParseError as error:
@@ -104,37 +125,28 @@ def _read_annotation(source: str, classes: tuple[str, ...]) -> tuple[tuple[int, 
     width, height = size
     if not (min(size) > 0 and max(size) <= LONGEST_SIDE and width.is_integer() and height.is_integer()):
         raise InputError(f"{source}: size is {width:g} x {height:g}, expected whole numbers of pixels above 0")
-    labels, difficult, corners = [], [], []
+    objects = []
     for number, element in enumerate(document.findall("object"), start=1):
         where = f"{source}, object {number}"
         name = (element.findtext("name") or "").strip()
-        if name not in classes:
-            raise InputError(f"{where}: class {shown(name)} is not in the class list: {listed(classes)}")
+        if name not in class_of:
+            raise InputError(f"{where}: class {shown(name)} is not in the class list: {listed(list(class_of))}")
         flag = (element.findtext("difficult") or "0").strip()
         if flag not in ("0", "1"):
             raise InputError(f"{where}: difficult is {shown(flag)}, expected 0 or 1")
-        labels.append(classes.index(name))
-        difficult.append(flag == "1")
-        corners.append(_read_box(element, width, height, where))
-    boxes = Boxes(
-        xyxy=np.array(corners, dtype=np.float32).reshape(-1, 4),
-        labels=np.array(labels, dtype=np.int64),
-        crowd=np.zeros(len(labels), dtype=bool),
-        difficult=np.array(difficult, dtype=bool),
-        segmentation=(None,) * len(labels),
-    )
-    return (int(width), int(height)), boxes
+        objects.append((_read_box(element, width, height, where), class_of[name], flag == "1"))
+    return (int(width), int(height)), objects
 
 
 def _read_box(element: ElementTree.Element, width: float, height: float, where: str) -> list[float]:
-    """x1, y1, x2, y2 in [0, 1]. VOC counts pixels from 1 and includes the last: 1..width is the whole image."""
+    """x1, y1, x2, y2, not yet clipped to [0, 1]. VOC counts pixels from 1 and includes the last: 1..width is all."""
     x1, y1, x2, y2 = _numbers(element, "bndbox", ("xmin", "ymin", "xmax", "ymax"), where)
     shown = f"xmin {x1:g}, ymin {y1:g}, xmax {x2:g}, ymax {y2:g}"
     if x1 > x2 or y1 > y2:
         raise InputError(f"{where}: {shown}: expected the least corner first")
     if x1 - 1 > width or y1 - 1 > height or x2 < 0 or y2 < 0:
         raise InputError(f"{where}: {shown}, outside its image of {width:g} x {height:g} pixels")
-    return np.clip([(x1 - 1) / width, (y1 - 1) / height, x2 / width, y2 / height], 0, 1).tolist()
+    return [(x1 - 1) / width, (y1 - 1) / height, x2 / width, y2 / height]
 
 
 def _numbers(parent: ElementTree.Element, name: str, keys: tuple[str, ...], where: str) -> list[float]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mlvision.data.bands import Band, BandStack
 from mlvision.data.manifest import Manifest
-from mlvision.data.records import Boxes, Record, Records
+from mlvision.data.records import Boxes, LabelLists, Record, Records
 
 LABELS = st.lists(st.integers(0, 300), unique=True, max_size=4).map(lambda labels: tuple(sorted(labels)))
 STACKS = [
@@ -110,3 +110,41 @@ def test_a_record_costs_little_memory():
         "train",
     )
     assert len(pickle.dumps(manifest)) < 100 * count  # the key is 19 bytes of it
+
+
+@settings(deadline=None)
+@given(st.lists(record(), max_size=6), st.randoms())
+def test_all_labels_and_objects_at_once_are_those_of_each_record(given_records, random):
+    chosen = [random.randrange(len(given_records)) for _ in given_records]
+    part, expected = Records(given_records).take(chosen), [given_records[i] for i in chosen]
+
+    for column in ("labels", "unknown", "difficult"):
+        pairs = [
+            pair for rows, labels in part.pairs(column) for pair in zip(rows.tolist(), labels.tolist(), strict=True)
+        ]
+        assert pairs == [(i, label) for i, r in enumerate(expected) for label in getattr(r, column)]
+    assert part.labels_per_image().tolist() == [len(r.labels) for r in expected]
+    assert list(part.lists()) == [(list(r.labels), list(r.unknown)) for r in expected]
+    rows, boxes = part.boxes()
+    stated = [(i, r.boxes) for i, r in enumerate(expected) if r.boxes is not None]
+    assert rows.tolist() == [i for i, one in stated for _ in range(len(one))]
+    for name in ("xyxy", "labels", "crowd", "difficult"):
+        assert getattr(boxes, name).tolist() == [value for _, one in stated for value in getattr(one, name).tolist()]
+
+
+def test_columns_give_the_same_records_as_objects():
+    keys = ["a/1.jpg", "b\n2.jpg", "/elsewhere/3.jpg"]
+    rows, classes = np.array([2, 0, 2, 0, 2]), np.array([7, 1, 0, 1, 3])  # in any order, one of them twice
+    sizes = np.array([[4, 3], [0, 0], [8, 9]])
+    unknown = LabelLists([(5,), (), (5,)])
+
+    columns = Records.under("/root", keys, LabelLists.of_pairs(rows, classes, 3), unknown, sizes=sizes)
+
+    expected = [
+        Record("a/1.jpg", "/root/a/1.jpg", (1,), (5,), size=(4, 3)),
+        Record("b\n2.jpg", "/root/b\n2.jpg", ()),
+        Record("/elsewhere/3.jpg", "/elsewhere/3.jpg", (0, 3, 7), (5,), size=(8, 9)),
+    ]
+    assert [plain(r) for r in columns] == [plain(r) for r in expected]
+    assert columns.keys[1] == "b\\n2.jpg"
+    assert list(Records.under("/root", [], LabelLists([]))) == []
