@@ -68,29 +68,36 @@ class SplitCheck:
     @cached_property
     def duplicates(self) -> list[list[str]]:
         """Groups of keys whose files have the same content."""
-        return [keys for keys in _by_content(self).values() if len(keys) > 1]
+        return [keys for keys in self.keys_by_content.values() if len(keys) > 1]
+
+    @cached_property
+    def keys_by_content(self) -> dict[str, list[str]]:
+        """Keys by the digest of their file."""
+        groups: dict[str, list[str]] = {}
+        for key, digest in zip(self.manifest.keys, self.digests, strict=True):
+            if digest is not None:
+                groups.setdefault(digest, []).append(key)
+        return groups
 
     @cached_property
     def class_counts(self) -> dict[str, np.ndarray]:
         """`[C]` numbers of images in which each class is present, unknown, or shown by difficult objects only."""
-        difficult = Counter(c for record in self.manifest.records for c in record.difficult)
         present, known = self.manifest.label_counts()
         return {
             "present": present,
             "unknown": len(self.manifest) - known,
-            "difficult": np.array([difficult[c] for c in range(len(self.manifest.classes))]),
+            "difficult": self.manifest.difficult_counts(),
         }
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the split, as plain data."""
-        records = self.manifest.records
-        per_image = [len(record.labels) for record in records]
-        boxes = [record.boxes for record in records if record.boxes is not None]
+        per_image = self.manifest.labels_per_image().tolist()
+        _, boxes = self.manifest.boxes()
         counts = self.class_counts
         return {
             "protocol": self.manifest.protocol,
             "hash": self.manifest.hash,
-            "images": len(records),
+            "images": len(self.manifest),
             "labels": sum(per_image),
             "unknown": int(counts["unknown"].sum()),
             "labels_per_image": {
@@ -99,9 +106,9 @@ class SplitCheck:
                 "max": max(per_image),
                 "images": dict(sorted(Counter(per_image).items())),
             },
-            "boxes": sum(len(b) for b in boxes),
-            "crowd_boxes": int(sum(b.crowd.sum() for b in boxes)),
-            "difficult_boxes": int(sum(b.difficult.sum() for b in boxes)),
+            "boxes": len(boxes),
+            "crowd_boxes": int(boxes.crowd.sum()),
+            "difficult_boxes": int(boxes.difficult.sum()),
             "classes": {name: column.tolist() for name, column in counts.items()},
             "unreadable": [{"key": key, "reason": reason} for key, reason in self.unreadable],
             "duplicates": self.duplicates,
@@ -131,9 +138,8 @@ class DataCheck:
 
     def problems(self) -> list[str]:
         """One line for each thing that a user should mend."""
-        manifests = [split.manifest for split in self.splits.values()]
-        is_single = all(len(record.labels) < 2 for manifest in manifests for record in manifest.records)
-        found = _unsplit_names(self.classes) if is_single else []
+        most_labels = max(split.manifest.labels_per_image().max(initial=0) for split in self.splits.values())
+        found = _unsplit_names(self.classes) if most_labels < 2 else []
         for name, split in self.splits.items():
             found += [f"{name}: unreadable: {reason}" for _, reason in split.unreadable]
             found += [f"{name}: the same file {len(keys)} times: {listed(keys)}" for keys in split.duplicates]
@@ -259,7 +265,7 @@ def _check_split(manifest: Manifest, num_workers: int) -> SplitCheck:
         return hashlib.sha256(b"".join(contents)).hexdigest(), None
 
     results = map_records(check_file, manifest, num_workers, manifest.split)
-    unreadable = [(r.key, why) for r, (_, why) in zip(manifest.records, results, strict=True) if why is not None]
+    unreadable = [(key, why) for key, (_, why) in zip(manifest.keys, results, strict=True) if why is not None]
     return SplitCheck(manifest, tuple(digest for digest, _ in results), tuple(unreadable))
 
 
@@ -281,19 +287,10 @@ def _unsplit_names(classes: Sequence[str]) -> list[str]:
     return []
 
 
-def _by_content(split: SplitCheck) -> dict[str, list[str]]:
-    """Keys by the digest of their file."""
-    groups: dict[str, list[str]] = {}
-    for record, digest in zip(split.manifest.records, split.digests, strict=True):
-        if digest is not None:
-            groups.setdefault(digest, []).append(record.key)
-    return groups
-
-
 def _find_overlap(a: SplitCheck, b: SplitCheck) -> Overlap:
-    keys_of_a = {record.key for record in a.manifest.records}
-    keys = [record.key for record in b.manifest.records if record.key in keys_of_a]
-    of_a, of_b = _by_content(a), _by_content(b)
+    keys_of_a = set(a.manifest.keys)
+    keys = [key for key in b.manifest.keys if key in keys_of_a]
+    of_a, of_b = a.keys_by_content, b.keys_by_content
     contents = [(of_a[digest][0], of_b[digest][0]) for digest in of_a if digest in of_b]
     return Overlap((a.manifest.split, b.manifest.split), keys, contents)
 
