@@ -368,8 +368,9 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    def full_disk(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full_disk(raw, _):
+        raw.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise raw.failure
 
     monkeypatch.setattr(files._Raw, "write", full_disk)
     with pytest.raises(InputError, match=r"annotations/instances_train.json: could not be written \(No space left"):
