@@ -80,8 +80,7 @@ def read_matrix(config: MatrixConfig, split: str) -> Manifest:
     present, unknown = _meaning(matrix, config.values, source)
     keys = [image_key(config.images, name) for name in names]
     check_distinct(keys, names_source, "image", "row")
-    columns = (LabelLists.of_pairs(*np.nonzero(entries), len(keys)) for entries in (present, unknown))
-    records = Records.under(root, keys, *columns)
+    records = Records.under(root, keys, _lists(present), _lists(unknown))
     check_files(config, records, names_source)
     protocol = (
         f"{os.path.basename(source)}, {len(records):,} images x {len(classes)} classes, "
@@ -165,6 +164,11 @@ def _class_names(path: str, num_classes: int, source: str) -> tuple[str, ...]:
     if len(classes) != num_classes:
         raise InputError(f"{source}: has {num_classes} columns, {path} names {len(classes)} classes")
     return tuple(classes)
+
+
+def _lists(entries: Shaped[np.ndarray, "N C"]) -> LabelLists:
+    images, labels = np.nonzero(entries)
+    return LabelLists.of_pairs(images, labels, len(entries))
 
 
 def _meaning(

@@ -76,7 +76,8 @@ def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
 
     keys = [image_key(config.images, name) for name in names]
     check_distinct(keys, source, "image", "line")
-    records = Records.under(root, keys, LabelLists.of_pairs(*np.nonzero(table), len(keys)))
+    images, labels = np.nonzero(table)
+    records = Records.under(root, keys, LabelLists.of_pairs(images, labels, len(keys)))
     if config.protocol != "all":
         records = records.take(np.flatnonzero(table.any(axis=1)).tolist())
     note = "every image" if config.protocol == "all" else "images with at least one label"
