@@ -95,16 +95,16 @@ def test_a_changed_grid_is_noticed(grid, tmp_path):
         ),
         ("experiments: [{label: x}]", r"experiments\[0\].config: expected the path of a YAML, got nothing"),
         (
-            f"experiments: [{{config: {SMOKE}, grid: {{optim.lr: 0.1}}}}]",
-            r"experiments\[0\].grid.optim.lr: expected list of text, got 0.1 \(in .*bad.yaml\)",
+            f"experiments: [{{config: {SMOKE}, grid: {{optim.lr: {{a: 1}}}}}}]",
+            r"experiments\[0\].grid.optim.lr: expected list of text, got {'a': 1} \(in .*bad.yaml\)",
         ),
         (
-            f"experiments: [{{config: {SMOKE}, seeds: 3}}]",
-            r"experiments\[0\].seeds: expected list of whole number or null, got 3",
+            f"experiments: [{{config: {SMOKE}, seeds: x}}]",
+            r"experiments\[0\].seeds\[0\]: expected whole number, got 'x'",
         ),
         (
-            f"experiments: [{{config: {SMOKE}, overrides: a=b}}]",
-            r"experiments\[0\].overrides: expected list of text, got 'a=b'",
+            f"experiments: [{{config: {SMOKE}, overrides: {{a: b}}}}]",
+            r"experiments\[0\].overrides: expected list of text, got {'a': 'b'}",
         ),
         (f"experiments: [{{config: {SMOKE}}}, {{config: {SMOKE}}}]", "two runs are called"),
         (f"experiments: [{{config: {SMOKE}, overrides: [optim.lrr=1]}}]", "optim.lrr: no such option"),
