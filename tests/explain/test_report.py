@@ -671,8 +671,9 @@ def test_the_keyboard_turns_pages(reader):
     assert reader.keys() == BY_LOSS[12:24]
     # Page Down scrolls as ever, and turns the page at the end of it.
     reader.page.evaluate("scrollTo(0, 0)")
-    reader.press("PageDown")
-    reader.wait("scrollY > 0")
+    # Whether the browser then scrolls is its own affair, and late or lost when all cores are busy: it is not kept from it.
+    down = "new KeyboardEvent('keydown', {key: 'PageDown', bubbles: true, cancelable: true})"
+    assert reader.page.evaluate(f"document.body.dispatchEvent({down})")
     assert reader.keys() == BY_LOSS[12:24]
     reader.page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     reader.press("PageDown")
