@@ -3,7 +3,6 @@
 import argparse
 import multiprocessing
 import os
-import random
 import re
 import socket
 import time
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from faults import damaged, dead_process
 
 from mlvision.errors import InputError
 from mlvision.files import (
@@ -285,18 +285,8 @@ def test_damage_is_one_line_or_harmless(tmp_path, kind):
             return np.concatenate(list(arrays["numbers"].blocks(7)))
 
     assert np.array_equal(read(), numbers)
-    whole, draw, refused = path.read_bytes(), random.Random(1), []
-    for _ in range(300):
-        content = bytearray(whole)
-        damage, place = draw.randrange(4), draw.randrange(len(whole))
-        if damage == 0:
-            content[place] ^= 1 << draw.randrange(8)
-        elif damage == 1:
-            content[place] = draw.randrange(256)
-        elif damage == 2:
-            del content[place:]
-        else:
-            content[place : place + 30] = bytes(30)
+    refused = []
+    for content in damaged(path.read_bytes(), num=300, seed=1, hole=30):
         path.write_bytes(content)
         try:
             result = read()
@@ -311,14 +301,6 @@ def test_damage_is_one_line_or_harmless(tmp_path, kind):
 
 
 # Folders
-
-
-def dead_process() -> int:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

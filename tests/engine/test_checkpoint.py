@@ -1,10 +1,10 @@
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from faults import damaged
 
 from mlvision.engine.checkpoint import FORMAT, check_classes, load_checkpoint, save_checkpoint
 from mlvision.engine.fit import LossWindow
@@ -180,19 +180,8 @@ def test_damage_anywhere_is_noticed_or_harmless(tmp_path):
     """A flipped bit, a byte that is another, a missing end, a hole: the very state, or one line."""
     state, path = run_state(torch.randn(100)), tmp_path / "last.pt"
     save_checkpoint(path, state)
-    whole, draw = path.read_bytes(), random.Random(0)
     refused = []
-    for _ in range(400):
-        content = bytearray(whole)
-        kind, place = draw.randrange(4), draw.randrange(len(whole))
-        if kind == 0:
-            content[place] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            content[place] = draw.randrange(256)
-        elif kind == 2:
-            del content[place:]
-        else:
-            content[place : place + 40] = bytes(40)
+    for content in damaged(path.read_bytes(), num=400, seed=0, hole=40):
         path.write_bytes(content)
         try:
             loaded = load_checkpoint(path, to_resume=True)

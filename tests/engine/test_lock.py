@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from faults import dead_process
 
 from mlvision.engine import lock
 from mlvision.engine.lock import LOCK, locked
@@ -30,14 +31,6 @@ def in_child(function) -> int:
 def hold(folder):
     with locked(folder):
         return 0
-
-
-def dead_process() -> int:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
 
 
 @pytest.fixture
