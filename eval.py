@@ -32,6 +32,7 @@ from mlvision.metrics import (
 )
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.run import LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
+from mlvision.types import reaches
 
 # Options and groups of them.
 USED = (
@@ -142,6 +143,8 @@ def report(
         shown += f"  ReaL accuracy {summary['real_accuracy']:.4f}" if "real_accuracy" in summary else ""
         mark = "*" if weights == run.weights else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
+        if not reaches(run.method.scores(predictions[weights].logits), 0.5).any():
+            print("        no score reaches 0.5, so nothing is predicted, and CF1 and OF1 are 0")
     print(f"written to {run.folder}: {', '.join(written)}")
     return metrics
 

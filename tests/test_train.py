@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,18 @@ def test_eval_says_how_sure_and_how_calibrated(trained, tmp_path, capsys):
     bins = np.minimum((p * 15).astype(int), 14)
     gaps = [abs((p - y)[bins == b].sum()) for b in range(15)]
     assert found["ECE"] == pytest.approx(sum(gaps) / p.size, abs=1e-6)
+
+
+@pytest.mark.parametrize(("highest", "says"), [(-0.01, True), (0.01, False)])
+def test_eval_says_where_no_score_reaches_one_half(trained, tmp_path, monkeypatch, capsys, highest, says):
+    def shifted(*arguments):
+        found = predict(*arguments)
+        return replace(found, logits=found.logits - found.logits.max() + highest)
+
+    monkeypatch.setattr(eval_script, "predict", shifted)
+    shutil.copytree(trained[0], tmp_path / "r")
+    eval_script.main([str(tmp_path / "r")])
+    assert ("no score reaches 0.5" in capsys.readouterr().out) == says
 
 
 def test_what_is_said_of_another_checkpoint_stands_beside_the_runs_own(trained, tmp_path):
