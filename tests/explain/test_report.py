@@ -779,6 +779,21 @@ def contrast(first, second):
     return (high + 0.05) / (low + 0.05)
 
 
+def test_images_without_ground_truth_are_sorted_by_score_and_count_no_outcomes(reader, tmp_path):
+    unjudged = [replace(explained(n), targets=np.full(5, NAN, np.float32), loss=NAN) for n in range(3)]
+    write_report(tmp_path / "out", data(unjudged))
+    page = reader.page.context.browser.new_page()
+    folder = Reader(page, tmp_path / "out").open()
+    assert page.locator("#classes-head th").all_text_contents() == ["class", "explained"]
+    assert [row[0] for row in page.locator("#classes-body tr").all_text_contents()]  # the classes are still there
+    assert page.locator("#sort option").first.get_attribute("value") == "score"
+    assert not page.locator("#outcomes").is_visible()
+    first_scores = [0.6 + 0.01 * ((7 * n) % NUM_IMAGES) for n in range(3)]
+    by_score = sorted(range(3), key=lambda n: -first_scores[n])
+    assert folder.choose("label", "0").keys() == [key_of(n) for n in by_score] != [key_of(n) for n in range(3)]
+    page.close()
+
+
 def test_a_missing_file_is_said_and_the_rest_stays(reader, tmp_path):
     write_report(tmp_path / "out", data([explained(n) for n in range(3)]))
     (tmp_path / "out" / "data" / "00001.js").unlink()

@@ -563,6 +563,7 @@ window.mlvisionReport = (() => {
 
   const whole = (count) => count.toLocaleString("en");
   const ratio = (part, rest) => (part + rest ? part / (part + rest) : null);
+  const OF_ALL = ["class", "explained"]; // columns that need no ground truth
   const COLUMNS = [
     ["class", (row) => className(row.class), "name"],
     ["images with it", (row) => row.TP + row.FN, "whose ground truth has the class"],
@@ -577,14 +578,15 @@ window.mlvisionReport = (() => {
   ];
 
   function fillTable(by, down) {
-    const value = COLUMNS[by][1], sign = down ? -1 : 1;
+    const columns = report.isJudged ? COLUMNS : COLUMNS.filter(([title]) => OF_ALL.includes(title));
+    const value = columns[by][1], sign = down ? -1 : 1;
     const compare = (a, b) => {
       const first = value(a), second = value(b);
       if (first === null || second === null) return (first === null) - (second === null);
       return sign * (first < second ? -1 : first > second ? 1 : 0);
     };
     const rows = [...report.table].sort((a, b) => compare(a, b) || a.class - b.class);
-    $("classes-head").replaceChildren(...COLUMNS.map(([title, , meaning], column) => {
+    $("classes-head").replaceChildren(...columns.map(([title, , meaning], column) => {
       const button = make("button", { type: "button", textContent: title, title: meaning });
       button.addEventListener("click", () => fillTable(column, column === by ? !down : column > 0));
       const cell = make("th", { scope: "col" }, button);
@@ -594,7 +596,7 @@ window.mlvisionReport = (() => {
     $("classes-body").replaceChildren(...rows.map((row) => {
       const button = make("button", { type: "button", textContent: className(row.class), disabled: !row.explained, title: "show this label only" });
       button.addEventListener("click", () => refilter({ label: String(row.class) }));
-      const cells = COLUMNS.slice(1).map(([, of, , format = whole]) => make("td", { textContent: of(row) === null ? "\u2013" : format(of(row)) }));
+      const cells = columns.slice(1).map(([, of, , format = whole]) => make("td", { textContent: of(row) === null ? "\u2013" : format(of(row)) }));
       return make("tr", {}, make("th", { scope: "row" }, button), ...cells);
     }));
   }
@@ -605,6 +607,12 @@ window.mlvisionReport = (() => {
     report = data;
     const every = data.images.flatMap((image) => image.labels);
     report.numLabels = every.length;
+    report.isJudged = data.images.some((image) => image.unknown < data.classes.length);
+    if (!report.isJudged) { // images without ground truth have no loss and no outcome
+      DEFAULTS.sort = "score";
+      for (const option of [...$("sort").options]) if (option.value.endsWith("loss")) option.remove();
+      $("outcomes").closest("fieldset").hidden = true;
+    }
     report.hasContrasts = every.some((label) => label.against !== undefined);
     tables = data.colours.map((text) => new Uint32Array(bytes(text).buffer));
     $("summary").append(...data.summary.flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
@@ -629,7 +637,7 @@ window.mlvisionReport = (() => {
         small.dataset.outcome = outcome;
         $("outcomes").append(make("label", { className: "pill", title: WORDS[outcome] }, make("input", { type: "checkbox", value: outcome, checked: true }), outcome, small));
       }
-    fillTable(COLUMNS.findIndex(([title]) => title === "mistakes"), true);
+    fillTable(report.isJudged ? COLUMNS.findIndex(([title]) => title === "mistakes") : 1, true);
     listen();
     fromAddress();
     build();
