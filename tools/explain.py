@@ -20,7 +20,6 @@ from PIL import Image
 
 from mlvision.config import describe_options, parse_options, run_command, take_path
 from mlvision.data.folder import folder_manifest
-from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.loader import MOST_WORKERS, Loader, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Manifest
 from mlvision.engine.precision import MOST_THREADS
@@ -111,7 +110,6 @@ class ExplainOptions(MapOptions):
     """Which images, which labels, which explainers, and what is written."""
 
     images: Annotated[str, "folder of images, sub-folders included; empty: the run's own, of `split`"] = ""
-    max_pixels: Annotated[int, "width times height that an image of that folder may have"] = MAX_PIXELS
     method: Annotated[list[str], "one name of EXPLAINERS or several, between which the report switches"] = field(
         default_factory=lambda: ["grad_cam"]
     )
@@ -194,7 +192,7 @@ def explain_run(argv: list[str]) -> Path:
     run, options = read_arguments(argv, ExplainOptions, "python tools/explain.py")
     out = new_folder(options.out or run.folder / default_name(options))
     if options.images:
-        manifest, known = folder_manifest(Path(options.images), run.classes, options.max_pixels), False
+        manifest, known = folder_manifest(Path(options.images), run.classes, run.config.data.max_pixels), False
         print(manifest.protocol)
     else:
         manifest, known = read_for(run, options.split)[0], True

@@ -9,7 +9,8 @@ formula, by its first letter = + - or @, has an apostrophe in front there. .json
 ..., "labels": [...], "scores": {class: score}}, with every name as it is. The labels are those whose score reaches
 `threshold`, or with `top_k` the classes of the highest scores, the highest first.
 
-Options of data.* are the run's own, overridden.
+Options of data.* are the run's own, overridden: data.on_bad_image=skip leaves out files that cannot be decoded,
+data.max_pixels is the largest image that is read.
 """
 
 import csv
@@ -24,7 +25,6 @@ import torch
 from mlvision.config import describe_options, parse_options, run_command, take_path
 from mlvision.data.folder import images_manifest
 from mlvision.data.images import drop_unreadable
-from mlvision.data.limits import MOST_PIXELS
 from mlvision.data.loader import MOST_WORKERS, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest
 from mlvision.data.records import printable
@@ -56,13 +56,6 @@ class PredictOptions:
     weights: Annotated[str, "raw, ema, or auto: ema where the run has them"] = "auto"
     device: Annotated[str, "auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
-    on_bad_image: Annotated[
-        str,
-        "error: stop at a file that cannot be decoded; skip: leave it out and say so; empty: the run's data.on_bad_image",
-    ] = ""
-    max_pixels: Annotated[
-        int, "width times height that an image may have, looked up before it is decoded; 0: the run's data.max_pixels"
-    ] = 0
     batch_size: Annotated[int, "images a batch"] = 64
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
 
@@ -74,8 +67,6 @@ class PredictOptions:
             ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
-            ("on_bad_image", self.on_bad_image in ("", "error", "skip"), "error or skip"),
-            ("max_pixels", 0 <= self.max_pixels <= MOST_PIXELS, f"0 to {MOST_PIXELS}"),
         )
         check_fields(self, "", rules)
 
@@ -126,10 +117,9 @@ def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:
         raise InputError(
             "images: expected a folder or image files, got nothing; split= names a split of the run's data"
         )
-    own = {name: value for name in ("on_bad_image", "max_pixels") if (value := getattr(options, name))}
-    data = replace(run.config.data, **own)
+    data = run.config.data
     if options.split:
-        config = replace(run.config, data=data, loader=replace(run.config.loader, num_workers=options.num_workers))
+        config = replace(run.config, loader=replace(run.config.loader, num_workers=options.num_workers))
         manifest, unreadable = read_for(replace(run, config=config), options.split)
         bad = [(key, reason) for _, key, reason in unreadable]
     else:

@@ -99,7 +99,7 @@ def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, 
     with pytest.raises(InputError, match="000002.jpg"):
         predict.main([str(run_folder), f"images={images}", f"out={out}", "batch_size=1", "num_workers=0"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
-    predict.main([str(run_folder), f"images={images}", f"out={out}", "num_workers=0", "on_bad_image=skip"])
+    predict.main([str(run_folder), f"images={images}", f"out={out}", "num_workers=0", "data.on_bad_image=skip"])
     assert len(out.read_text().splitlines()) == 4
 
 
@@ -114,8 +114,8 @@ def test_a_bad_image_stops_it_and_leaves_no_half_table(run_folder, scenes_root, 
         ("threshold=50", "threshold: expected a score, from 0 to 1, got 50"),
         ("threshold=-0.1", "threshold: expected a score, from 0 to 1, got -0.1"),
         ("top_k=-1", "top_k: expected 0 or more, got -1"),
-        ("max_pixels=-1", "^max_pixels: expected 0 to 1073741824, got -1"),
-        ("on_bad_image=pass", "^on_bad_image: expected error or skip, got 'pass'"),
+        ("data.max_pixels=-1", "^data.max_pixels: expected 1 to 1073741824, got -1"),
+        ("data.on_bad_image=pass", "^data.on_bad_image: expected error or skip, got 'pass'"),
         ("out=x.json", "out: expected a name that ends in .csv or .jsonl, got 'x.json'"),
         ("out=predictions", "out: expected a name that ends in .csv or .jsonl, got 'predictions'"),
         ("out=/dev/null", "out: expected a name that ends in .csv or .jsonl, got '/dev/null'"),
@@ -302,26 +302,17 @@ def test_bad_images_and_the_limit_of_pixels_are_the_runs_own_overridden(run_fold
     num_images = len(list((torn_root / "images/test").iterdir()))
     common = [images, f"data.root={torn_root}", f"out={out}", "num_workers=0", "threads=1"]
 
-    for run, more in (
-        (run_folder, "data.on_bad_image=skip"),
-        (run_folder, "on_bad_image=skip"),
-        (skipping, "threshold=0.5"),
-    ):
+    for run, more in ((run_folder, "data.on_bad_image=skip"), (skipping, "threshold=0.5")):
         predict.main([str(run), *common, more])
         keys = [line["image"] for line in read_jsonl(out)]
         assert len(keys) == num_images - 1
         assert not any("000002" in key for key in keys)
         out.unlink()
-    for run, more in (
-        (run_folder, "threshold=0.5"),
-        (skipping, "on_bad_image=error"),
-        (skipping, "data.on_bad_image=error"),
-    ):
+    for run, more in ((run_folder, "threshold=0.5"), (skipping, "data.on_bad_image=error")):
         with pytest.raises(InputError, match="000002.jpg"):
             predict.main([str(run), *common, more])
-    for more in ("max_pixels=5", "data.max_pixels=5"):
-        with pytest.raises(InputError, match=r"pixels are more than max_pixels allows \(5\)"):
-            predict.main([str(run_folder), *common, more])
+    with pytest.raises(InputError, match=r"pixels are more than max_pixels allows \(5\)"):
+        predict.main([str(run_folder), *common, "data.max_pixels=5"])
 
 
 def test_the_classes_of_the_highest_scores(run_folder, photos, tmp_path):
