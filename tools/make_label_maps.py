@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,20 +171,17 @@ def main(argv: list[str]) -> None:
         print(f"Options of {mode}:" if mode else "Options (import --help and report --help list theirs):")
         print(describe_options(MODES[mode][1]))
         return
+    parse = partial(parse_options, prog="python tools/make_label_maps.py", description=__doc__)
     if argv[0] == "report":
         path, rest = take_path(argv[1:], "the folder of a store")
-        print(
-            report(
-                path, parse_options(ReportOptions, rest, prog="python tools/make_label_maps.py", description=__doc__)
-            )
-        )
+        print(report(path, parse(ReportOptions, rest)))
         return
     if argv[0] == "import":
         path, rest = take_path(argv[1:], "the folder of published maps")
-        options = parse_options(ImportOptions, rest, prog="python tools/make_label_maps.py", description=__doc__)
+        options = parse(ImportOptions, rest)
         store = import_tree(path, options)
     else:
-        options = parse_options(LabelMapOptions, argv, prog="python tools/make_label_maps.py", description=__doc__)
+        options = parse(LabelMapOptions, argv)
         store = make(options)
     print(f"{len(store)} maps of {store.meta.grid[0]}x{store.meta.grid[1]} cells: {options.out}")
 

@@ -139,7 +139,7 @@ def read_sen12ms(config: Sen12msConfig, split: str) -> Manifest:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}; expected numbers and numpy arrays alone")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}; expected nothing but numbers and numpy arrays")
         return super().find_class(module, name)
 
 

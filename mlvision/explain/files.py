@@ -42,7 +42,7 @@ def save_maps(
         about: of each method, what a reader must know beside, as JSON takes it; methods that are not here are not written.
 
     Raises:
-        InputError: a method whose name is no name of a file.
+        InputError: a method's name cannot name a folder.
     """
     _check_names(about)
     for method in about:
@@ -54,10 +54,10 @@ def save_maps(
 
 
 def _check_names(methods: Iterable[str]) -> None:
-    """Refuses methods whose names are no names of files: the only names here that become any; images are numbered."""
+    """Refuses methods whose names cannot name a folder: no other names here become files, images are numbered."""
     for name in methods:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-            raise InputError(f"method: {name[:100]!r} is to name files; expected letters, digits, _ - and . only")
+            raise InputError(f"method: {name[:100]!r} names a folder; expected letters, digits, _ - and . only")
 
 
 def _write_maps(
