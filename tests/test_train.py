@@ -699,3 +699,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(smoke_arguments, tmp_path, monkeypat
     *_, epoch, last = capsys.readouterr().out.splitlines()
     assert last == f"stopped by SIGINT at step 7; saved; to go on, give the same command with out={folder} resume=auto"
     assert re.fullmatch(r"epoch 1/3  step 5  loss \d\.\d+  val mAP .*\d+ images/s  \d+ \w+ left  best", epoch)
+
+
+def test_a_run_stopped_before_a_validation_goes_on_with_it_and_claims_no_speed(
+    smoke_arguments, tmp_path, monkeypatch, capsys
+):
+    class CtrlC(ProgressBar):
+        def on_step_end(self, state):
+            if state.step == 10:  # the last step of the second epoch
+                os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = [*smoke_arguments, f"out={tmp_path}/run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "ProgressBar", CtrlC)
+        assert train_script.main(arguments) == 130
+    capsys.readouterr()
+    train_script.main([*arguments, "resume=auto"])
+    second, third = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert re.fullmatch(r"epoch 2/3  step 10  val mAP \(plain\): raw \d\.\d+  ema \d\.\d+(  best)?", second)
+    assert "images/s" in third

@@ -258,7 +258,8 @@ def fit(
                     return state
                 guard.check(keys)
                 images = (state.step - first_step) * train_loader.images_per_step
-                speed = images / max(time.perf_counter() - started, 1e-9)
+                # A run that was stopped before a validation goes on with it: no step, no speed.
+                speed = images / max(time.perf_counter() - started, 1e-9) if images else None
                 improved = validate(state, val_loader, precision, checkpoint.select)
                 on_every_rank(partial(close_epoch, state, callbacks, speed, improved))
                 state.epoch += 1
@@ -411,18 +412,24 @@ def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConf
         )
 
 
-def close_epoch(state: FitState, callbacks: Sequence[Callback], images_per_second: float, improved: bool) -> None:
+def close_epoch(
+    state: FitState, callbacks: Sequence[Callback], images_per_second: float | None, improved: bool
+) -> None:
     """Callbacks, one line for people, and the throughput for TensorBoard."""
     for callback in callbacks:
         callback.on_epoch_end(state)
-    state.log.timings(state.step, {"time/images_per_second": images_per_second})
+    if images_per_second is not None:
+        state.log.timings(state.step, {"time/images_per_second": images_per_second})
     found = {weights: state.validation.get(f"val/{weights}/mAP") for weights in ("raw", "ema")}
     measured = "  ".join(f"{weights} {value:.4f}" for weights, value in found.items() if value is not None)
     loss = "" if state.loss is None else f"  loss {state.loss:.4f}"
-    since, first_step = state.started
-    per_step = (time.perf_counter() - since) / max(state.step - first_step, 1)
-    left = duration((state.epochs * state.steps_per_epoch - state.step) * per_step)
+    pace = ""
+    if images_per_second is not None:
+        since, first_step = state.started
+        per_step = (time.perf_counter() - since) / (state.step - first_step)
+        left = duration((state.epochs * state.steps_per_epoch - state.step) * per_step)
+        pace = f"  {images_per_second:.0f} images/s  {left} left"
     state.log.line(
-        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}{loss}  val mAP (plain): {measured}  "
-        f"{images_per_second:.0f} images/s  {left} left{'  best' if improved else ''}"
+        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}{loss}  val mAP (plain): {measured}{pace}"
+        f"{'  best' if improved else ''}"
     )

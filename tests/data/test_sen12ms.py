@@ -88,7 +88,9 @@ class Harmful:
 def test_a_pickle_that_calls_something_is_refused(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     label_file(root).write_bytes(pickle.dumps({"a": Harmful()}))
-    with pytest.raises(InputError, match="labels.pkl: cannot be read as a pickle: it asks for .*; expected nothing but numbers"):
+    with pytest.raises(
+        InputError, match="labels.pkl: cannot be read as a pickle: it asks for .*; expected nothing but numbers"
+    ):
         read(root)
     assert not Path("harm").exists()
 
