@@ -24,8 +24,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/explain.py $(DEMO)/relabel data.root=datasets/scenes_demo method=[grad_cam,occlusion] \
 		labels=relevant num_images=60 out=$(DEMO)/explanations
 
+# A module stays on one worker: its fixtures, some of which train, are then made once.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(CODE)
