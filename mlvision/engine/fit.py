@@ -418,13 +418,12 @@ def close_epoch(
     """Callbacks, one line for people, and the throughput for TensorBoard."""
     for callback in callbacks:
         callback.on_epoch_end(state)
-    if images_per_second is not None:
-        state.log.timings(state.step, {"time/images_per_second": images_per_second})
     found = {weights: state.validation.get(f"val/{weights}/mAP") for weights in ("raw", "ema")}
     measured = "  ".join(f"{weights} {value:.4f}" for weights, value in found.items() if value is not None)
     loss = "" if state.loss is None else f"  loss {state.loss:.4f}"
     pace = ""
     if images_per_second is not None:
+        state.log.timings(state.step, {"time/images_per_second": images_per_second})
         since, first_step = state.started
         per_step = (time.perf_counter() - since) / (state.step - first_step)
         left = duration((state.epochs * state.steps_per_epoch - state.step) * per_step)
