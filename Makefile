@@ -12,7 +12,7 @@ SHORT := data.root=datasets/scenes_demo optim.epochs=3
 # Every training image tells its largest object alone. A baseline learns that; its label maps then teach a student what each
 # crop shows. The test images know all their objects. At the end a report shows where the student saw each label.
 demo: $(VENV)/.installed
-	$(BIN)/python tools/prepare_data.py scenes out=datasets/scenes_demo train_images=2000 test_images=500
+	$(BIN)/python tools/prepare_data.py scenes out=datasets/scenes_demo train_images=1400 test_images=400
 	rm -rf $(DEMO)
 	$(BIN)/python train.py configs/scenes_efficientnet_lite0_teacher.yaml $(SHORT) out=$(DEMO)/single_labels
 	$(BIN)/python eval.py $(DEMO)/single_labels
