@@ -76,6 +76,13 @@ def test_marked_figures_are_those_of_the_records(page):
     assert not wrong(page.read_text())
 
 
+def test_every_record_is_of_a_clean_commit():
+    records = sorted((ROOT / "docs/results").rglob("*.json"))
+    commits = {path.name: re.findall(r'"commit": "([^"]*)"', path.read_text()) for path in records}
+    assert records
+    assert not [name for name, found in commits.items() if not found or any("dirty" in commit for commit in found)]
+
+
 def test_a_wrong_figure_is_found():
     def values(source):
         return {"grid/a mAP": [0.5, 0.7], "grid/none mAP": []}[source]

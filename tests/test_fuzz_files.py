@@ -14,12 +14,17 @@ import tifffile
 import torch
 from layouts import VocObject, write_bigearthnet_v1, write_bigearthnet_v2, write_nuswide, write_sen12ms, write_voc
 from PIL import Image
+from safetensors.torch import save_file
 
+from mlvision.config import Config, load_options, save_options
 from mlvision.data import build_manifest
 from mlvision.data.bands import read_tiff
 from mlvision.data.images import decode_image
 from mlvision.errors import InputError
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.models.text import TextConfig, embed_labels
+from mlvision.models.weights import read_checkpoint
+from mlvision.run import LoadedRun, check_never_trained_on
 
 pytestmark = pytest.mark.slow
 
@@ -363,3 +368,66 @@ def test_label_map_stores(tmp_path):
         is_value(read, f"case {case}, {path.name}")
         path.write_bytes(files[path])
         assert files_below(tmp_path) == files
+
+
+def test_configs(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_options(Config(), path)
+    content = path.read_bytes()
+    values = 0
+    for case in range(2 * CASES):
+        path.write_bytes(damaged(content, np.random.default_rng([6, case])))
+        values += is_value(lambda: load_options(Config, path), f"case {case}")
+    assert 0 < values < 2 * CASES
+
+
+def write_glove(path: Path) -> None:
+    path.write_text("cat 0.5 -1 2\ndog 1e-3 0 1\nowl 1 1 1\n")
+
+
+def write_word2vec(path: Path) -> None:
+    path.write_text("3 3\ncat 0.5 -1 2\ndog 1e-3 0 1\nowl 1 1 1\n")
+
+
+def write_vectors(path: Path) -> None:
+    np.savez(path, words=np.array(["cat", "dog", "owl"]), vectors=np.eye(3, dtype=np.float16))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_glove, "v.txt"), (write_word2vec, "v.vec"), (write_vectors, "v.npz")]
+)
+def test_word_vectors(tmp_path, write, name):
+    path = tmp_path / name
+    write(path)
+    content = path.read_bytes()
+    options = TextConfig(encoder="vectors", model=str(path))
+    for case in range(2 * CASES):
+        path.write_bytes(damaged(content, np.random.default_rng([7, case])))
+        is_value(lambda: embed_labels(["cat", "dog"], options), f"case {case}")
+    path.write_bytes(content)
+    assert is_value(lambda: embed_labels(["cat", "dog"], options), name)
+
+
+def test_weights(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"conv.weight": torch.ones(2, 3), "conv.bias": torch.zeros(2)}, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    for case in range(2 * CASES):
+        path.write_bytes(damaged(content, np.random.default_rng([8, case])))
+        is_value(lambda: read_checkpoint(path, ["conv.weight", "conv.bias"]), f"case {case}")
+
+
+def test_images_of_a_run(tmp_path):
+    path = tmp_path / "images.csv"
+    content = b"split,key,bytes\r\ntrain,a.jpg,120\r\ntrain,sub/b.jpg,\r\nval,c.jpg,7\r\n"
+    run = object.__new__(LoadedRun)
+    run.folder = tmp_path
+    (tmp_path / "set").mkdir()
+    manifest = build_manifest(
+        root=str(tmp_path / "set"), check_files=False, **write_csv(tmp_path / "set") | {"split": "test"}
+    )
+    for case in range(2 * CASES):
+        path.write_bytes(damaged(content, np.random.default_rng([9, case])))
+        is_value(lambda: check_never_trained_on(run, manifest, "test"), f"case {case}")
+    path.write_bytes(content)
+    assert is_value(lambda: check_never_trained_on(run, manifest, "test"), path.name)

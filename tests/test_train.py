@@ -348,6 +348,7 @@ def truncate_image(root):
         (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
+        (None, ["checkpoint.select=num_skipped_classes"], "checkpoint.select: no metric 'num_skipped_classes'"),
         (None, ["method.loss=asl", "method.gamma_neg=-1.0"], "gamma_neg -1.0"),
         (None, ["method.loss=focal", "method.gamma=nan"], "method.gamma: expected finite numbers"),
         (None, ["optim.lr=inf"], "optim.lr: expected finite numbers"),
@@ -456,6 +457,15 @@ def test_resume_auto_finds_the_newest_equal_run(smoke_arguments, tmp_path, monke
     (again,) = environment["resumed"]
     assert again["machine"] == environment["machine"]
     assert again["started"] >= environment["started"]
+
+
+def test_resume_auto_takes_a_name_for_itself_and_for_no_pattern(smoke_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    once = [*smoke_arguments, "optim.epochs=1", "resume=auto"]
+    for name in ("a[1]**b", "a1xb", "a[1]**b"):
+        train_script.main([*once, f"name={name}"])
+    assert sorted(folder.name.partition("-")[0] for folder in (tmp_path / "runs").iterdir()) == ["a1xb", "a[1]**b"]
+    assert "all 1 epochs are trained already" in capsys.readouterr().out
 
 
 def test_evaluation_refuses_images_that_were_trained_on(trained):
@@ -616,6 +626,7 @@ def test_options_of_evaluation_are_checked_before_it_begins(trained, monkeypatch
     for option, message in (
         ("bootstrap=1", "bootstrap: expected 0, or 2 to a million"),
         ("threads=-1", "threads: expected 0"),
+        ("optim.lr=1e-3", "optim.lr: evaluation does not use this option"),
     ):
         with pytest.raises(InputError, match=message):
             eval_script.main([str(trained[0]), option])
