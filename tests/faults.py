@@ -1,8 +1,11 @@
-"""What goes wrong outside of us: processes that have ended, and files whose bytes are damaged."""
+"""What goes wrong outside of us: processes that have ended, files whose bytes are damaged, and input that never ends."""
 
 import os
 import random
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def dead_process() -> int:
@@ -29,3 +32,22 @@ def damaged(whole: bytes, *, num: int, seed: int, hole: int) -> Iterator[bytes]:
         else:
             content[place : place + hole] = bytes(hole)
         yield bytes(content)
+
+
+@contextmanager
+def soon(case: object, seconds: float = 20) -> Iterator[None]:
+    """Fail what computes for longer: far more than any case of a fuzz test takes, far less than a hang.
+
+    Counted is the time of the processor, so that a busy machine is no hang. What waits for ever is left to pytest-timeout.
+    """
+
+    def stop(*_: Any) -> None:
+        raise AssertionError(f"computes for {seconds} s: {case}")
+
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)

@@ -2,9 +2,7 @@
 
 import io
 import json
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from faults import soon
 from layouts import VocObject, write_bigearthnet_v1, write_bigearthnet_v2, write_nuswide, write_sen12ms, write_voc
 from PIL import Image
 from safetensors.torch import save_file
@@ -29,27 +28,12 @@ from mlvision.run import LoadedRun, check_never_trained_on
 pytestmark = pytest.mark.slow
 
 CASES = 60
-SECONDS = 20  # for one file of a few kilobytes; far more than a loaded machine needs
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise AssertionError(f"hangs for {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def is_value(read: Callable[[], Any], case: str) -> bool:
     """Whether `read` gives a value; what it raises else is an InputError of one line."""
     try:
-        with soon():
+        with soon(case):
             read()
     except InputError as error:
         message = str(error)

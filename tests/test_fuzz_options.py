@@ -3,14 +3,13 @@ file left behind."""
 
 import dataclasses
 import random
-import signal
 import types
 import typing
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from faults import soon
 
 import eval as eval_script
 import train as train_script
@@ -21,7 +20,6 @@ from mlvision.explain import CONTROLS, EXPLAINERS
 from tools import benchmark, explain, make_label_maps, predict, prepare_data, results_table, sweep
 
 CASES = 30  # of each script
-SECONDS = 20  # of a case: far more than any takes, far less than a hang
 DEVNULL = "/dev/null/x"
 NUMBERS = ("0", "1", "-1", "1.5", "nan", "inf", "1e308", "1e999", "", "x", "true", "null", "[1]", "{a: 1}", "9" * 4301)
 ODD = {
@@ -80,29 +78,13 @@ OPTIONS = {
 }
 
 
-@contextmanager
-def limited(arguments):
-    """No hang: a case that takes too long fails, with its arguments."""
-
-    def stop(*_):
-        raise AssertionError(f"hangs: {shorten(arguments)}")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 def shorten(arguments):
     return [ascii(argument)[:120] for argument in arguments]
 
 
 def refused(main, arguments) -> bool:
     """Whether a script ends in one line that names what is wrong, as `run_command` prints it."""
-    with limited(arguments):
+    with soon(shorten(arguments)):
         try:
             main(arguments)
         except (InputError, OSError, SystemExit):
