@@ -2,24 +2,28 @@
 figure, and its record.
 
 python eval.py runs/<name>
-python eval.py runs/<name> data.split=val device=cpu
+python eval.py runs/<name> split=val bootstrap=1000 device=cpu
 python eval.py runs/<name>/checkpoints/last.pt
 torchrun --nproc-per-node 8 eval.py runs/<name>
 """
 
 import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from mlvision.config import Config, describe_options, run_command, take_path
+from mlvision.cli import run_command
+from mlvision.config import Config
 from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
 from mlvision.data.manifest import Manifest, object_areas
 from mlvision.engine.distributed import is_main, on_every_rank, on_main, rank, world_size
 from mlvision.engine.evaluate import Predictions, predict
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.files import spreadsheet_text, whole_file, write_arrays
 from mlvision.metrics import (
     average_precision_by_size,
@@ -31,19 +35,34 @@ from mlvision.metrics import (
     real_accuracy,
 )
 from mlvision.metrics.figures import draw_precision_recall
-from mlvision.run import LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
+from mlvision.options import EVALUATION, build_options, describe_options, marked, take_path
+from mlvision.run import ROLES, LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
 from mlvision.types import reaches
 
-# Options and groups of them.
-USED = (
-    *("data", "head", "method", "model", "view.size", "view.eval_size", "view.eval_resize", "view.crop_pct"),
-    *("view.interpolation", "loader.eval_batch_size", "loader.num_workers", "loader.prefetch", "bootstrap", "device"),
-    *("precision", "threads"),
-)
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is evaluated, and how surely."""
+
+    split: Annotated[str, "which of the run's splits: test, val or train"] = "test"
+    bootstrap: Annotated[int, "resamplings of the images for a 95 % interval of mAP; 0: none"] = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("split", self.split in ROLES, f"one of {', '.join(ROLES)}"),
+            ("bootstrap", self.bootstrap == 0 or 2 <= self.bootstrap <= 1_000_000, "0, or 2 to a million resamplings"),
+        )
+        check_fields(self, "", rules)
+
+
+OWN = tuple(option.name for option in fields(EvalOptions))
+OF_RUN = tuple(marked(Config, EVALUATION))
 USAGE = f"""usage: python eval.py RUN [key=value ...]
 
 {__doc__}
-Options of the run that still matter here, others are refused: {", ".join(USED)}. All options:
+{describe_options(EvalOptions)}
+
+Options of the run that still matter here, others are refused: {", ".join(OF_RUN)}. All options of a run:
 {describe_options(Config)}"""
 
 
@@ -51,8 +70,9 @@ def main(argv: list[str]) -> dict:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return {}
-    path, overrides = take_path(argv, "a run folder or a checkpoint")
-    run, manifest, bad = on_every_rank(lambda: prepare(path, overrides))
+    path, arguments = take_path(argv, "a run folder or a checkpoint")
+    options, overrides = on_every_rank(lambda: read_arguments(arguments))
+    run, manifest, bad = on_every_rank(lambda: prepare(path, options, overrides))
     loader = eval_loader(manifest, run.view, run.config.loader, rank=rank(), world_size=world_size())
     predictions = {}
     for weights in ("raw", "ema") if run.weights == "ema" else ("raw",):
@@ -62,17 +82,28 @@ def main(argv: list[str]) -> dict:
         predictions[weights] = predict(
             method, loader.tracked(f"evaluating {weights} weights", shown=is_main()), run.precision
         )
-    return on_main(lambda: report(path, run, manifest, bad, predictions))
+    return on_main(lambda: report(path, options, run, manifest, bad, predictions))
 
 
-def prepare(path: str, overrides: list[str]) -> tuple[LoadedRun, Manifest, list[tuple[str, str, str]]]:
-    """The run, the images that judge it, and (split, key, reason) of each that was left out."""
+def read_arguments(arguments: Sequence[str]) -> tuple[EvalOptions, list[str]]:
+    """The options of evaluation itself, and the arguments that override those of the run."""
+    own = [argument for argument in arguments if argument.partition("=")[0] in OWN]
+    overrides = [argument for argument in arguments if argument not in own]
     for argument in overrides:
         key = argument.partition("=")[0]
-        if not any(key == used or key.startswith(f"{used}.") for used in USED):
-            raise InputError(f"{key}: evaluation does not use this option; expected some of {', '.join(USED)}")
+        if not any(key == used or key.startswith(f"{used}.") for used in OF_RUN):
+            raise InputError(
+                f"{key}: evaluation does not use this option; expected some of {', '.join((*OWN, *OF_RUN))}"
+            )
+    return build_options(EvalOptions, {}, overrides=own), overrides
+
+
+def prepare(
+    path: str, options: EvalOptions, overrides: list[str]
+) -> tuple[LoadedRun, Manifest, list[tuple[str, str, str]]]:
+    """The run, the images that judge it, and (split, key, reason) of each that was left out."""
     run = load_run(path, overrides=overrides)
-    manifest, bad = read_for(run, run.config.data.split)
+    manifest, bad = read_for(run, options.split)
     for name in ("environment.json", "metrics.json"):  # read again when all is predicted: too late to learn of damage
         if (run.folder / name).is_file():
             read_written(run.folder / name)
@@ -81,20 +112,21 @@ def prepare(path: str, overrides: list[str]) -> tuple[LoadedRun, Manifest, list[
 
 def report(
     path: str,
+    options: EvalOptions,
     run: LoadedRun,
     manifest: Manifest,
     bad: list[tuple[str, str, str]],
     predictions: dict[str, Predictions],
 ) -> dict:
     """Write and print what the predictions of each weights are worth; the metrics."""
-    role, activation = run.config.data.split, run.method.activation
+    role, activation = options.split, run.method.activation
     areas = object_areas(manifest)
     results = {}
     for weights, found in predictions.items():
         results[weights] = multilabel_summary(found.logits, found.targets, activation=activation)
         results[weights]["ECE"] = expected_calibration_error(run.method.scores(found.logits), found.targets)
-        if run.config.bootstrap:
-            interval = bootstrap_interval(found.logits, found.targets, num_samples=run.config.bootstrap)
+        if options.bootstrap:
+            interval = bootstrap_interval(found.logits, found.targets, num_samples=options.bootstrap)
             results[weights] |= {"mAP_low": interval.low, "mAP_high": interval.high}
         if areas is not None:
             by_size = average_precision_by_size(found.logits, found.targets, areas[found.index.numpy()])

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from mlvision.config import Config, parse_options, run_command
+from mlvision.cli import run_command
+from mlvision.config import Config, parse_run_options
 from mlvision.engine.callbacks import Callback, ProgressBar
 from mlvision.engine.distributed import on_every_rank, on_main, world_size
 from mlvision.engine.fit import fit
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 def prepare(argv: list[str]) -> tuple[Run, Sequence[Callback]]:
     """The run and what watches it; whatever is wrong with them is found before anything is written."""
-    config = parse_options(Config, argv, prog="python train.py", description="Train a multi-label classifier.")
+    config = parse_run_options(Config, argv, prog="python train.py", description="Train a multi-label classifier.")
     run = build_run(config)
     return run, build_callbacks(run)
 

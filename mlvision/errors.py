@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# What no CSV, log or terminal keeps in one piece: control characters, line separators, and halves of surrogate pairs.
+UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MOST_CHARACTERS = 2000  # of a message: lists of names are long, values may be as large as a file
 
 
@@ -41,6 +44,11 @@ def listed(names: Sequence[Any], most: int = 40) -> str:
     """Names for an error message, apart by commas; of more than `most` the first ones and how many are left out."""
     texts = [name if len(name) <= 120 else f"{name[:117]}..." for name in map(str, names[:most])]
     return ", ".join(texts) + (f" and {len(names) - most:,} others" if len(names) > most else "")
+
+
+def printable(text: str) -> str:
+    """The text with the escapes of what no line of text can hold: in the name of a file there may be any byte."""
+    return UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def describe_os_error(error: OSError) -> str:

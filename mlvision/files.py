@@ -35,6 +35,11 @@ _DAMAGED = (
 )  # fmt: skip
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name, which may be empty, names a file or folder in another folder and nothing outside it."""
+    return "/" not in name and name not in (".", "..")
+
+
 def check_out(path: Path | str, suffixes: Sequence[str] = ()) -> Path:
     """Refuse a place, given as `out=`, where no file can be put without loss; for before anything is computed.
 

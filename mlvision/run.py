@@ -27,12 +27,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from mlvision.config import Config, build_options, load_options, save_options, to_plain
+from mlvision.config import Config, load_config
 from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, file_sizes, rgb_array
 from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
-from mlvision.data.text_files import read_json, read_text
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import Callback
@@ -53,13 +52,14 @@ from mlvision.models.text import (
     load_label_embeddings,
     save_label_embeddings,
 )
+from mlvision.options import INERT, build_options, flatten, save_options, to_plain
+from mlvision.text_files import read_json, read_text
+from mlvision.versions import upgrade
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
 _IMAGE_COLUMNS = ("split", "key", "bytes")  # of images.csv
 _WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml")
-# What may differ between a run and its resumption: where things are and how fast they go, never what is computed.
-_FREE_TO_CHANGE = ("out", "resume", "name", "data.root", "data.split", "data.check_files", "loader.num_workers")
 
 
 @dataclass
@@ -195,7 +195,7 @@ def build_run(config: Config) -> Run:
 def _shared_options(config: Config) -> dict[str, str]:
     """The options that have to be the same for every process: all but where each finds its files and its device."""
     own = ("device", "threads", "data.root", "loader.num_workers")
-    return {key: str(value) for key, value in _flat(to_plain(config)).items() if key not in own}
+    return {key: str(value) for key, value in flatten(config).items() if key not in own}
 
 
 def _check_same_data(*manifests: Manifest) -> None:
@@ -393,13 +393,13 @@ def read_role(config: Config, role: str) -> tuple[Manifest, list[tuple[str, str,
         InputError: no such role, or none was named in the config.
     """
     if role not in ROLES:
-        raise InputError(f"data.split: expected one of {', '.join(ROLES)}, got '{role}'")
+        raise InputError(f"split: expected one of {', '.join(ROLES)}, got '{role}'")
     if role != "test":
         train, val, bad = read_training_manifests(config)
         chosen = train if role == "train" else val
         return chosen, [image for image in bad if image[0] == chosen.split]
     if not config.data.test:
-        raise InputError("data.test: this run names no test split; give data.test=<split> or data.split=val")
+        raise InputError("data.test: this run names no test split; give data.test=<split> or split=val")
     return _readable(config, read_split(config.data, config.data.test))
 
 
@@ -441,7 +441,7 @@ def load_run(
     folder = path.parent.parent if path.suffix == ".pt" else path
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{path}: no run there (expected a folder with config.yaml, made by train.py)")
-    saved_config = load_options(Config, folder / "config.yaml")
+    saved_config = load_config(folder / "config.yaml")
     config = build_options(Config, to_plain(saved_config), overrides=overrides)
     overridden = {argument.partition("=")[0] for argument in overrides}
     device_used = resolve_device(config.device if "device" in overridden else device)
@@ -535,7 +535,7 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
             return folder, False
         if not config.resume:
             raise InputError(f"out: {folder} already holds a run; resume=auto continues it, another out= starts anew")
-        difference = config_difference(load_options(Config, folder / "config.yaml"), config)
+        difference = config_difference(load_config(folder / "config.yaml"), config)
         if difference:
             raise InputError(f"out: {folder} holds a run of another config: {difference}")
         return folder, (folder / LAST).is_file()
@@ -552,29 +552,28 @@ def choose_folder(config: Config) -> tuple[Path, bool]:
 
 
 def _is_same(path: Path, config: Config) -> bool:
-    """Whether the config at `path` computes the same; one that cannot be read any more does not."""
+    """Whether the run with the config at `path` computes the same; one that cannot be read any more does not."""
     try:
-        return not config_difference(load_options(Config, path), config)
+        saved = load_config(path)
+        if config_difference(saved, config):
+            return False
+        if saved.label_maps == config.label_maps:
+            return True
+        maps = read_written(path.with_name("environment.json")).get("label_maps")
+        return LabelMapStore.open(config.label_maps).meta.to_json() == maps
     except InputError:
         return False
 
 
 def config_difference(saved: Config, asked: Config) -> str:
     """The first option in which two configs compute something else, or nothing."""
-    before, now = (_flat(to_plain(config)) for config in (saved, asked))
+    before, now = (flatten(config, without=INERT) for config in (saved, asked))
     for values in (before, now):
         values["device"] = values["device"].partition(":")[0]
     for key in before | now:
-        if key not in _FREE_TO_CHANGE and before.get(key) != now.get(key):
+        if before.get(key) != now.get(key):
             return f"{key} is {before.get(key)!r} there, {now.get(key)!r} was asked for"
     return ""
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def start_folder(run: Run, folder: Path) -> None:
@@ -755,6 +754,20 @@ def write_record(run: LoadedRun, metrics: dict[str, Any]) -> None:
         "environment": environment,
     }
     write_json(run.folder / "record.json", record)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote, here or in an older version: its options have the names of this one.
+
+    Raises:
+        InputError: the file is missing, damaged, no record, of a newer version, or cannot be upgraded.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such record; eval.py writes it")
+    record = read_written(path)
+    if not isinstance(record.get("config"), dict):
+        raise InputError(f"{path}: not a record of eval.py (it has no config)")
+    return record | {"config": upgrade(record["config"], str(path))}
 
 
 def read_written(path: Path) -> dict[str, Any]:

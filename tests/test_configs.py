@@ -12,7 +12,7 @@ import pytest
 import torch
 from layouts import VocObject, write_bigearthnet_v2, write_nuswide, write_sen12ms, write_voc
 
-from mlvision.config import Config, parse_options, to_plain
+from mlvision.config import Config
 from mlvision.data import (
     DATASETS,
     BigEarthNetConfig,
@@ -29,6 +29,7 @@ from mlvision.data.check import check_data, format_check, write_check
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.models import TextHeadConfig
+from mlvision.options import parse_options, to_plain
 from mlvision.run import build_run, read_training_manifests
 
 ROOT = Path(__file__).parents[1]

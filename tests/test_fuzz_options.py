@@ -13,10 +13,11 @@ from faults import soon
 
 import eval as eval_script
 import train as train_script
-from mlvision.config import TABLES, Config, parse_options
+from mlvision.config import Config
 from mlvision.data.check import CheckOptions
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS
+from mlvision.options import Selectable, parse_options
 from tools import benchmark, explain, make_label_maps, predict, prepare_data, results_table, sweep
 
 CASES = 30  # of each script
@@ -40,8 +41,8 @@ def options_of(cls: type, prefix: str = "", needs: tuple[str, ...] = ()):
     """(key, type, arguments without which the script has no such option) of each option."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         kind = bare(hint)
-        if kind in TABLES:
-            for choice, (chosen, *_) in TABLES[kind].items():
+        if isinstance(kind, type) and issubclass(kind, Selectable):
+            for choice, chosen in kind.choices.items():
                 yield from options_of(chosen, f"{prefix}{name}.", (*needs, f"{prefix}{name}.name={choice}"))
         elif dataclasses.is_dataclass(kind):
             yield f"{prefix}{name}", None, needs
@@ -119,8 +120,8 @@ def nested(cls: type):
     yield cls
     for hint in typing.get_type_hints(cls, include_extras=True).values():
         kind = bare(hint)
-        if kind in TABLES:
-            yield from (dataclass for choice, *_ in TABLES[kind].values() for dataclass in nested(choice))
+        if isinstance(kind, type) and issubclass(kind, Selectable):
+            yield from (dataclass for choice in kind.choices.values() for dataclass in nested(choice))
         elif dataclasses.is_dataclass(kind):
             yield from nested(kind)
 

@@ -23,7 +23,7 @@ import tools.explain as explain_tool
 import tools.predict as predict_tool
 import train as train_script
 from mlvision import load_run
-from mlvision.config import Config, load_options, parse_options
+from mlvision.config import Config
 from mlvision.data.loader import eval_loader
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.engine.checkpoint import load_checkpoint
@@ -33,6 +33,7 @@ from mlvision.engine.guard import NonFiniteError
 from mlvision.engine.lock import locked
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
+from mlvision.options import load_options, parse_options
 from mlvision.run import build_run, choose_folder, read_for
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +158,7 @@ def test_evaluation_on_real_lists_reports_their_accuracy(scenes_root, smoke_argu
     assert len(right) == 6
     assert metrics[loaded.weights]["real_accuracy"] == pytest.approx(np.mean(right))
     assert "2 images with an empty list left out" in metrics["protocol"]
-    assert "real_accuracy" not in eval_script.main([str(run), "data.split=val"])[loaded.weights]
+    assert "real_accuracy" not in eval_script.main([str(run), "split=val"])[loaded.weights]
 
 
 def test_a_run_on_other_bands_than_red_green_and_blue(smoke_arguments, tmp_path):
@@ -224,13 +225,13 @@ def test_training_on_a_few_images_learns_them(smoke_arguments, tmp_path):
     train_script.main([*smoke_arguments, *fixed, *few, "loader.num_workers=0", f"out={folder}"])
     losses = [value for (_, name), value in sorted(metric_rows(folder).items()) if name == "train/loss"]
     assert losses[-1] < losses[0] / 3
-    assert eval_script.main([str(folder / "checkpoints/last.pt"), "data.split=train"])["raw"]["mAP"] > 0.9
+    assert eval_script.main([str(folder / "checkpoints/last.pt"), "split=train"])["raw"]["mAP"] > 0.9
 
 
 def test_partial_labels_are_hidden_from_training_alone(smoke_arguments, tmp_path):
     folder = tmp_path / "r"
     train_script.main([*smoke_arguments, "data.known_labels=0.5", "optim.epochs=1", f"out={folder}"])
-    rows = {split: eval_script.main([str(folder), f"data.split={split}"]) for split in ("train", "val", "test")}
+    rows = {split: eval_script.main([str(folder), f"split={split}"]) for split in ("train", "val", "test")}
     unknown = {split: row["raw"]["num_unknown"] for split, row in rows.items()}
     assert unknown["val"] == unknown["test"] == 0 < unknown["train"]
     assert "each label known with probability 0.5" in rows["train"]["protocol"]
@@ -353,7 +354,7 @@ def truncate_image(root):
         (None, ["method.loss=focal", "method.gamma=nan"], "method.gamma: expected finite numbers"),
         (None, ["optim.lr=inf"], "optim.lr: expected finite numbers"),
         (None, ["seed=-1"], "seed: expected 0 or more"),
-        (None, ["bootstrap=1"], "bootstrap: expected 0, or 2 to a million"),
+        (None, ["bootstrap=100"], "bootstrap: no such option"),
         (None, ["log.every_steps=0"], "log.every_steps: expected at least 1"),
         (None, ["data.val=test"], "data.val: 'test' is the test split"),
         (None, ["model.in_chans=1"], "model.in_chans: images of split train have 3 channels, got 1"),
@@ -438,6 +439,14 @@ def test_a_folder_that_holds_a_run_is_refused(trained, smoke_arguments, scenes_r
     with pytest.raises(InputError, match=r"holds a run of another config: optim.lr is 0.001 there, 0.5 was asked for"):
         train_script.main([*smoke_arguments, "log.tensorboard=true", f"out={folder}", "resume=auto", "optim.lr=0.5"])
     assert (folder / "metrics.csv").read_bytes() == before
+
+
+def test_a_run_goes_on_with_other_options_that_change_no_result(trained, smoke_arguments, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    free = ["log.tensorboard=false", "log.every_steps=9", "loader.prefetch=1", "loader.num_workers=0", "name=other"]
+    train_script.main([*smoke_arguments, *free, "checkpoint.every_steps=0", f"out={folder}", "resume=auto"])
+    assert "all 3 epochs are trained already" in capsys.readouterr().out
 
 
 def test_resume_auto_finds_the_newest_equal_run(smoke_arguments, tmp_path, monkeypatch, capsys):
@@ -625,6 +634,9 @@ def test_options_of_evaluation_are_checked_before_it_begins(trained, monkeypatch
     monkeypatch.setattr(eval_script, "predict", lambda *_: pytest.fail("evaluation has begun"))
     for option, message in (
         ("bootstrap=1", "bootstrap: expected 0, or 2 to a million"),
+        ("split=tset", "split: expected one of train, val, test, got 'tset'"),
+        ("optim.lr=1", "optim.lr: evaluation does not use this option; expected some of split, bootstrap, device"),
+        ("data.split=val", "data.split: no such option"),
         ("threads=-1", "threads: expected 0"),
         ("optim.lr=1e-3", "optim.lr: evaluation does not use this option"),
     ):

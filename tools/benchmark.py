@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from mlvision.config import describe_options, is_override, parse_options, run_command
+from mlvision.cli import run_command
 from mlvision.data.images import read_image
 from mlvision.data.loader import MOST_WORKERS, LoaderConfig, train_loader
 from mlvision.data.manifest import Manifest, Record
@@ -61,6 +61,7 @@ from mlvision.models import (
     build_classifier,
 )
 from mlvision.models.dense import DenseTeacher
+from mlvision.options import describe_options, is_override, parse_options
 from mlvision.run import compile_backbone, describe_environment, write_json
 from mlvision.types import Batch, CropBox, LabelMap
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from PIL import Image
 
-from mlvision.config import describe_options, parse_options, run_command, take_path
+from mlvision.cli import run_command
 from mlvision.data.folder import folder_manifest
 from mlvision.data.loader import MOST_WORKERS, Loader, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Manifest
@@ -36,6 +36,7 @@ from mlvision.explain.selection import class_index, parse_labels
 from mlvision.files import whole_file, whole_folder
 from mlvision.labels import LabelMapStore
 from mlvision.models.weights import state_hash
+from mlvision.options import describe_options, parse_options, take_path
 from mlvision.run import LoadedRun, describe_environment, load_run, read_for, write_json
 
 

@@ -24,8 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mlvision.config import Config, describe_options, parse_options, run_command, take_path
-from mlvision.data import DataConfig, read_split
+from mlvision.cli import run_command
+from mlvision.config import Config, parse_run_options
+from mlvision.data import CocoConfig, DataConfig, read_split
 from mlvision.data.loader import MOST_WORKERS, ImageDataset, LoaderConfig, eval_loader, evenly
 from mlvision.data.manifest import Manifest, check_same_classes
 from mlvision.data.records import Boxes
@@ -44,6 +45,7 @@ from mlvision.metrics.quality_page import draw_quality, summarise
 from mlvision.models import BackboneConfig
 from mlvision.models.dense import COMBINATIONS, AveragedTeacher, Teacher, build_teacher, check_identity
 from mlvision.models.weights import state_hash
+from mlvision.options import describe_options, take_path
 from mlvision.progress import Progress
 from mlvision.run import check_images, load_run, read_role, write_json
 from mlvision.types import ACTIVATIONS, LabelMap
@@ -82,7 +84,7 @@ class LabelMapOptions:
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
     num_workers: Annotated[int, "processes that read images; 0: the main one"] = 2
     model: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=lambda: Config().data)
+    data: DataConfig = field(default_factory=CocoConfig)
 
     def __post_init__(self) -> None:
         rules = (
@@ -116,7 +118,7 @@ class ImportOptions:
         str, "of classes that are not stored. zero: a logit of 0, as published; floor: the cell's least"
     ] = "zero"
     num_workers: Annotated[int, "processes that look for unreadable images; 0: the main one"] = 2
-    data: DataConfig = field(default_factory=lambda: Config().data)
+    data: DataConfig = field(default_factory=CocoConfig)
 
     def __post_init__(self) -> None:
         check_fields(self, "", [("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}")])
@@ -136,7 +138,7 @@ class ReportOptions(LabelQualityConfig):
     ] = field(default_factory=list)
     device: Annotated[str, "of the teacher: auto (GPU where there is one), cpu, cuda or cuda:<number>"] = "auto"
     threads: Annotated[int, "CPU threads of torch; 0: torch's own choice"] = 0
-    data: DataConfig = field(default_factory=lambda: Config().data)
+    data: DataConfig = field(default_factory=CocoConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> None:
         print(f"Options of {mode}:" if mode else "Options (import --help and report --help list theirs):")
         print(describe_options(MODES[mode][1]))
         return
-    parse = partial(parse_options, prog="python tools/make_label_maps.py", description=__doc__)
+    parse = partial(parse_run_options, prog="python tools/make_label_maps.py", description=__doc__)
     if argv[0] == "report":
         path, rest = take_path(argv[1:], "the folder of a store")
         print(report(path, parse(ReportOptions, rest)))

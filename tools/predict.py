@@ -22,15 +22,15 @@ from typing import IO, Annotated, NamedTuple
 
 import torch
 
-from mlvision.config import describe_options, parse_options, run_command, take_path
+from mlvision.cli import run_command
 from mlvision.data.folder import images_manifest
 from mlvision.data.images import drop_unreadable
 from mlvision.data.loader import MOST_WORKERS, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest
-from mlvision.data.records import printable
 from mlvision.engine.precision import MOST_THREADS
-from mlvision.errors import InputError, check_fields
+from mlvision.errors import InputError, check_fields, printable
 from mlvision.files import check_out, spreadsheet_text, whole_file
+from mlvision.options import describe_options, parse_options, take_path
 from mlvision.progress import track
 from mlvision.run import LoadedRun, add_classes, check_images, load_run, read_for
 from mlvision.types import reaches

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated
 
-from mlvision.config import parse_options, run_command
+from mlvision.cli import run_command
+from mlvision.config import parse_run_options
 from mlvision.data.check import CheckOptions, check_data, format_check, write_check
 from mlvision.data.scenes import ScenesConfig, write_scenes
 from mlvision.errors import InputError
 from mlvision.files import check_out_folder
+from mlvision.options import parse_options
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ScenesOptions(ScenesConfig):
 
 def check(argv: list[str]) -> int:
     """Counts a data set and looks for bad files, duplicates and overlap; 1 where there are such problems."""
-    options = parse_options(
+    options = parse_run_options(
         CheckOptions, argv, prog="python tools/prepare_data.py check", description=str(check.__doc__)
     )
     folder = check_out_folder(options.out or f"runs/check-{options.data.name}")

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from mlvision.config import Config, build_options, parse_options, read_yaml, run_command
-from mlvision.data.text_files import read_text
+from mlvision.cli import run_command
+from mlvision.config import saved_config
 from mlvision.errors import InputError, shown
 from mlvision.explain.comparison import markdown
 from mlvision.files import check_out, whole_file
-from mlvision.run import config_difference, read_written
+from mlvision.options import parse_options, read_yaml
+from mlvision.run import config_difference, read_record, read_written
+from mlvision.text_files import read_text
 
 COLUMNS = ("mAP", "CF1", "OF1")
 HEADER = """# Results
@@ -62,7 +64,7 @@ class TableOptions:
 def main(argv: list[str]) -> None:
     options = parse_options(TableOptions, argv, prog="python tools/results_table.py", description=__doc__)
     if options.runs:
-        experiments = {Path(run).name: [read_record(Path(run) / "record.json")] for run in options.runs}
+        experiments = {Path(run).name: [checked_record(Path(run) / "record.json")] for run in options.runs}
         if not experiments.keys() >= set(options.bounds):
             raise InputError(f"bounds: expected two of {', '.join(experiments)}, got {', '.join(options.bounds)}")
         print(table(experiments, options.bounds))
@@ -178,7 +180,7 @@ def read_grids(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
         raise InputError(f"records: no record in {folder} (expected {folder}/<grid>/<run>.json)")
     grids: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in paths:
-        record = read_record(path)
+        record = checked_record(path)
         experiment = path.stem.removesuffix(f"-seed{record['config']['seed']}")
         grids.setdefault(path.parent.name, {}).setdefault(experiment, []).append(record)
     for experiments in grids.values():
@@ -187,10 +189,9 @@ def read_grids(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     return grids
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such record; eval.py writes it")
-    record = read_written(path)
+def checked_record(path: Path) -> dict[str, Any]:
+    """A record, with all that the pages use of it."""
+    record = read_record(path)
     try:
         config, environment = record["config"], record["environment"]
         numbers = [chosen_metrics(record)[name] for name in COLUMNS]
@@ -214,9 +215,9 @@ def check_alike(experiment: str, records: list[dict[str, Any]]) -> None:
         InputError: naming the option, or both protocols.
     """
     first, *others = records
-    config = build_options(Config, first["config"])
+    config = saved_config(first["config"], experiment)
     for other in others:
-        difference = config_difference(config, replace(build_options(Config, other["config"]), seed=config.seed))
+        difference = config_difference(config, replace(saved_config(other["config"], experiment), seed=config.seed))
         if difference:
             raise InputError(f"{experiment}: its runs differ in more than their seed: {difference}")
         protocols = [record["metrics"]["protocol"] for record in (first, other)]

@@ -20,11 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from mlvision.config import Config, build_options, is_file_name, parse_options, run_command
+from mlvision.cli import run_command
+from mlvision.config import Config, parse_run_options, saved_config
 from mlvision.errors import InputError, check_fields
-from mlvision.files import check_out_folder, whole_file
+from mlvision.files import check_out_folder, is_file_name, whole_file
 from mlvision.labels.store import LabelMapStore
-from mlvision.run import config_difference, is_trained, read_written
+from mlvision.options import parse_options
+from mlvision.run import config_difference, is_trained, read_record
 
 ROOT = Path(__file__).parents[1]
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> int:
     records = check_out_folder(options.records or f"docs/results/{options.name}", "records")
     planned = plan(options)
     for run in planned:  # every config is checked before the first run starts
-        parse_options(Config, list(run.arguments), prog="train.py", description="")
+        parse_run_options(Config, list(run.arguments), prog="train.py", description="")
     finished = [is_finished(records / f"{run.label}.json", run) for run in planned]
     for run, done in zip(planned, finished, strict=True):
         print(f"{'finished' if done else 'to run':>8}  {run.label}", flush=True)
@@ -185,7 +187,7 @@ def plan(options: SweepOptions) -> list[Planned]:
     planned = []
     for number, experiment in enumerate(options.experiments):
         if not experiment.config:
-            raise InputError(f"experiments[{number}].config: expected the path of a YAML, got nothing")
+            raise InputError(f"experiments.{number}.config: expected the path of a YAML, got nothing")
         grid = experiment.grid
         for values in itertools.product(*grid.values()):
             varied = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
@@ -213,12 +215,12 @@ def is_finished(record: Path, run: Planned) -> bool:
     if not record.is_file():
         return False
     try:
-        content = read_written(record)
-        recorded, environment = build_options(Config, content.get("config")), content.get("environment")
+        content = read_record(record)
+        recorded, environment = saved_config(content["config"], str(record)), content.get("environment")
     except InputError as error:
         raise InputError(f"{record}: not a record of this version ({error}); remove it to run it again") from None
     maps = environment.get("label_maps") if isinstance(environment, dict) else None
-    asked = parse_options(Config, list(run.arguments), prog="train.py", description="")
+    asked = parse_run_options(Config, list(run.arguments), prog="train.py", description="")
     # What the grid leaves to the machine is as the machine had it.
     open_choices = {"device": "auto", "precision": "auto", "threads": 0}
     left_open = {name: getattr(recorded, name) for name, auto in open_choices.items() if getattr(asked, name) == auto}
@@ -238,7 +240,7 @@ def is_finished(record: Path, run: Planned) -> bool:
 
 def train_and_evaluate(run: Planned, folder: Path, scripts: Scripts) -> bool:
     """train.py and eval.py in processes of their own; False where one fails, or training was stopped before its end."""
-    config = parse_options(Config, list(run.arguments), prog="train.py", description="")
+    config = parse_run_options(Config, list(run.arguments), prog="train.py", description="")
     trained = scripts.succeeds("train.py", *run.arguments, f"out={folder}", "resume=auto")
     return trained and is_trained(folder, config) and scripts.succeeds("eval.py", str(folder))
 

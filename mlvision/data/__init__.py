@@ -30,6 +30,7 @@ DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
     "vg500": (Vg500Config, read_vg500),
     "voc": (VocConfig, read_voc),
 }
+DataConfig.choices = {name: config for name, (config, _) in DATASETS.items()}
 
 
 def build_manifest(name: str, *, split: str, **options: Any) -> Manifest:

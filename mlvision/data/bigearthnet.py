@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
 from mlvision.data.records import Record, Records
-from mlvision.data.text_files import find_split_file, read_json, read_text
 from mlvision.errors import InputError, first_line, listed, shown
 from mlvision.progress import track
+from mlvision.text_files import find_split_file, read_json, read_text
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 RGB = ("B04", "B03", "B02")

@@ -22,11 +22,11 @@ from mlvision.data.images import decode_record, map_records, read_photo, record_
 from mlvision.data.loader import MOST_WORKERS
 from mlvision.data.manifest import DataConfig, Manifest, check_same_classes
 from mlvision.data.records import Boxes, Record
-from mlvision.data.text_files import read_bytes
 from mlvision.errors import InputError, check_fields, listed, shown
 from mlvision.files import spreadsheet_text, whole_file
 from mlvision.labels.oracle import object_cover
 from mlvision.lettering import fitted, length, write
+from mlvision.text_files import read_bytes
 
 
 @dataclass(frozen=True)

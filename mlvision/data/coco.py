@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float32, Int64
 from mlvision.data.images import read_size
 from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
 from mlvision.data.records import LabelLists, Objects, Outlines, Records
-from mlvision.data.text_files import find_split_file, read_json
 from mlvision.errors import InputError, listed, shown
+from mlvision.text_files import find_split_file, read_json
 
 PROTOCOLS = ("annotated", "all")
 _SCENES_HINT = (

@@ -18,8 +18,8 @@ from jaxtyping import Int64
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
 from mlvision.data.records import LabelLists, Records
-from mlvision.data.text_files import read_text
 from mlvision.errors import InputError, listed, shown
+from mlvision.text_files import read_text
 
 ROWS = ("image", "label")
 MEANINGS = ("present", "absent", "unknown")

@@ -8,8 +8,8 @@ from pathlib import Path
 from mlvision.data.images import SUFFIXES
 from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.manifest import Manifest, first_repeat, true_paths
-from mlvision.data.records import Record, printable
-from mlvision.errors import InputError
+from mlvision.data.records import Record
+from mlvision.errors import InputError, printable
 
 
 @dataclass

@@ -11,9 +11,9 @@ import numpy as np
 from mlvision.data.folder import FolderSearch, find_images, kind_of, list_folder
 from mlvision.data.images import SUFFIXES
 from mlvision.data.manifest import DataConfig, Manifest, check_root
-from mlvision.data.records import LabelLists, Records, printable
-from mlvision.data.text_files import read_json, read_names
-from mlvision.errors import InputError, shown
+from mlvision.data.records import LabelLists, Records
+from mlvision.errors import InputError, printable, shown
+from mlvision.text_files import read_json, read_names
 
 _VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 _VALIDATION_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")

@@ -25,10 +25,10 @@ from PIL.TiffImagePlugin import TiffImageFile
 from mlvision.data import jpeg
 from mlvision.data.limits import MAX_PIXELS, check_pixels
 from mlvision.data.manifest import Manifest
-from mlvision.data.records import Record, printable
-from mlvision.data.text_files import read_bytes
-from mlvision.errors import InputError
+from mlvision.data.records import Record
+from mlvision.errors import InputError, printable
 from mlvision.progress import Progress
+from mlvision.text_files import read_bytes
 
 T = TypeVar("T")
 

@@ -35,6 +35,7 @@ from mlvision.data.manifest import Manifest
 from mlvision.data.transforms import EvalView, TrainView, View
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.store import LabelMapStore
+from mlvision.options import EVALUATION, INERT
 from mlvision.progress import track
 from mlvision.types import Batch, CropBox
 
@@ -49,9 +50,9 @@ class LoaderConfig:
     """How batches are made."""
 
     batch_size: Annotated[int, "images per optimizer step, over all ranks"] = 64
-    eval_batch_size: Annotated[int, "images per step of each rank in evaluation"] = 128
-    num_workers: Annotated[int, "loader processes of each rank; 0: its main process loads"] = 2
-    prefetch: Annotated[int, "batches that each loader process keeps ready"] = 2
+    eval_batch_size: Annotated[int, "images per step of each rank in evaluation", EVALUATION] = 128
+    num_workers: Annotated[int, "loader processes of each rank; 0: its main process loads", INERT, EVALUATION] = 2
+    prefetch: Annotated[int, "batches that each loader process keeps ready", INERT, EVALUATION] = 2
     sampling: Annotated[
         str,
         "shuffled: each image once an epoch; class_balanced: classes equally often, with one of their images each time",

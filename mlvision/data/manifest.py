@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from mlvision.data.limits import MAX_PIXELS, MOST_PIXELS
-from mlvision.data.records import UNWRITABLE, Boxes, Record, Records, printable
-from mlvision.errors import InputError, check_fields, listed, shown
+from mlvision.data.records import Boxes, Record, Records
+from mlvision.errors import UNWRITABLE, InputError, check_fields, listed, printable, shown
+from mlvision.options import INERT, Selectable
 
 # Pixels of the longest side that an annotation may state: more is a number in the wrong place.
 LONGEST_SIDE = 1_000_000
@@ -24,15 +25,14 @@ LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Selectable):
     """The options that every data set has; each reader's own Config adds to them."""
 
     name: Annotated[str, "which reader: a key of DATASETS"]
-    root: Annotated[str, "folder of the data set"] = ""
+    root: Annotated[str, "folder of the data set", INERT] = ""
     train: Annotated[str, "name of the split to train on"] = "train"
     val: Annotated[str, "name of the split that chooses the checkpoint; empty: carved from the training split"] = ""
     test: Annotated[str, "name of the split that only eval.py reads"] = "test"
-    split: Annotated[str, "which of the three eval.py reads: train, val or test"] = "test"
     val_fraction: Annotated[float, "share of the training images carved out where `val` is empty"] = 0.1
     val_seed: Annotated[int, "seed of that carving: apart from `seed`, so that all seeds of a sweep share it"] = 0
     known_labels: Annotated[
@@ -42,13 +42,12 @@ class DataConfig:
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and list it"] = (
         "error"
     )
-    check_files: Annotated[bool, "look whether every image file is there; false: only labels are read"] = True
+    check_files: Annotated[bool, "look whether every image file is there; false: only labels are read", INERT] = True
     outside_root: Annotated[bool, "read images too whose names lead out of `root`: absolute ones, or by `..`"] = False
     max_pixels: Annotated[int, "width times height that an image may have, looked up before it is decoded"] = MAX_PIXELS
 
     def __post_init__(self) -> None:
         rules = (
-            ("split", self.split in ("train", "val", "test"), "one of train, val, test"),
             ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
             ("val_seed", self.val_seed >= 0, "0 or more"),
             ("known_seed", self.known_seed >= 0, "0 or more"),

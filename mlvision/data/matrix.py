@@ -11,9 +11,9 @@ from jaxtyping import Float64, Shaped
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
 from mlvision.data.records import LabelLists, Records
-from mlvision.data.text_files import check_distinct, find_split_file, read_lines, read_names
 from mlvision.errors import InputError, listed, shown
 from mlvision.files import one_line, open_arrays
+from mlvision.text_files import check_distinct, find_split_file, read_lines, read_names
 
 # What the numbers of a matrix mean, by name.
 VALUES = {

@@ -10,8 +10,8 @@ from jaxtyping import Bool
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key, on_disk
 from mlvision.data.records import LabelLists, Records
-from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
 from mlvision.errors import InputError, shown
+from mlvision.text_files import check_distinct, find_split_file, read_names, read_text
 
 PROTOCOLS = ("all", "annotated")
 LABEL_FILES = ("all", "split")

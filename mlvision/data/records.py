@@ -6,7 +6,6 @@ count, which copies the page that the processes shared. Arrays are shared for go
 
 import copy
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped
 
 from mlvision.data.bands import BandStack
+from mlvision.errors import UNWRITABLE, printable
 
-# What no CSV, log or terminal keeps in one piece: control characters, line separators, and halves of surrogate pairs.
-UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # Images whose labels are looked up at once: for those of a million images, the pairs would take gigabytes.
 _CHUNK = 2**16
-
-
-def printable(text: str) -> str:
-    """The text with the escapes of what no line of text can hold: in the name of a file there may be any byte."""
-    return UNWRITABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass(frozen=True)

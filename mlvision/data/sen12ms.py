@@ -12,8 +12,8 @@ from jaxtyping import Float64
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
 from mlvision.data.records import Record, Records
-from mlvision.data.text_files import find_split_file, read_names
 from mlvision.errors import InputError, shown
+from mlvision.text_files import find_split_file, read_names
 
 # Channels of a Sentinel-2 file in their order.
 BANDS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")

@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mlvision.errors import InputError, check_fields
+from mlvision.options import EVALUATION
 
 Box = tuple[float, float, float, float]
 # An image and a seed to a view's pixels, its box x1, y1, x2, y2 in pixels of the image, and whether it was flipped.
@@ -39,7 +40,7 @@ MOST_PIXELS = 4096  # of an input's side
 class ViewConfig:
     """How training and evaluation views are made."""
 
-    size: Annotated[int, "side of the square input, pixels"] = 224
+    size: Annotated[int, "side of the square input, pixels", EVALUATION] = 224
     backend: Annotated[str, "library that makes training views: albumentations or torchvision"] = "albumentations"
     scale: Annotated[tuple[float, float], "random crop: least and largest share of the image's area"] = (0.08, 1.0)
     ratio: Annotated[tuple[float, float], "random crop: least and largest width / height"] = (3 / 4, 4 / 3)
@@ -53,11 +54,15 @@ class ViewConfig:
     randaugment_magnitude: Annotated[float, "their strength, 0 to 10"] = 9.0
     cutout: Annotated[float, "side of one square of random colour, as a share of the view's side; 0: none"] = 0.0
     eval_size: Annotated[
-        int, "side of the square input at evaluation; 0: size. Crops enlarge, so a little more suits CNNs"
+        int, "side of the square input at evaluation; 0: size. Crops enlarge, so a little more suits CNNs", EVALUATION
     ] = 0
-    eval_resize: Annotated[str, "squash: the whole image, aspect lost; crop: the centre, aspect kept"] = "squash"
-    crop_pct: Annotated[float | None, "crop: share of the short side that is kept; null: the weights' own"] = None
-    interpolation: Annotated[str, "bilinear or bicubic; empty: the weights' own"] = ""
+    eval_resize: Annotated[str, "squash: the whole image, aspect lost; crop: the centre, aspect kept", EVALUATION] = (
+        "squash"
+    )
+    crop_pct: Annotated[
+        float | None, "crop: share of the short side that is kept; null: the weights' own", EVALUATION
+    ] = None
+    interpolation: Annotated[str, "bilinear or bicubic; empty: the weights' own", EVALUATION] = ""
 
     def __post_init__(self) -> None:
         share = "a number from 0 to 1"

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
 from mlvision.data.records import LabelLists, Records
-from mlvision.data.text_files import check_distinct, find_split_file, read_json, read_names
 from mlvision.errors import InputError, shown
+from mlvision.text_files import check_distinct, find_split_file, read_json, read_names
 
 MOST_CLASSES = 100_000
 

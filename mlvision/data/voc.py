@@ -10,8 +10,8 @@ import numpy as np
 
 from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
 from mlvision.data.records import LabelLists, Objects, Outlines, Records
-from mlvision.data.text_files import check_distinct, find_split_file, read_names, read_text
 from mlvision.errors import InputError, listed, shown
+from mlvision.text_files import check_distinct, find_split_file, read_names, read_text
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

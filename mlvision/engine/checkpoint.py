@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mlvision.errors import InputError, check_fields
 from mlvision.files import read_torch, whole_file
+from mlvision.options import INERT
 
 FORMAT = "mlvision checkpoint 1"
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: Annotated[int, "also save every so many steps within an epoch; 0: after each epoch only"] = 0
+    every_steps: Annotated[int, "also save every so many steps within an epoch; 0: after each epoch only", INERT] = 0
     select: Annotated[
         str,
         "validation metric whose highest value chooses checkpoints/best.pt; last: the last epoch, whatever it gives",

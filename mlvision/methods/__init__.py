@@ -14,6 +14,7 @@ METHODS: dict[str, tuple[type[MethodConfig], Callable[..., Method]]] = {
     "relabel": (RelabelConfig, Relabel),
     "token_labeling": (TokenLabelingConfig, TokenLabeling),
 }
+MethodConfig.choices = {name: config for name, (config, _) in METHODS.items()}
 
 __all__ = [
     "METHODS",

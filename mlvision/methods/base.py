@@ -15,11 +15,12 @@ from mlvision.data.loader import EpochOrder, shuffled
 from mlvision.data.manifest import Manifest
 from mlvision.errors import check_fields
 from mlvision.models import Classifier, Preprocessing
+from mlvision.options import Selectable
 from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput, to_scores
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(Selectable):
     """The options of every method; each method's own Config adds to them."""
 
     name: Annotated[str, "which method: a key of METHODS"]

@@ -29,6 +29,7 @@ HEADS: dict[str, tuple[type[HeadConfig], type[Head]]] = {
     "query2label": (Query2LabelHeadConfig, Query2LabelHead),
     "text": (TextHeadConfig, TextHead),
 }
+HeadConfig.choices = {name: config for name, (config, _) in HEADS.items()}
 
 
 def build_head(

@@ -10,11 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
+from mlvision.options import Selectable
 from mlvision.types import Features, HeadOutput
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Selectable):
     """The options of every head; each head's own Config adds to them."""
 
     name: Annotated[str, "which head: a key of HEADS"]

@@ -7,11 +7,11 @@ import io
 import numpy as np
 import pytest
 
-from mlvision.config import parse_options
 from mlvision.data import build_manifest
 from mlvision.data.check import CheckOptions
 from mlvision.data.csv_table import file_number, hash_percent
 from mlvision.errors import InputError
+from mlvision.options import parse_options
 
 MULTI_HOT = """image,scene,cat,dog,owl
 beach01.jpg,beach,1,0,0

@@ -13,8 +13,7 @@ from layouts import VocObject, write_bigearthnet_v1, write_nuswide, write_sen12m
 
 from mlvision.data import Manifest, build_manifest
 from mlvision.data.check import DataCheck, SplitCheck, format_check, write_check
-from mlvision.data.records import UNWRITABLE
-from mlvision.errors import InputError
+from mlvision.errors import UNWRITABLE, InputError
 
 CASES = 60  # of each reader
 ODD_TEXTS = (

@@ -19,7 +19,7 @@ from unittest import mock
 
 import eval as eval_script
 import train as train_script
-from mlvision.config import run_command
+from mlvision.cli import run_command
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.methods import Baseline

@@ -19,13 +19,14 @@ from torch import nn
 
 import eval as eval_script
 import train as train_script
-from mlvision.config import Config, parse_options
+from mlvision.config import Config
 from mlvision.data.loader import shuffled
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.fit import BEST, LAST
 from mlvision.engine.guard import NonFiniteError
 from mlvision.labels.store import LabelMapWriter, StoreMeta
+from mlvision.options import parse_options
 from mlvision.run import read_training_manifests
 
 # Half a minute on two idle cores; two processes on busy ones wait for each other.
@@ -282,7 +283,7 @@ def test_validation_is_of_the_weights_and_statistics_that_are_saved(together):
     """Batch statistics are rank 0's: also for the images that rank 1 validates."""
     _, folder = together
     shutil.copytree(folder / "undisturbed", folder / "undisturbed_judged")
-    found = eval_script.main([f"{folder}/undisturbed_judged/{LAST}", "data.split=val"])
+    found = eval_script.main([f"{folder}/undisturbed_judged/{LAST}", "split=val"])
     logged = {name: value for step, name, value in metric_rows(folder / "undisturbed") if step == "10"}
     for weights in ("raw", "ema"):
         assert found[weights]["mAP"] == logged[f"val/{weights}/mAP"]

@@ -15,7 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 import eval as eval_script
 import train as train_script
 from mlvision import load_run
-from mlvision.config import Config, parse_options
+from mlvision.config import Config
 from mlvision.data.loader import class_balanced
 from mlvision.data.manifest import Manifest, Record
 from mlvision.engine.checkpoint import CheckpointConfig, load_checkpoint
@@ -24,6 +24,7 @@ from mlvision.errors import InputError
 from mlvision.losses import asymmetric_loss, binary_cross_entropy, focal_loss
 from mlvision.methods import Baseline
 from mlvision.models import build_backbone
+from mlvision.options import parse_options
 from mlvision.run import build_run
 
 # A network without batch statistics, in plain SGD: what is the same in exact arithmetic is the same but for rounding.

@@ -279,7 +279,7 @@ def test_a_split_of_the_runs_own_data(run_folder, tmp_path):
         scores = torch.from_numpy(arrays["logits"]).sigmoid()
     lines = torch.tensor([list(line["scores"].values()) for line in read_jsonl(out)])
     torch.testing.assert_close(lines, scores, atol=2e-5, rtol=0)
-    with pytest.raises(InputError, match="data.split: expected one of train, val, test, got 'tset'"):
+    with pytest.raises(InputError, match="split: expected one of train, val, test, got 'tset'"):
         predict.main([str(run_folder), "split=tset", f"out={out}"])
 
 

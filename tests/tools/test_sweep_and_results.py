@@ -77,7 +77,8 @@ def test_a_changed_grid_is_noticed(grid, tmp_path):
     folder = tmp_path / "records/mini"
     folder.mkdir(parents=True)
     (run, *_) = sweep.plan(sweep.parse_options(sweep.SweepOptions, [str(grid)], prog="", description=""))
-    from mlvision.config import Config, parse_options, to_plain
+    from mlvision.config import Config
+    from mlvision.options import parse_options, to_plain
 
     config = to_plain(parse_options(Config, [*run.arguments, "optim.epochs=7"], prog="", description=""))
     (folder / f"{run.label}.json").write_text(json.dumps({"config": config}))
@@ -91,20 +92,20 @@ def test_a_changed_grid_is_noticed(grid, tmp_path):
         ("seeds: [0]", "experiments: expected a list with at least one experiment"),
         (
             f"experiments: [{{config: {SMOKE}, grd: {{}}}}]",
-            r"experiments\[0\].grd: no such option; did you mean experiments\[0\].grid\?",
+            r"experiments.0.grd: no such option; did you mean experiments.0.grid\?",
         ),
-        ("experiments: [{label: x}]", r"experiments\[0\].config: expected the path of a YAML, got nothing"),
+        ("experiments: [{label: x}]", r"experiments.0.config: expected the path of a YAML, got nothing"),
         (
             f"experiments: [{{config: {SMOKE}, grid: {{optim.lr: {{a: 1}}}}}}]",
-            r"experiments\[0\].grid.optim.lr: expected list of text, got {'a': 1} \(in .*bad.yaml\)",
+            r"experiments.0.grid.optim.lr: expected list of text, got {'a': 1} \(in .*bad.yaml\)",
         ),
         (
             f"experiments: [{{config: {SMOKE}, seeds: x}}]",
-            r"experiments\[0\].seeds\[0\]: expected whole number, got 'x'",
+            r"experiments.0.seeds\[0\]: expected whole number, got 'x'",
         ),
         (
             f"experiments: [{{config: {SMOKE}, overrides: {{a: b}}}}]",
-            r"experiments\[0\].overrides: expected list of text, got {'a': 'b'}",
+            r"experiments.0.overrides: expected list of text, got {'a': 'b'}",
         ),
         (f"experiments: [{{config: {SMOKE}}}, {{config: {SMOKE}}}]", "two runs are called"),
         (f"experiments: [{{config: {SMOKE}, overrides: [optim.lrr=1]}}]", "optim.lrr: no such option"),
@@ -290,7 +291,8 @@ def test_a_record_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_record_of_other_label_maps_is_noticed(tmp_path, monkeypatch):
-    from mlvision.config import Config, parse_options, to_plain
+    from mlvision.config import Config
+    from mlvision.options import parse_options, to_plain
 
     run = sweep.Planned("x-seed0", (SMOKE, "method.name=relabel", f"label_maps={tmp_path}"))
     config = to_plain(parse_options(Config, list(run.arguments), prog="", description=""))
@@ -349,7 +351,7 @@ def changed(path: Path, keys: str, value) -> Path:
 def test_records_with_values_of_another_kind_are_one_line(tmp_path, keys, value):
     path = changed(tmp_path / "record.json", keys, value)
     with pytest.raises(InputError, match="record.json: not a record of eval.py"):
-        results_table.read_record(path)
+        results_table.checked_record(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
@@ -358,7 +360,7 @@ def test_files_that_are_no_records_are_one_line(tmp_path, grid, content):
     record.parent.mkdir(parents=True)
     record.write_bytes(content)
     for read in (
-        lambda: results_table.read_record(record),
+        lambda: results_table.checked_record(record),
         lambda: results_table.read_comparison(record),
         lambda: sweep.main([str(grid), "dry_run=true"]),
     ):
@@ -383,7 +385,7 @@ def test_damaged_records_are_one_line_or_a_table(tmp_path, kind):
         path.write_bytes(content)
         try:
             if kind == "record":
-                results_table.table({"x": [results_table.read_record(path)]}, [])
+                results_table.table({"x": [results_table.checked_record(path)]}, [])
             else:
                 results_table.alike(results_table.read_comparison(path))
         except InputError as error:

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mlvision.data.records import printable
-from mlvision.errors import InputError, shown
+from mlvision.errors import InputError, printable, shown
 
 
 def read_bytes(path: str) -> bytes:

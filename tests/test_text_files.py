@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlvision.data.text_files import list_splits, read_json, read_lines, read_names
 from mlvision.errors import InputError
+from mlvision.text_files import list_splits, read_json, read_lines, read_names
 
 
 def test_lines_keep_their_numbers(tmp_path):

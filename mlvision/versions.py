@@ -1,0 +1,52 @@
+"""Versions of saved options: one function a step turns the options of an older version into those of the next.
+
+Every saved config.yaml and record holds its `config_version`; those of version 1 do not say so. A change that renames, moves
+or drops an option of a run adds a step here.
+"""
+
+import copy
+from typing import Any
+
+from mlvision.errors import InputError, shown
+
+
+def _drop_evaluation(config: dict[str, Any]) -> None:
+    """`bootstrap` and `data.split` became options of eval.py, which a run does not have."""
+    config.pop("bootstrap", None)
+    config.get("data", {}).pop("split", None)
+
+
+STEPS = (_drop_evaluation,)  # step i makes version i + 2 of version i + 1
+CONFIG_VERSION = len(STEPS) + 1
+
+
+def upgrade(config: Any, source: str) -> dict[str, Any]:
+    """Saved options of a run as this version names them; those of this version as they are.
+
+    Args:
+        config: nested plain data, as read from YAML or JSON; it is not changed.
+        source: the file that holds them, for messages.
+
+    Raises:
+        InputError: a newer version, or options that cannot be upgraded.
+    """
+    if not isinstance(config, dict):
+        raise InputError(f"{source}: expected the options of a run, got {shown(config)}")
+    written = config.get("config_version", 1)
+    digits = str(written) if isinstance(written, str | int) else ""
+    if not (digits.isascii() and digits.isdigit() and 1 <= len(digits) < 10 and int(digits)):
+        raise InputError(
+            f"{source}: config_version: expected a number from 1 to {CONFIG_VERSION}, got {shown(written)}"
+        )
+    version, config = int(digits), copy.deepcopy(config)
+    if version > CONFIG_VERSION:
+        raise InputError(
+            f"{source}: its config_version {version} is of a newer mlvision; this one reads versions up to {CONFIG_VERSION}"
+        )
+    for step in STEPS[version - 1 :]:
+        try:
+            step(config)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{source}: cannot be upgraded from config_version {version} ({error!r})") from error
+    config.pop("config_version", None)
+    return {"config_version": CONFIG_VERSION, **config}
