@@ -238,7 +238,9 @@ def _describe_choices(kind: type[Selectable], prefix: str, listed: set[type]) ->
     yield from _describe(kind, prefix, listed, frozenset({"name"}))
     shared = frozenset(option.name for option in dataclasses.fields(kind))
     for name, chosen in _table(kind).items():
-        yield f"  with {prefix}name={name}:"
+        summary = (chosen.__doc__ or "").partition("\n")[0]
+        summary = "" if summary.startswith(f"{chosen.__name__}(") else f" {summary}"  # which a dataclass gives itself
+        yield f"  with {prefix}name={name}:{summary}"
         yield from (f"  {line}" for line in _describe(chosen, prefix, listed, shared))
 
 

@@ -43,7 +43,7 @@ from mlvision.engine.seed import seed_everything, set_deterministic
 from mlvision.errors import InputError, first_line, shown
 from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
-from mlvision.methods import METHODS, Method
+from mlvision.methods import Method
 from mlvision.models import Preprocessing, TextHead, TextHeadConfig, build_classifier
 from mlvision.models.text import (
     FILE_NAME,
@@ -53,13 +53,15 @@ from mlvision.models.text import (
     save_label_embeddings,
 )
 from mlvision.options import INERT, build_options, flatten, save_options, to_plain
+from mlvision.parts import Context, LabelStatistics
 from mlvision.text_files import read_json, read_text
 from mlvision.versions import upgrade
 
 ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
 _IMAGE_COLUMNS = ("split", "key", "bytes")  # of images.csv
-_WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", "environment.json", FILE_NAME, "config.yaml")
+_STATISTICS = "statistics.json"
+_WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", _STATISTICS, "environment.json", FILE_NAME, "config.yaml")
 
 
 @dataclass
@@ -148,8 +150,9 @@ def build_run(config: Config) -> Run:
     check_channels(config.view, train.num_channels)
     seed_everything(config.seed)
     set_deterministic(config.deterministic)
-    method, preprocessing = build_method(config, train.classes)
-    method.prepare(train)
+    statistics = train.statistics()
+    method, preprocessing = build_method(config, Context(train.classes, statistics))
+    method.prepare(statistics)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.ddp.sync_bn:
         distributed.sync_batch_norm(method, precision.device)
@@ -332,7 +335,7 @@ def resolve(config: Config) -> Config:
 
 
 def build_method(
-    config: Config, classes: Sequence[str], label_embeddings: Float[Tensor, "C D"] | None = None
+    config: Config, context: Context, label_embeddings: Float[Tensor, "C D"] | None = None
 ) -> tuple[Method, Preprocessing]:
     """The method of a config with a fresh classifier, and the preprocessing that its weights expect.
 
@@ -343,17 +346,15 @@ def build_method(
         InputError: an option of model, head or method that cannot be used.
     """
     if label_embeddings is None and isinstance(config.head, TextHeadConfig):
-        label_embeddings = embed_labels(classes, config.head.text)
+        label_embeddings = embed_labels(context.classes, config.head.text)
     classifier = build_classifier(
-        config.model, config.head, len(classes), image_size=config.view.size, label_embeddings=label_embeddings
+        config.model, config.head, len(context.classes), image_size=config.view.size, label_embeddings=label_embeddings
     )
     if config.view.eval_side != config.view.size and classifier.backbone.fixed_size:
         raise InputError(
             f"view.eval_size: {config.model.name} takes images of the size it was built for, view.size={config.view.size}"
         )
-    preprocessing = classifier.backbone.preprocessing
-    _, build = METHODS[config.method.name]
-    return build(config.method, classifier, preprocessing), preprocessing
+    return config.method.build(context, classifier), classifier.backbone.preprocessing
 
 
 def read_training_manifests(config: Config) -> tuple[Manifest, Manifest, list[tuple[str, str, str]]]:
@@ -471,7 +472,8 @@ def load_run(
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
     text = config.head.text if isinstance(config.head, TextHeadConfig) else None
     embeddings = load_label_embeddings(folder, classes, text) if text else None
-    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), classes, embeddings)
+    context = Context(classes, _read_statistics(folder, len(classes)))
+    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), context, embeddings)
     try:
         method.load_state_dict(saved["ema" if weights == "ema" else "method"])
     except RuntimeError as error:
@@ -479,6 +481,19 @@ def load_run(
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
     return LoadedRun(method, classes, config, folder, precision, view, weights)
+
+
+def _read_statistics(folder: Path, num_classes: int) -> LabelStatistics | None:
+    """The statistics of the split that a run was trained on; runs of older versions have none."""
+    path = folder / _STATISTICS
+    if not path.is_file():
+        return None
+    values = read_written(path)
+    counts = [values.get(name) for name in ("positives", "known")]
+    whole = [isinstance(of, list) and len(of) == num_classes and all(type(n) is int for n in of) for of in counts]
+    if not all(whole) or type(values.get("num_images")) is not int:
+        raise InputError(f"{path}: expected counts of {num_classes} classes, as they were written; the file is damaged")
+    return LabelStatistics(tuple(values["positives"]), tuple(values["known"]), values["num_images"])
 
 
 def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
@@ -578,14 +593,15 @@ def config_difference(saved: Config, asked: Config) -> str:
 
 def start_folder(run: Run, folder: Path) -> None:
     """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated, and the
-    bytes of its file), bad_images.csv where images were skipped, and the embeddings of the labels' names where the head
-    compares with them."""
+    bytes of its file), statistics.json (of the training labels), bad_images.csv where images were skipped, and the
+    embeddings of the labels' names where the head compares with them."""
     folder.mkdir(parents=True, exist_ok=True)
     if run.bad_images:
         with whole_file(folder / "bad_images.csv", newline="") as file:
             csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
     with whole_file(folder / "images.csv", newline="") as file:
         csv.writer(file).writerows([_IMAGE_COLUMNS, *_image_rows(run)])
+    write_json(folder / _STATISTICS, dataclasses.asdict(run.train.statistics()))
     environment = describe_environment(run.precision.device)
     if run.label_maps:
         environment["label_maps"] = run.label_maps.meta.to_json()

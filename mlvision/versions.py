@@ -16,7 +16,21 @@ def _drop_evaluation(config: dict[str, Any]) -> None:
     config.get("data", {}).pop("split", None)
 
 
-STEPS = (_drop_evaluation,)  # step i makes version i + 2 of version i + 1
+def _nest_losses(config: dict[str, Any]) -> None:
+    """`method.loss` became a group that holds the options of the chosen loss; those of all losses stood in the methods."""
+    method = config.get("method", {})
+    losses = {"asl": ("gamma_neg", "gamma_pos", "clip"), "focal": ("gamma",), "soft_top_k": ("k", "alpha")}
+    name = method.get("name", "baseline")
+    if name == "token_labeling":
+        return
+    if name != "baseline":  # the alpha of patchct is no option of its loss
+        losses = {"asl": losses["asl"]}
+    stood = {key: method.pop(key) for keys in losses.values() for key in keys if key in method}
+    loss = method.get("loss", "asl" if name == "patchct" else "bce")
+    method["loss"] = {"name": loss, **{key: stood[key] for key in losses.get(loss, ()) if key in stood}}
+
+
+STEPS = (_drop_evaluation, _nest_losses)  # step i makes version i + 2 of version i + 1
 CONFIG_VERSION = len(STEPS) + 1
 
 

@@ -81,16 +81,36 @@ def as_version_1(config):
     old = to_plain(config) | {"bootstrap": 100}
     del old["config_version"]
     old["data"]["split"] = "val"
+    loss = old["method"].pop("loss", None)
+    if loss:
+        options = {"gamma_neg": 4.0, "gamma_pos": 0.0, "clip": 0.05}
+        if config.method.name == "baseline":
+            options |= {"gamma": 2.0, "k": 0, "alpha": 2.0}
+        old["method"] |= {**options, **loss, "loss": loss["name"], "name": config.method.name}
     return old
 
 
-def test_a_config_of_the_first_version_is_upgraded(tmp_path):
-    config = parse("seed=3", "head=csra", "data=csv")
+@pytest.mark.parametrize(
+    "method",
+    [
+        [],
+        ["method.loss=asl", "method.loss.gamma_neg=3", "method.loss.clip=0"],
+        ["method.loss=soft_top_k", "method.loss.k=2", "method.loss.alpha=0.5"],
+        ["method.loss=focal", "method.loss.gamma=1", "method.smoothing=0.1"],
+        ["method=patchct", "method.loss.gamma_neg=3", "method.alpha=0.3"],
+        ["method=patchct", "method.loss=bce", "method.alpha=0.3"],
+        ["method=relabel", "method.loss=asl", "method.loss.gamma_pos=1"],
+        ["method=token_labeling", "method.mix=0.5"],
+    ],
+    ids=" ".join,
+)
+def test_a_config_of_the_first_version_is_upgraded(method):
+    config = parse("seed=3", "head=csra", "data=csv", *method)
     old = as_version_1(config)
     before = json.dumps(old)
     assert saved_config(old, "old.yaml") == config
     assert json.dumps(old) == before
-    assert upgrade({}, "old.yaml") == {"config_version": CONFIG_VERSION}
+    assert saved_config({}, "old.yaml") == Config()
     assert upgrade(to_plain(config), "new.yaml") == to_plain(config)
     assert len(STEPS) == CONFIG_VERSION - 1
 

@@ -20,13 +20,15 @@ import eval as eval_script
 import train as train_script
 from mlvision import load_run
 from mlvision.engine.checkpoint import load_checkpoint
+from mlvision.losses import AslConfig
+from mlvision.methods import BaselineConfig
 
 FOLDER = Path(__file__).parent / "old_runs"
 # How both were started, in today's names.
 ARGUMENTS = (
     *("data.name=csv", "data.file=labels.csv", "data.images=images", "data.image_column=image"),
     *("data.split_column=part", "data.val_fraction=0.25", "model.name=tiny_net", "head.dropout=0.1"),
-    *("method.loss=asl", "method.gamma_neg=2", "view.size=32", "view.scale=[0.5,1]"),
+    *("method.loss=asl", "method.loss.gamma_neg=2", "view.size=32", "view.scale=[0.5,1]"),
     *("loader.batch_size=3", "loader.num_workers=0", "optim.epochs=3", "optim.lr=1e-2", "ema.decay=0.9"),
     *("log.every_steps=1", "log.tensorboard=false", "device=cpu", "threads=1", "seed=3"),
 )
@@ -67,6 +69,7 @@ def test_a_finished_run_loads(tmp_path):
     run = load_run(folder, device="cpu")
     assert (run.classes, run.weights) == (("bright", "wide", "green"), "ema")
     assert (run.config.data.name, run.config.optim.lr, run.config.ema.decay) == ("csv", 0.01, 0.9)
+    assert run.config.method == BaselineConfig(loss=AslConfig(gamma_neg=2.0))
     saved = load_checkpoint(folder / "checkpoints/best.pt")["ema"]
     assert all(torch.equal(value, saved[name]) for name, value in run.method.state_dict().items())
 

@@ -69,6 +69,11 @@ def test_a_run_folder_holds_what_it_promises(trained):
     assert not list(folder.glob("**/*.partial"))
     rows = list(csv.DictReader(open(folder / "per_class_test.csv", newline="")))
     assert [row["class"] for row in rows] == list(load_run(folder).classes)
+    statistics = read_for(load_run(folder, device="cpu"), "train")[0].statistics()
+    assert json.loads((folder / "statistics.json").read_text()) == {
+        **{"positives": list(statistics.positives), "known": list(statistics.known)},
+        "num_images": statistics.num_images,
+    }
 
 
 def test_the_scores_of_the_split_are_kept(trained):
@@ -350,8 +355,14 @@ def truncate_image(root):
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
         (None, ["checkpoint.select=num_skipped_classes"], "checkpoint.select: no metric 'num_skipped_classes'"),
-        (None, ["method.loss=asl", "method.gamma_neg=-1.0"], "gamma_neg -1.0"),
-        (None, ["method.loss=focal", "method.gamma=nan"], "method.gamma: expected finite numbers"),
+        (
+            None,
+            ["method.loss=asl", "method.loss.gamma_neg=-1.0"],
+            "method.loss.gamma_neg: expected 0 or more, got -1.0",
+        ),
+        (None, ["method.loss=bce", "method.gamma_neg=2"], "did you mean method.loss.gamma_neg with method.loss=asl?"),
+        (None, ["method.loss=focal", "method.loss.gamma=nan"], "method.loss.gamma: expected finite numbers"),
+        (None, ["method.loss=soft_top_k", "method.loss.k=99"], "method.loss.k: expected 0, or less than the"),
         (None, ["optim.lr=inf"], "optim.lr: expected finite numbers"),
         (None, ["seed=-1"], "seed: expected 0 or more"),
         (None, ["bootstrap=100"], "bootstrap: no such option"),
@@ -361,7 +372,7 @@ def truncate_image(root):
         (
             None,
             ["method.loss=mse"],
-            "method.loss: expected one of bce, asl, focal, softmax, decoupled_softmax, soft_top_k, got 'mse'",
+            "method.loss.name: expected one of bce, asl, focal, softmax, decoupled_softmax, soft_top_k, got 'mse'",
         ),
         (lambda root: (root / "annotations/instances_test.json").unlink(), [], "instances_test.json"),
         (lambda root: (root / "images/train/000003.jpg").unlink(), [], "000003.jpg"),
@@ -529,6 +540,8 @@ def test_a_damaged_run_is_named(trained, tmp_path, damage, message):
     [
         ("environment.json", '{"command": "pyth', "environment.json, line 1"),
         ("metrics.json", "[]", "metrics.json: expected names and values"),
+        ("statistics.json", "{}", "statistics.json: expected counts of 20 classes"),
+        ("statistics.json", '{"positives": [1], "known": [2], "num_images": 3}', "statistics.json: expected counts of"),
         ("images.csv", "key\nimages/train/000000.jpg\n", "images.csv: expected the columns split and key"),
         ("images.csv", "", "images.csv: expected the columns split and key"),
         ("images.csv", "split,key\n", "images.csv: lists no image that was trained on"),

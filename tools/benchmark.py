@@ -46,12 +46,12 @@ from mlvision.files import check_out
 from mlvision.labels import pool_label_map
 from mlvision.labels.annotate import top_k_of
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
-from mlvision.losses import conditional_transport
-from mlvision.methods import Baseline, BaselineConfig, PatchCT, PatchCTConfig, Relabel, RelabelConfig
-from mlvision.methods.base import Method, MethodConfig
+from mlvision.losses import AslConfig, conditional_transport
+from mlvision.methods import BaselineConfig, Method, MethodConfig, PatchCTConfig, RelabelConfig
 from mlvision.metrics import average_precision
 from mlvision.models import (
     BackboneConfig,
+    Classifier,
     CsraHeadConfig,
     HeadConfig,
     LinearHeadConfig,
@@ -62,6 +62,7 @@ from mlvision.models import (
 )
 from mlvision.models.dense import DenseTeacher
 from mlvision.options import describe_options, is_override, parse_options
+from mlvision.parts import Context
 from mlvision.run import compile_backbone, describe_environment, write_json
 from mlvision.types import Batch, CropBox, LabelMap
 
@@ -422,11 +423,10 @@ def relabel(options: BenchmarkOptions) -> Iterator[Row]:
     batch = host_batch(num_images, side, num_classes, options)
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("resnet18"), LinearHeadConfig(), num_classes, image_size=side)
-    preprocessing = classifier.backbone.preprocessing
     methods = {
-        "softmax": Relabel(RelabelConfig(target="softmax"), classifier, preprocessing),
-        "multilabel": Relabel(RelabelConfig(), classifier, preprocessing),
-        "baseline": Baseline(BaselineConfig(), classifier, preprocessing),
+        "softmax": build_method(RelabelConfig(target="softmax"), classifier),
+        "multilabel": build_method(RelabelConfig(), classifier),
+        "baseline": build_method(BaselineConfig(), classifier),
     }
 
     baseline = training_step(methods["baseline"], replace(batch, label_map=None), options)
@@ -437,6 +437,11 @@ def relabel(options: BenchmarkOptions) -> Iterator[Row]:
             asked="at most 3 % more: ratio 0.97",
             **compare(training_step(methods[target], batch, options), baseline, options),
         )
+
+
+def build_method(config: MethodConfig, classifier: Classifier) -> Method:
+    """The method of classes without names or statistics, which none of these needs."""
+    return config.build(Context(tuple(map(str, range(classifier.num_classes)))), classifier)
 
 
 def host_batch(num_images: int, side: int, num_classes: int, options: BenchmarkOptions) -> Batch:
@@ -538,10 +543,10 @@ def train(options: BenchmarkOptions) -> Iterator[Row]:
     """
     num_classes, precision = 80, options.precision()
     names = torch.randn(num_classes, 384)
-    methods: dict[str, tuple[Callable[..., Method], HeadConfig, MethodConfig, str]] = {
-        "baseline": (Baseline, LinearHeadConfig(), BaselineConfig(), "0.95"),
-        "ReLabel": (Relabel, LinearHeadConfig(), RelabelConfig(), "0.85"),
-        "PatchCT": (PatchCT, TextHeadConfig(), PatchCTConfig(alpha=0.1), "0.80"),
+    methods: dict[str, tuple[HeadConfig, MethodConfig, str]] = {
+        "baseline": (LinearHeadConfig(), BaselineConfig(), "0.95"),
+        "ReLabel": (LinearHeadConfig(), RelabelConfig(), "0.85"),
+        "PatchCT": (TextHeadConfig(), PatchCTConfig(alpha=0.1), "0.80"),
     }
     for setting in TRAIN_SETTINGS[precision.device.type]:
         torch.manual_seed(0)
@@ -549,9 +554,9 @@ def train(options: BenchmarkOptions) -> Iterator[Row]:
         batch = host_batch(setting.num_images, setting.side, num_classes, options)
         peer = timm_step(setting, num_classes, options)
         peer_memory = peak_bytes(peer, options.device)
-        for name, (build, head, config, asked) in methods.items():
+        for name, (head, config, asked) in methods.items():
             classifier = build_classifier(backbone, head, num_classes, image_size=setting.side, label_embeddings=names)
-            method = build(config, classifier, classifier.backbone.preprocessing)
+            method = build_method(config, classifier)
             given = batch if method.needs_label_map else replace(batch, label_map=None)
             ours = training_step(method, given, options, setting.backend)
             memory = peak_bytes(ours, options.device)
@@ -610,9 +615,8 @@ def patchct(options: BenchmarkOptions) -> Iterator[Row]:
     backbone = BackboneConfig("resnet18")
     linear = build_classifier(backbone, LinearHeadConfig(), num_classes, image_size=side)
     named = build_classifier(backbone, TextHeadConfig(), num_classes, image_size=side, **text)
-    preprocessing = linear.backbone.preprocessing
-    baseline = training_step(Baseline(BaselineConfig(loss="asl"), linear, preprocessing), batch, options)
-    ours = training_step(PatchCT(PatchCTConfig(alpha=0.1), named, preprocessing), batch, options)
+    baseline = training_step(build_method(BaselineConfig(loss=AslConfig()), linear), batch, options)
+    ours = training_step(build_method(PatchCTConfig(alpha=0.1), named), batch, options)
     yield Row(
         what=f"PatchCT step, ResNet-18, {side} px, B={num_images}, C={num_classes}",
         peer="the baseline's step",
@@ -673,7 +677,7 @@ def explainers(options: BenchmarkOptions) -> Iterator[Row]:
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("resnet50"), LinearHeadConfig(), num_labels, image_size=side)
     torch.nn.init.normal_(classifier.get_parameter("head.linear.weight"))
-    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval().to(options.device)
+    method = build_method(BaselineConfig(), classifier).eval().to(options.device)
     method.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     subject, layer = Subject(method), classifier.backbone.model.layer4
     blobs = torch.rand(1, 3, side // 16, side // 16, device=options.device)  # segments of noise would be one

@@ -17,6 +17,7 @@ from mlvision.data.limits import MAX_PIXELS, MOST_PIXELS
 from mlvision.data.records import Boxes, Record, Records
 from mlvision.errors import UNWRITABLE, InputError, check_fields, listed, printable, shown
 from mlvision.options import INERT, Selectable
+from mlvision.parts import LabelStatistics
 
 # Pixels of the longest side that an annotation may state: more is a number in the wrong place.
 LONGEST_SIDE = 1_000_000
@@ -130,6 +131,11 @@ class Manifest:
     def label_counts(self) -> tuple[Int64[np.ndarray, " C"], Int64[np.ndarray, " C"]]:
         """In how many images each class is present, and in how many it is known, without making the table."""
         return self._count("labels"), len(self) - self._count("unknown")
+
+    def statistics(self) -> LabelStatistics:
+        """What parts of a run can know of its training split."""
+        positives, known = (tuple(counts.tolist()) for counts in self.label_counts())
+        return LabelStatistics(positives, known, len(self))
 
     def difficult_counts(self) -> Int64[np.ndarray, " C"]:
         """How many images show each class by difficult objects only."""

@@ -1,14 +1,40 @@
 """The asymmetric loss: focal weights that differ for present and absent labels, and a margin for absent ones."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
+from mlvision.losses.base import Loss, LossConfig
 from mlvision.losses.reduction import mask_unknown, reduce_loss
+from mlvision.parts import Context
+
+
+@dataclass(frozen=True)
+class AslConfig(LossConfig):
+    """Asymmetric loss."""
+
+    name: Annotated[str, "which loss: a key of LOSSES"] = "asl"
+    gamma_neg: Annotated[float, "focusing exponent of absent labels"] = 4.0
+    gamma_pos: Annotated[float, "focusing exponent of present labels"] = 0.0
+    clip: Annotated[float, "probability margin below which an absent label costs nothing"] = 0.05
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("gamma_neg", self.gamma_neg >= 0, "0 or more"),
+            ("gamma_pos", self.gamma_pos >= 0, "0 or more"),
+            ("clip", self.clip == 0 or 1e-6 <= self.clip < 1, "0, or a probability margin in [1e-6, 1)"),
+        )
+        check_fields(self, "method.loss.", rules)
+
+    def build(self, context: Context) -> Loss:
+        return partial(asymmetric_loss, gamma_neg=self.gamma_neg, gamma_pos=self.gamma_pos, clip=self.clip)
 
 
 def asymmetric_loss(

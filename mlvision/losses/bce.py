@@ -1,11 +1,26 @@
 """Binary cross-entropy of independent sigmoids."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mlvision.losses.base import Loss, LossConfig
 from mlvision.losses.reduction import mask_unknown, per_class, reduce_loss
+from mlvision.parts import Context
+
+
+@dataclass(frozen=True)
+class BceConfig(LossConfig):
+    """Binary cross-entropy."""
+
+    name: Annotated[str, "which loss: a key of LOSSES"] = "bce"
+
+    def build(self, context: Context) -> Loss:
+        return binary_cross_entropy
 
 
 def binary_cross_entropy(

@@ -1,10 +1,25 @@
 """Decoupled softmax: each label of an image against its absent classes only."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mlvision.losses.base import Loss, LossConfig
 from mlvision.losses.reduction import mask_unknown, reduce_loss
+from mlvision.parts import Context
+
+
+@dataclass(frozen=True)
+class DecoupledSoftmaxConfig(LossConfig):
+    """Decoupled softmax: only the order of an image's classes is learnt, no threshold means anything."""
+
+    name: Annotated[str, "which loss: a key of LOSSES"] = "decoupled_softmax"
+
+    def build(self, context: Context) -> Loss:
+        return decoupled_softmax_loss
 
 
 def decoupled_softmax_loss(

@@ -1,12 +1,31 @@
 """The focal loss of each label: what is right already weighs little."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.losses.asymmetric import asymmetric_loss
+from mlvision.losses.base import Loss, LossConfig
+from mlvision.parts import Context
+
+
+@dataclass(frozen=True)
+class FocalConfig(LossConfig):
+    """Focal loss."""
+
+    name: Annotated[str, "which loss: a key of LOSSES"] = "focal"
+    gamma: Annotated[float, "focusing exponent of all labels"] = 2.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.loss.", [("gamma", self.gamma >= 0, "0 or more")])
+
+    def build(self, context: Context) -> Loss:
+        return partial(focal_loss, gamma=self.gamma)
 
 
 def focal_loss(

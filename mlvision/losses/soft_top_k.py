@@ -1,7 +1,9 @@
 """The soft top-k loss: an image's labels are to be among the k classes that it ranks highest."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
+from mlvision.losses.base import Loss, LossConfig
 from mlvision.losses.reduction import mask_unknown, reduce_loss
+from mlvision.parts import Context
+
+
+@dataclass(frozen=True)
+class SoftTopKConfig(LossConfig):
+    """Soft top-k: only the order of an image's classes is learnt, no threshold means anything."""
+
+    name: Annotated[str, "which loss: a key of LOSSES"] = "soft_top_k"
+    k: Annotated[int, "first ranks that the labels are to hold; 0: as many as the image has labels"] = 0
+    alpha: Annotated[float, "how sharply the k best are told from the rest"] = 2.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "method.loss.", [("k", self.k >= 0, "0 or more"), ("alpha", self.alpha > 0, "more than 0")])
+
+    def build(self, context: Context) -> Loss:
+        if self.k >= len(context.classes):
+            raise InputError(
+                f"method.loss.k: expected 0, or less than the {len(context.classes)} classes, got {self.k}"
+            )
+        return partial(soft_top_k_loss, k=self.k or None, alpha=self.alpha)
 
 
 def soft_top_k_loss(

@@ -1,12 +1,28 @@
 """Softmax cross-entropy: classes that share one unit of probability."""
 
 import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mlvision.losses.base import Loss, LossConfig
 from mlvision.losses.reduction import mask_unknown, reduce_loss
+from mlvision.parts import Context
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig(LossConfig):
+    """Softmax cross-entropy, of classes that exclude each other."""
+
+    name: Annotated[str, "which loss: a key of LOSSES"] = "softmax"
+
+    activation: ClassVar[str] = "softmax"
+
+    def build(self, context: Context) -> Loss:
+        return softmax_cross_entropy
 
 
 def softmax_cross_entropy(

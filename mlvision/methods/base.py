@@ -14,19 +14,28 @@ from torch import Tensor, nn
 from mlvision.data.loader import EpochOrder, shuffled
 from mlvision.data.manifest import Manifest
 from mlvision.errors import check_fields
-from mlvision.models import Classifier, Preprocessing
+from mlvision.models import Classifier
 from mlvision.options import Selectable
+from mlvision.parts import Context, LabelStatistics
 from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput, to_scores
 
 
 @dataclass(frozen=True)
 class MethodConfig(Selectable):
-    """The options of every method; each method's own Config adds to them."""
+    """The options of every method; each method's own Config adds to them, and builds the method."""
 
     name: Annotated[str, "which method: a key of METHODS"]
 
     def __post_init__(self) -> None:
         check_fields(self, "method.")
+
+    def build(self, context: Context, classifier: Classifier) -> "Method":
+        """The method around a classifier.
+
+        Raises:
+            InputError: options that do not fit the classes or the classifier.
+        """
+        raise NotImplementedError
 
 
 class Method(nn.Module):
@@ -52,8 +61,9 @@ class Method(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classifier: Classifier, preprocessing: Preprocessing):
+    def __init__(self, classifier: Classifier):
         super().__init__()
+        preprocessing = classifier.backbone.preprocessing
         self.classifier = classifier
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
@@ -83,13 +93,13 @@ class Method(nn.Module):
         """One training step's loss, and detached scalars to log."""
         raise NotImplementedError
 
-    def prepare(self, manifest: Manifest) -> None:
-        """See the training manifest once, before the first step; what is kept of it is in the state.
+    def prepare(self, statistics: LabelStatistics) -> None:
+        """See the training split's statistics once, before the first step; what is kept of them is in the state.
 
         A head without a trained classifier starts at each class's share of the images.
         """
         if not self.classifier.head.pretrained:
-            self.classifier.head.start_at(starting_logits(manifest, self.activation))
+            self.classifier.head.start_at(starting_logits(statistics, self.activation))
 
     def check_label_map(self, label_map: LabelMap) -> None:
         """See one map of the training images before the first step, where the method needs them.
@@ -119,14 +129,14 @@ class Method(nn.Module):
         """Called after each optimizer step."""
 
 
-def starting_logits(manifest: Manifest, activation: str) -> Float[Tensor, " C"]:
+def starting_logits(statistics: LabelStatistics, activation: str) -> Float[Tensor, " C"]:
     """What a classifier that sees nothing should say: the log-odds of each class's share of the images (sigmoid), or the
     logarithm of its share of the labels (softmax).
 
     Images in which a class is unknown do not count for it. A class in none or in all of n images counts as in half an
     image of them, or as missing in half a one; a class that is unknown in all images has the mean share of the others.
     """
-    present, known = (torch.from_numpy(counts).double() for counts in manifest.label_counts())
+    present, known = (torch.tensor(counts).double() for counts in (statistics.positives, statistics.known))
     least = 0.5 / known
     share = (present / known).maximum(least).minimum(1 - least)
     share = share.where(known > 0, share[known > 0].mean() if known.any() else 0.5)

@@ -1,7 +1,7 @@
 """PatchCT: transport between an image's patches and the names of its labels, beside a classifier that compares the two."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
@@ -10,13 +10,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
-from mlvision.losses import Transport, build_loss, conditional_transport
+from mlvision.losses import AslConfig, LossConfig, Transport, conditional_transport
 from mlvision.losses.transport import PLANS
 from mlvision.methods.base import Method, MethodConfig
-from mlvision.models import Classifier, Preprocessing
+from mlvision.models import Classifier
 from mlvision.models.alignment import NAVIGATORS, Joint, TextHead
 from mlvision.models.backbone import ClassAttention
 from mlvision.models.dense import resample
+from mlvision.parts import Context
 from mlvision.types import Batch, LabelMap, StepOutput
 
 
@@ -24,10 +25,7 @@ from mlvision.types import Batch, LabelMap, StepOutput
 class PatchCTConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "patchct"
     alpha: Annotated[float, "weight of the transport; 0: the classifier alone (published configs: 0.1)"] = 0.0
-    loss: Annotated[str, "of the classifier, summed over classes, mean over images: asl or bce"] = "asl"
-    gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
-    gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
-    clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    loss: LossConfig = field(default_factory=AslConfig)  # of the classifier
     plan: Annotated[str, "ct (conditional transport), or sinkhorn (one plan that keeps both marginals)"] = "ct"
     rho: Annotated[float, "share of the way from patches to labels, 0 to 1"] = 0.5
     levels: Annotated[int, "how many of the backbone's last maps are aligned, each by a projection of its own"] = 1
@@ -38,7 +36,6 @@ class PatchCTConfig(MethodConfig):
     def __post_init__(self) -> None:
         rules = (
             ("alpha", self.alpha >= 0, "0 or more"),
-            ("loss", self.loss in ("asl", "bce"), "asl or bce"),
             ("plan", self.plan in PLANS, f"one of {', '.join(PLANS)}"),
             ("rho", 0 <= self.rho <= 1, "0 to 1"),
             ("levels", self.levels >= 1, "1 or more"),
@@ -47,6 +44,9 @@ class PatchCTConfig(MethodConfig):
             ("sink", 0 <= self.sink < 1, "at least 0, less than 1"),
         )
         check_fields(self, "method.", rules)
+
+    def build(self, context: Context, classifier: Classifier) -> "PatchCT":
+        return PatchCT(self, context, classifier)
 
 
 class PatchCT(Method):
@@ -64,12 +64,13 @@ class PatchCT(Method):
     that timm gives of any network; earlier ones are projected linearly, and all meet the same label embeddings.
     """
 
-    def __init__(self, config: PatchCTConfig, classifier: Classifier, preprocessing: Preprocessing):
-        super().__init__(classifier, preprocessing)
+    def __init__(self, config: PatchCTConfig, context: Context, classifier: Classifier):
+        super().__init__(classifier)
         if not isinstance(classifier.head, TextHead):
             raise InputError("method.name: patchct compares patches with the names of labels; it needs head.name=text")
         self.config, self.text = config, classifier.head
-        self.loss = build_loss(config.loss, gamma_neg=config.gamma_neg, gamma_pos=config.gamma_pos, clip=config.clip)
+        self.activation = config.loss.activation
+        self.loss = config.loss.build(context)
         width = self.text.label_embeddings.shape[1]
         learns = config.alpha > 0
         if learns:

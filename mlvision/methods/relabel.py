@@ -12,9 +12,10 @@ from mlvision.labels import OPERATORS, pool_probabilities
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.labels.oracle import oracle_targets, split_oracle
-from mlvision.losses import build_loss
+from mlvision.losses import BceConfig, LossConfig, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
-from mlvision.models import Classifier, Preprocessing
+from mlvision.models import Classifier
+from mlvision.parts import Context
 from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
 
 TARGETS = {"softmax": "mean_logit", "multilabel": "max", "gated": "max", "oracle": ""}  # with each one's own operator
@@ -44,10 +45,7 @@ class RelabelConfig(MethodConfig):
         str,
         "what makes probabilities of maps that hold mass or attributions: relative_to_peak; empty: such maps are refused",
     ] = ""
-    loss: Annotated[str, "bce, or asl (asymmetric loss); softmax has its cross-entropy"] = "bce"
-    gamma_neg: Annotated[float, "asl: focusing exponent of absent labels"] = 4.0
-    gamma_pos: Annotated[float, "asl: focusing exponent of present labels"] = 0.0
-    clip: Annotated[float, "asl: probability margin below which an absent label costs nothing"] = 0.05
+    loss: LossConfig = field(default_factory=BceConfig)  # target=softmax has its cross-entropy
     fusion: Annotated[
         str, "with the annotated labels. none: maps alone; convex: a weighted mean; gate: maps times annotation"
     ] = "none"
@@ -70,7 +68,6 @@ class RelabelConfig(MethodConfig):
         rules = (
             ("target", self.target in TARGETS, f"one of {', '.join(TARGETS)}"),
             ("operator", self.operator in ("", *OPERATORS), f"one of {', '.join(OPERATORS)}, or nothing"),
-            ("loss", self.loss in ("bce", "asl"), "bce or asl"),
             ("fusion", self.fusion in FUSIONS, f"one of {', '.join(FUSIONS)}"),
             ("region", self.region in REGIONS, f"one of {', '.join(REGIONS)}"),
             ("fill", self.fill in FILLS, f"one of {', '.join(FILLS)}"),
@@ -85,6 +82,14 @@ class RelabelConfig(MethodConfig):
         check_fields(self, "method.", rules)
         if self.fusion != "none" and self.target in ("gated", "oracle"):
             raise InputError(f"method.fusion: target={self.target} takes the annotation in already; expected none")
+        if self.target != "softmax" and self.loss.activation != "sigmoid":
+            raise InputError(
+                f"method.loss: target={self.target} gives one probability per class; expected a loss of sigmoids, got "
+                f"{self.loss.name}"
+            )
+
+    def build(self, context: Context, classifier: Classifier) -> "Relabel":
+        return Relabel(self, context, classifier)
 
 
 class Relabel(Method):
@@ -100,14 +105,13 @@ class Relabel(Method):
 
     needs_label_map = True
 
-    def __init__(self, config: RelabelConfig, classifier: Classifier, preprocessing: Preprocessing):
-        super().__init__(classifier, preprocessing)
+    def __init__(self, config: RelabelConfig, context: Context, classifier: Classifier):
+        super().__init__(classifier)
         self.config = config
         self.mixes = True
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.operator = config.operator or TARGETS[config.target]
-        name = "softmax" if config.target == "softmax" else config.loss
-        self.loss = build_loss(name, gamma_neg=config.gamma_neg, gamma_pos=config.gamma_pos, clip=config.clip)
+        self.loss = softmax_cross_entropy if config.target == "softmax" else config.loss.build(context)
 
     def on_epoch_start(self, epoch: int) -> None:
         mix = self.config.mix

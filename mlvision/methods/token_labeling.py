@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from mlvision.data.manifest import Manifest
 from mlvision.errors import InputError, check_fields
 from mlvision.labels import pool_probabilities
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig, starting_logits
-from mlvision.models import Classifier, Preprocessing
+from mlvision.models import Classifier
 from mlvision.models.heads import set_bias
+from mlvision.parts import Context, LabelStatistics
 from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
 
 # target: the operators of the image's label and of a cell's
@@ -57,6 +57,9 @@ class TokenLabelingConfig(MethodConfig):
         )
         check_fields(self, "method.", rules)
 
+    def build(self, context: Context, classifier: Classifier) -> "TokenLabeling":
+        return TokenLabeling(self, classifier)
+
 
 class TokenLabeling(Method):
     """A linear head on each cell of the backbone's map (patch tokens of a ViT, grid of a CNN) learns from label maps.
@@ -71,8 +74,8 @@ class TokenLabeling(Method):
 
     needs_label_map = True
 
-    def __init__(self, config: TokenLabelingConfig, classifier: Classifier, preprocessing: Preprocessing):
-        super().__init__(classifier, preprocessing)
+    def __init__(self, config: TokenLabelingConfig, classifier: Classifier):
+        super().__init__(classifier)
         backbone = classifier.backbone
         if backbone.grid[0] != backbone.grid[1]:
             raise InputError(f"method.name: token_labeling needs a square grid of cells, got {backbone.grid}")
@@ -84,9 +87,9 @@ class TokenLabeling(Method):
         nn.init.normal_(self.tokens.weight, std=0.01)
         nn.init.zeros_(self.tokens.get_parameter("bias"))
 
-    def prepare(self, manifest: Manifest) -> None:
-        super().prepare(manifest)
-        set_bias(self.tokens.get_parameter("bias"), starting_logits(manifest, self.activation))
+    def prepare(self, statistics: LabelStatistics) -> None:
+        super().prepare(statistics)
+        set_bias(self.tokens.get_parameter("bias"), starting_logits(statistics, self.activation))
 
     def forward(self, batch: Batch) -> StepOutput:
         config = self.config

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from factories import build_method
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +14,7 @@ from mlvision.engine.log import SilentLog
 from mlvision.engine.optim import OptimConfig
 from mlvision.engine.precision import Precision
 from mlvision.labels.mix import Mix, MixConfig
+from mlvision.losses import AslConfig, SoftmaxConfig, SoftTopKConfig
 from mlvision.methods import METHODS, relabel, token_labeling
 from mlvision.models import BackboneConfig, LinearHeadConfig, TextHeadConfig, build_classifier
 from mlvision.types import Batch, CropBox, LabelMap
@@ -57,9 +59,9 @@ def move_to_gpu(method):
     ("name", "options"),
     [
         ("baseline", {}),
-        ("baseline", {"loss": "asl"}),
-        ("baseline", {"loss": "softmax"}),
-        ("baseline", {"loss": "soft_top_k"}),
+        ("baseline", {"loss": AslConfig()}),
+        ("baseline", {"loss": SoftmaxConfig()}),
+        ("baseline", {"loss": SoftTopKConfig()}),
         ("patchct", {}),
         ("relabel", {"target": "softmax", "operator": "mean_logit"}),
         ("relabel", {"target": "multilabel"}),
@@ -72,12 +74,11 @@ def move_to_gpu(method):
     ],
 )
 def test_a_training_step_does_not_wait(name, options, fill, monkeypatch):
-    config, method = METHODS[name]
     head, text = (
         (TextHeadConfig(), {"label_embeddings": torch.rand(C, 8)}) if name == "patchct" else (LinearHeadConfig(), {})
     )
     classifier = build_classifier(BackboneConfig("test_resnet"), head, C, image_size=SIDE, **text)
-    method = method(config(**options), classifier, classifier.backbone.preprocessing).train()
+    method = build_method(METHODS[name](**options), classifier).train()
     if "mix" in options:  # what the host draws for itself
         drawn = Mix(MixConfig(cutmix=1.0), 0.75, (0, 0, 1, 1))
         for room in (relabel, token_labeling):

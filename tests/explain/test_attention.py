@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from factories import build_method
 
 from mlvision.errors import InputError
 from mlvision.explain import Subject, attention, explain, select
 from mlvision.explain.attention import AttentionRelevance, AttentionRollout
-from mlvision.methods.baseline import Baseline, BaselineConfig
+from mlvision.methods.baseline import BaselineConfig
 from mlvision.models import Backbone, Classifier, LinearHead, LinearHeadConfig
 
 CLASSES = 4
@@ -43,7 +44,7 @@ def method_of(name, **options):
     backbone = Backbone(model, SIZE)
     head = LinearHead(backbone.num_features, CLASSES, LinearHeadConfig())
     torch.nn.init.normal_(head.linear.weight)
-    return Baseline(BaselineConfig(), Classifier(backbone, head), backbone.preprocessing).eval()
+    return build_method(BaselineConfig(), Classifier(backbone, head)).eval()
 
 
 @pytest.fixture(scope="module", params=VITS.values(), ids=VITS.keys())

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from factories import build_method
 
 from mlvision.engine.callbacks import Callback
 from mlvision.explain import callback
 from mlvision.explain.callback import CamGrids
-from mlvision.methods import Baseline, BaselineConfig
+from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
 
 
@@ -28,7 +29,7 @@ class State:
 @pytest.fixture
 def method():
     classifier = build_classifier(BackboneConfig("resnet10t"), LinearHeadConfig(), 3, image_size=64)
-    return Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing)
+    return build_method(BaselineConfig(), classifier)
 
 
 @pytest.fixture

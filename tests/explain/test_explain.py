@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from factories import build_method
 
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS, Explanation, StoredMaps, build_explainer, explain
 from mlvision.explain.selection import Selection, from_mask, outcomes, parse_labels, select
 from mlvision.labels import LabelMapStore
 from mlvision.labels.store import LabelMapWriter, StoreMeta
-from mlvision.methods import Baseline, BaselineConfig
+from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
 from mlvision.types import LabelMap
 
@@ -225,7 +226,7 @@ def test_maps_of_a_part_of_the_images_are_refused(linear_model):
 
 def test_the_dense_head_of_a_pooled_classifier_is_its_cam(images):
     classifier = build_classifier(BackboneConfig("resnet10t"), LinearHeadConfig(), 5, image_size=(48, 80))
-    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval()
+    method = build_method(BaselineConfig(), classifier).eval()
     torch.nn.init.normal_(classifier.head.linear.weight, generator=torch.Generator().manual_seed(0))
     dense, cam = (explain(method, images, name).maps for name in ("dense_head", "grad_cam"))
     cells = dense.shape[2] * dense.shape[3]

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from factories import build_method
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +22,7 @@ from mlvision.explain.gradient import (
 from mlvision.explain.impute import fill_in
 from mlvision.explain.measure import MeasureConfig, deletion_curves
 from mlvision.explain.rewrite import _MaxOfReLUs
-from mlvision.methods.baseline import Baseline, BaselineConfig
+from mlvision.methods.baseline import BaselineConfig
 from mlvision.metrics.faithfulness import deletion_measures
 from mlvision.models import Classifier, LinearHead, LinearHeadConfig, build_backbone
 
@@ -432,7 +433,7 @@ def in_training():
     """A method of which some parts are frozen, with gradients that a step may not have used up."""
     backbone = build_backbone("resnet10t", image_size=(48, 64))
     head = LinearHead(backbone.num_features, CLASSES, LinearHeadConfig())
-    model = Baseline(BaselineConfig(), Classifier(backbone, head), backbone.preprocessing).train()
+    model = build_method(BaselineConfig(), Classifier(backbone, head)).train()
     for number, (parameter, module) in enumerate(zip(model.parameters(), model.modules(), strict=False)):
         parameter.requires_grad_(number % 3 > 0)
         parameter.grad = torch.full_like(parameter, number) if number % 2 else None

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from factories import build_method
 from torch.nn.functional import cosine_similarity
 
 from mlvision.errors import InputError
@@ -20,8 +21,7 @@ def subject_with(head: str, **options) -> Subject:
     labels = torch.randn(C, 8) if head == "text" else None
     config = HEADS[head][0](name=head, **options)
     classifier = build_classifier(BackboneConfig("test_resnet"), config, C, image_size=SIDE, label_embeddings=labels)
-    config, build = METHODS["baseline"]
-    return Subject(build(config(), classifier, classifier.backbone.preprocessing).eval())
+    return Subject(build_method(METHODS["baseline"](), classifier).eval())
 
 
 def batches(num: int, size: int) -> list[Batch]:

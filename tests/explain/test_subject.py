@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from factories import build_method
 from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.utils import ModelEmaV3
@@ -17,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from mlvision.errors import InputError
 from mlvision.explain import EXPLAINERS, Subject, explain
-from mlvision.methods import Baseline, BaselineConfig
+from mlvision.losses import SoftmaxConfig
+from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
 from mlvision.run import compile_backbone
 
@@ -74,7 +76,7 @@ def test_a_model_in_a_shell_is_explained_as_the_model_itself(shell, resnet, imag
 
 def test_a_method_in_a_shell_keeps_its_activation_and_its_own_maps(images):
     classifier = build_classifier(BackboneConfig("resnet10t"), LinearHeadConfig(), 3, image_size=(48, 80))
-    method = Baseline(BaselineConfig(loss="softmax"), classifier, classifier.backbone.preprocessing).eval()
+    method = build_method(BaselineConfig(loss=SoftmaxConfig()), classifier).eval()
     bare = explain(method, images, "dense_head")
     for shell in (nn.DataParallel(method), torch.compile(method, backend="eager")):
         found = explain(shell, images, "dense_head")
@@ -85,7 +87,7 @@ def test_a_method_in_a_shell_keeps_its_activation_and_its_own_maps(images):
 def test_a_method_with_a_compiled_backbone_is_explained_as_it_was_written(images):
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("vit_tiny_patch16_224"), LinearHeadConfig(), 3, image_size=(48, 80))
-    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval()
+    method = build_method(BaselineConfig(), classifier).eval()
     names = ("grad_cam", "attention_relevance", "dense_head")
     bare = [explain(method, images, name).maps for name in names]
     compile_backbone(method, "eager")
@@ -223,7 +225,7 @@ def test_a_vit_in_half_precision(name, vit, images):
 def test_a_method_in_half_precision(images):
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("resnet10t"), LinearHeadConfig(), 3, image_size=(48, 80))
-    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval()
+    method = build_method(BaselineConfig(), classifier).eval()
     nn.init.normal_(classifier.head.linear.weight)
     exact, half = (explain(model, images).maps for model in (method, deepcopy(method).bfloat16()))
     assert np.corrcoef(exact.flatten(), half.flatten())[0, 1] > 0.95
@@ -334,7 +336,7 @@ def test_images_of_a_size_or_of_channels_that_a_model_does_not_take_are_refused(
         ):
             explain(vit, torch.rand(1, 3, 96, 160), name)
     classifier = build_classifier(BackboneConfig("vit_tiny_patch16_224"), LinearHeadConfig(), 3, image_size=(32, 48))
-    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing).eval()
+    method = build_method(BaselineConfig(), classifier).eval()
     with pytest.raises(InputError, match="gives no spatial map for images of 96x160"):
         explain(method, torch.rand(1, 3, 96, 160))
     with pytest.raises(InputError, match=r"takes 3 channels, got \[1, 1, 32, 48\]"):

@@ -5,10 +5,13 @@ import math
 import jaxtyping
 import pytest
 import torch
+from factories import context
 
 from mlvision.errors import InputError
-from mlvision.losses import LOSSES, smooth_labels
+from mlvision.losses import LOSSES as CONFIGS
+from mlvision.losses import smooth_labels
 
+LOSSES = {name: config().build(context(6)) for name, config in CONFIGS.items()}
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
@@ -256,6 +259,27 @@ def test_options_out_of_range_are_refused(name, options, message, table, monkeyp
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(InputError, match=message):
         LOSSES[name](*table, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("asl", {"gamma_neg": -1.0}, "method.loss.gamma_neg: expected 0 or more, got -1.0"),
+        ("asl", {"gamma_pos": math.nan}, "method.loss.gamma_pos: expected finite numbers"),
+        ("asl", {"clip": 1e-7}, "method.loss.clip: expected 0, or a probability margin in [1e-6, 1), got 1e-07"),
+        ("focal", {"gamma": -0.5}, "method.loss.gamma: expected 0 or more, got -0.5"),
+        ("soft_top_k", {"alpha": 0.0}, "method.loss.alpha: expected more than 0, got 0.0"),
+        ("soft_top_k", {"k": -1}, "method.loss.k: expected 0 or more, got -1"),
+    ],
+)
+def test_ranges_are_those_of_the_config(name, options, message):
+    with pytest.raises(InputError) as raised:
+        CONFIGS[name](**options)
+    assert message in str(raised.value)
+
+
+def test_the_name_is_the_key():
+    assert {name: config().name for name, config in CONFIGS.items()} == {name: name for name in CONFIGS}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])

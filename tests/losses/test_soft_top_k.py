@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import context
 from reference.losses_reference import soft_top_k, soft_top_k_table
 
 from mlvision.errors import InputError
-from mlvision.losses import build_loss, soft_top_k_loss
+from mlvision.losses import SoftTopKConfig, soft_top_k_loss
 
 OPTIONS = [(None, 2.0), (None, 0.5), (1, 2.0), (3, 0.5), (6, 4.0)]
 
@@ -155,13 +156,14 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-def test_a_methods_options_reach_the_loss():
+def test_the_options_reach_the_loss():
     logits, targets = table()
-    gammas = {"gamma_neg": 4.0, "gamma_pos": 0.0, "clip": 0.05}
-    found = build_loss("soft_top_k", **gammas, k=2, alpha=0.5)(logits, targets)
+    found = SoftTopKConfig(k=2, alpha=0.5).build(context(7))(logits, targets)
     assert found == soft_top_k_loss(logits, targets, k=2, alpha=0.5)
     assert found != soft_top_k_loss(logits, targets)
-    assert build_loss("soft_top_k", **gammas)(logits, targets) == soft_top_k_loss(logits, targets)
+    assert SoftTopKConfig().build(context(7))(logits, targets) == soft_top_k_loss(logits, targets)
+    with pytest.raises(InputError, match="method.loss.k: expected 0, or less than the 7 classes, got 7"):
+        SoftTopKConfig(k=7).build(context(7))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,22 @@
 import numpy as np
 import pytest
 import torch
+from factories import build_method
 
 from mlvision.data.manifest import Manifest, Record
 from mlvision.errors import InputError
-from mlvision.losses import asymmetric_loss, binary_cross_entropy, decoupled_softmax_loss, soft_top_k_loss
+from mlvision.losses import (
+    LOSSES,
+    AslConfig,
+    BceConfig,
+    DecoupledSoftmaxConfig,
+    SoftmaxConfig,
+    SoftTopKConfig,
+    asymmetric_loss,
+    binary_cross_entropy,
+    decoupled_softmax_loss,
+    soft_top_k_loss,
+)
 from mlvision.methods import Baseline, BaselineConfig
 from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig
@@ -16,7 +28,7 @@ MEAN, STD = (0.1, 0.2, 0.4), (0.5, 1.0, 0.25)
 def build(**options) -> Baseline:
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("test_resnet"), LinearHeadConfig(), 3, image_size=(64, 96))
-    return Baseline(BaselineConfig(**options), classifier, Preprocessing(MEAN, STD, "bilinear", 0.9)).eval()
+    return build_method(BaselineConfig(**options), classifier, Preprocessing(MEAN, STD, "bilinear", 0.9)).eval()
 
 
 def make_batch() -> Batch:
@@ -49,14 +61,14 @@ def test_predict_is_differentiable_in_the_image():
 @pytest.mark.parametrize(
     ("options", "loss"),
     [
-        ({"loss": "bce"}, binary_cross_entropy),
+        ({"loss": BceConfig()}, binary_cross_entropy),
         (
-            {"loss": "asl", "gamma_neg": 2.0, "gamma_pos": 1.0, "clip": 0.1},
+            {"loss": AslConfig(gamma_neg=2.0, gamma_pos=1.0, clip=0.1)},
             lambda z, y: asymmetric_loss(z, y, gamma_neg=2.0, gamma_pos=1.0, clip=0.1),
         ),
-        ({"loss": "decoupled_softmax"}, decoupled_softmax_loss),
-        ({"loss": "soft_top_k"}, soft_top_k_loss),
-        ({"loss": "soft_top_k", "k": 1, "alpha": 0.5}, lambda z, y: soft_top_k_loss(z, y, k=1, alpha=0.5)),
+        ({"loss": DecoupledSoftmaxConfig()}, decoupled_softmax_loss),
+        ({"loss": SoftTopKConfig()}, soft_top_k_loss),
+        ({"loss": SoftTopKConfig(k=1, alpha=0.5)}, lambda z, y: soft_top_k_loss(z, y, k=1, alpha=0.5)),
     ],
 )
 def test_the_loss_is_that_of_the_logits(options, loss):
@@ -71,8 +83,8 @@ def test_class_weights_follow_the_training_split():
     records = tuple(Record(f"{i}.jpg", f"{i}.jpg", row) for i, row in enumerate(labels))
     manifest = Manifest(("a", "b", "c"), records, "train")
     method, plain, batch = build(class_weights="inverse_sqrt"), build(), make_batch()
-    method.prepare(manifest)
-    plain.prepare(manifest)
+    method.prepare(manifest.statistics())
+    plain.prepare(manifest.statistics())
     raw = np.array([4, 2, 1]) ** -0.5
     np.testing.assert_allclose(method.class_weights.numpy(), raw / raw.mean(), rtol=1e-6)
     expected = binary_cross_entropy(method.predict(batch.images), batch.targets, class_weights=method.class_weights)
@@ -92,12 +104,7 @@ def test_groups_are_backbone_and_head_without_overlap():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"loss": "mse"},
-            "method.loss: expected one of bce, asl, focal, softmax, decoupled_softmax, soft_top_k, got 'mse'",
-        ),
-        ({"k": 3}, "method.k: expected 0, or less than the 3 classes, got 3"),
-        ({"alpha": 0.0}, "method.alpha: expected more than 0, got 0.0"),
+        ({"loss": SoftTopKConfig(k=3)}, "method.loss.k: expected 0, or less than the 3 classes, got 3"),
         ({"class_weights": "balanced"}, "method.class_weights: expected none or inverse_sqrt, got 'balanced'"),
     ],
 )
@@ -106,11 +113,11 @@ def test_bad_options(options, message):
         build(**options)
 
 
-@pytest.mark.parametrize("loss", ["bce", "softmax", "decoupled_softmax", "soft_top_k"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 def test_smoothing_spreads_a_share_of_each_label(loss):
-    method, batch = build(loss=loss, smoothing=0.3).eval(), make_batch()
+    method, batch = build(loss=loss(), smoothing=0.3).eval(), make_batch()
     smooth = 0.7 * batch.targets + 0.3 / 3
-    expected = build(loss=loss).eval()(Batch(batch.images, smooth, batch.index, batch.view)).loss
+    expected = build(loss=loss()).eval()(Batch(batch.images, smooth, batch.index, batch.view)).loss
     torch.testing.assert_close(method(batch).loss, expected)
     with pytest.raises(InputError, match=r"method.smoothing: expected a share in \[0, 1\), got 1.0"):
         build(smoothing=1.0)
@@ -119,4 +126,4 @@ def test_smoothing_spreads_a_share_of_each_label(loss):
 def test_scores_are_what_was_trained():
     logits = torch.tensor([[1.0, 2.0, -3.0]])
     torch.testing.assert_close(build().scores(logits), logits.sigmoid())
-    torch.testing.assert_close(build(loss="softmax").scores(logits), logits.softmax(1))
+    torch.testing.assert_close(build(loss=SoftmaxConfig()).scores(logits), logits.softmax(1))

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from factories import build_method
 
 from mlvision.errors import InputError
 from mlvision.labels import pool_label_map
@@ -19,7 +20,7 @@ BOXES = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 1.0, 0.5], [0.1, 0.3, 0.9
 def build(**options) -> Relabel:
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig("test_resnet"), LinearHeadConfig(), NUM_CLASSES, image_size=(64, 96))
-    return Relabel(RelabelConfig(**options), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9))
+    return build_method(RelabelConfig(**options), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9))
 
 
 def logit_map(activation="softmax") -> LabelMap:

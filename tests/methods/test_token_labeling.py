@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import build_method
 
 from mlvision.errors import InputError
 from mlvision.labels import pool_label_map
@@ -19,7 +20,7 @@ BOXES = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 1.0, 0.5], [0.1, 0.3, 0.9
 def build(backbone="test_vit", **options) -> TokenLabeling:
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig(backbone), LinearHeadConfig(), C, image_size=SIDE)
-    method = TokenLabeling(
+    method = build_method(
         TokenLabelingConfig(**options), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9)
     )
     torch.nn.init.normal_(method.tokens.weight)  # far from zero, so that mistakes show
@@ -153,7 +154,7 @@ def test_bad_options_are_named(options, message):
 def test_a_grid_that_is_not_square_is_refused():
     classifier = build_classifier(BackboneConfig("test_resnet"), LinearHeadConfig(), C, image_size=(64, 96))
     with pytest.raises(InputError, match=r"token_labeling needs a square grid of cells, got \(\d+, \d+\)"):
-        TokenLabeling(TokenLabelingConfig(), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9))
+        build_method(TokenLabelingConfig(), classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9))
 
 
 def test_maps_that_cannot_be_learnt_from_are_refused_before_the_first_step():

@@ -5,20 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from factories import build_method
 from torch import nn
 
 from mlvision.data.manifest import Manifest, Record
 from mlvision.engine.optim import OptimConfig, parameter_groups
-from mlvision.methods import (
-    Baseline,
-    BaselineConfig,
-    PatchCT,
-    PatchCTConfig,
-    Relabel,
-    RelabelConfig,
-    TokenLabeling,
-    TokenLabelingConfig,
-)
+from mlvision.losses import AslConfig, SoftmaxConfig
+from mlvision.methods import METHODS, BaselineConfig
 from mlvision.methods.base import starting_logits
 from mlvision.models import HEADS, Preprocessing, build_classifier, build_head
 from mlvision.models.backbone import BackboneConfig
@@ -41,6 +34,7 @@ MANIFEST = Manifest(
 )
 SHARES = [2 / 8, 1 / 16, 1 / 4, 15 / 16]
 SHARES.append(sum(SHARES) / 4)
+STATISTICS = MANIFEST.statistics()
 PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9)
 
 
@@ -51,20 +45,22 @@ def logit(share):
 def test_the_counts_are_those_of_the_table():
     present, known = MANIFEST.label_counts()
     assert present.tolist() == np.nansum(MANIFEST.targets, axis=0).tolist() == [2, 0, 1, 8, 0]
+    assert (list(STATISTICS.positives), list(STATISTICS.known)) == (present.tolist(), known.tolist())
+    assert STATISTICS.num_images == 8
     assert known.tolist() == np.isfinite(MANIFEST.targets).sum(0).tolist() == [8, 8, 4, 8, 0]
 
 
 def test_shares_by_hand():
-    torch.testing.assert_close(starting_logits(MANIFEST, "sigmoid"), torch.tensor([logit(s) for s in SHARES]))
+    torch.testing.assert_close(starting_logits(STATISTICS, "sigmoid"), torch.tensor([logit(s) for s in SHARES]))
     priors = torch.tensor(SHARES) / sum(SHARES)
-    torch.testing.assert_close(starting_logits(MANIFEST, "softmax"), priors.log())
+    torch.testing.assert_close(starting_logits(STATISTICS, "softmax"), priors.log())
 
 
 @pytest.mark.parametrize("unknown", [(), (0,)])
 def test_no_split_is_too_poor(unknown):
     one = Manifest(("only",), (Record("a.png", "a.png", labels=(), unknown=unknown),), "train")
-    assert starting_logits(one, "sigmoid").tolist() == [0.0]
-    assert starting_logits(one, "softmax").tolist() == [0.0]
+    assert starting_logits(one.statistics(), "sigmoid").tolist() == [0.0]
+    assert starting_logits(one.statistics(), "softmax").tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -74,7 +70,7 @@ def test_every_head_calls_a_class_as_probable_as_its_share_where_it_sees_nothing
     options = {"width": 16, "feedforward": 16, "num_heads": 2} if name in ("ml_decoder", "query2label") else {}
     embeddings = {"label_embeddings": torch.randn(5, 12)} if name == "text" else {}
     head = build_head(name, 8, 5, **options, **embeddings).eval()
-    logits = starting_logits(MANIFEST, "sigmoid")
+    logits = starting_logits(STATISTICS, "sigmoid")
     head.start_at(logits)
     nothing = Features(torch.zeros(2, 8, 3, 4), torch.zeros(2, 8))
     with torch.no_grad():
@@ -93,22 +89,15 @@ def build(method="baseline", head="linear", checkpoint="", **options):
     model = BackboneConfig("test_resnet", checkpoint=checkpoint)
     embeddings = torch.randn(5, 12) if head == "text" else None
     classifier = build_classifier(model, HEADS[head][0](**sizes), 5, image_size=32, label_embeddings=embeddings)
-    types = {
-        "baseline": (Baseline, BaselineConfig),
-        "patchct": (PatchCT, PatchCTConfig),
-        "relabel": (Relabel, RelabelConfig),
-        "token_labeling": (TokenLabeling, TokenLabelingConfig),
-    }
-    of_method, of_config = types[method]
-    return of_method(of_config(**options), classifier, PREPROCESSING)
+    return build_method(METHODS[method](**options), classifier, PREPROCESSING)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "activation"),
     [
         ("baseline", {}, "sigmoid"),
-        ("baseline", {"loss": "asl"}, "sigmoid"),
-        ("baseline", {"loss": "softmax"}, "softmax"),
+        ("baseline", {"loss": AslConfig()}, "sigmoid"),
+        ("baseline", {"loss": SoftmaxConfig()}, "softmax"),
         ("relabel", {}, "sigmoid"),
         ("relabel", {"target": "softmax"}, "softmax"),
         ("token_labeling", {"target": "multilabel"}, "sigmoid"),
@@ -117,8 +106,8 @@ def build(method="baseline", head="linear", checkpoint="", **options):
 )
 def test_every_method_prepares_its_head(method, options, activation):
     built = build(method, **options)
-    built.prepare(MANIFEST)
-    expected = starting_logits(MANIFEST, activation)
+    built.prepare(STATISTICS)
+    expected = starting_logits(STATISTICS, activation)
     torch.testing.assert_close(built.classifier.head.linear.bias, expected)
     if method == "token_labeling":
         torch.testing.assert_close(built.tokens.bias, expected)
@@ -139,14 +128,14 @@ def test_a_classifier_that_came_with_the_weights_keeps_its_bias(tmp_path):
     nn.init.normal_(trained.classifier.head.linear.bias)
     torch.save(trained.state_dict(), tmp_path / "run.pt")
     again = build(checkpoint=str(tmp_path / "run.pt"))
-    again.prepare(MANIFEST)
+    again.prepare(STATISTICS)
     assert torch.equal(again.classifier.head.linear.bias, trained.classifier.head.linear.bias)
 
 
 def test_a_head_that_replaces_another_classifier_starts_at_the_shares(tmp_path):
     """The file's classifier is of other classes, so it is left out and the new one is not trained."""
     other = build_classifier(BackboneConfig("test_resnet"), HEADS["linear"][0](), 9, image_size=32)
-    torch.save(Baseline(BaselineConfig(), other, PREPROCESSING).state_dict(), tmp_path / "run.pt")
+    torch.save(build_method(BaselineConfig(), other, PREPROCESSING).state_dict(), tmp_path / "run.pt")
     built = build(checkpoint=str(tmp_path / "run.pt"))
-    built.prepare(MANIFEST)
-    torch.testing.assert_close(built.classifier.head.linear.bias, starting_logits(MANIFEST, "sigmoid"))
+    built.prepare(STATISTICS)
+    torch.testing.assert_close(built.classifier.head.linear.bias, starting_logits(STATISTICS, "sigmoid"))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from factories import build_method
 from safetensors.torch import save_file
 from torch import nn
 
 from mlvision.errors import InputError
-from mlvision.methods import Baseline, BaselineConfig
+from mlvision.methods import BaselineConfig
 from mlvision.models import (
     Backbone,
     BackboneConfig,
@@ -172,7 +173,7 @@ def test_the_classifier_is_found_behind_a_prefix(tmp_path, trained):
 def test_checkpoint_of_a_run(tmp_path, trained, entry):
     """Backbone and linear head of a run; its averaged weights where it has them."""
     classifier = build_classifier(BackboneConfig(NAME), LinearHeadConfig(), 7, image_size=64)
-    method = Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing)
+    method = build_method(BaselineConfig(), classifier)
     load_state(classifier.backbone.model, trained.state_dict(), "trained", classifier.head.linear)
     state = method.state_dict()
     saved = {"method": state, "ema": None} if entry == "method" else {"method": wrong(state), "ema": state}

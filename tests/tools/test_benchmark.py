@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from factories import build_method
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlvision.data.loader import Loader
@@ -11,7 +12,7 @@ from mlvision.engine.fit import fit
 from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
 from mlvision.errors import InputError
-from mlvision.methods import Baseline, BaselineConfig
+from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
 from tools import benchmark
 
@@ -92,7 +93,7 @@ SMALL = [benchmark.TrainSetting("test_resnet", 32, 4), benchmark.TrainSetting("t
 def baseline(setting):
     torch.manual_seed(0)
     classifier = build_classifier(BackboneConfig(setting.model), LinearHeadConfig(), 5, image_size=setting.side)
-    return Baseline(BaselineConfig(), classifier, classifier.backbone.preprocessing)
+    return build_method(BaselineConfig(), classifier)
 
 
 @pytest.mark.parametrize("setting", SMALL, ids=lambda setting: setting.model)
