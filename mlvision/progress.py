@@ -92,7 +92,7 @@ def track(
 def duration(seconds: float) -> str:
     """Seconds in words: 45 s, 12 min, 3 h 20 min; `?` for one that is not finite.
 
-    >>> duration(12345)
+    >>> duration(12345.0)
     '3 h 26 min'
     """
     if not seconds < 1e9:

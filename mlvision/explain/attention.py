@@ -105,12 +105,12 @@ class _Vit:
         self._name = self._backbone.model.pretrained_cfg["architecture"]
         self._attentions = self._find()
         self._grid = self._backbone.grid_at((pixels.shape[2], pixels.shape[3]))
-        self._num_tokens = self._backbone._num_prefix_tokens + self._grid[0] * self._grid[1]
+        self._num_tokens = self._backbone.num_prefix_tokens + self._grid[0] * self._grid[1]
         self.read_out = _read_out(self._backbone, self._num_tokens, self._name).to(subject.device)
 
     def _find(self) -> list[nn.Module]:
         blocks = getattr(self._backbone.model, "blocks", None)
-        if self._backbone._layout != "NLC" or not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        if not self._backbone.has_tokens or not isinstance(blocks, nn.Sequential | nn.ModuleList):
             raise InputError(
                 f"attention: {self._name} is no plain ViT: it has no blocks in which all tokens attend to all, not to a "
                 "window (take grad_cam or occlusion)"
@@ -160,11 +160,11 @@ class _Vit:
 
     def to_map(self, rows: Float[Tensor, "B L N"]) -> Float[Tensor, "B L h w"]:
         """What of a row belongs to the patches."""
-        return rows[..., self._backbone._num_prefix_tokens :].unflatten(-1, self._grid)
+        return rows[..., self._backbone.num_prefix_tokens :].unflatten(-1, self._grid)
 
 
 def _read_out(backbone: Backbone, num_tokens: int, name: str) -> Float[Tensor, " N"]:
-    model, num_prefix = backbone.model, backbone._num_prefix_tokens
+    model, num_prefix = backbone.model, backbone.num_prefix_tokens
     pool = getattr(model, "global_pool", "")
     row = torch.zeros(num_tokens)
     if hasattr(model, "head_dist"):

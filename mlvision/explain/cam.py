@@ -132,12 +132,12 @@ def _at_pooling(
 ) -> tuple[Activations, Gradients]:
     """At the map that the head's input is pooled from."""
     cells, prefix = subject.pooled_map(pixels), None
-    if cells is None or backbone._num_prefix_tokens:
+    if cells is None or backbone.num_prefix_tokens:
         with torch.no_grad():
-            cells, prefix = backbone._split(backbone.model.forward_features(subject.normalise(pixels)), _size(pixels))
+            cells, prefix = backbone.to_cells(backbone.model.forward_features(subject.normalise(pixels)), _size(pixels))
 
     def tail(activations: Tensor, rows: slice = slice(None)) -> Tensor:
-        joined = backbone._join(activations, None if prefix is None else prefix[rows])
+        joined = backbone.from_cells(activations, None if prefix is None else prefix[rows])
         return subject.read(joined, activations)
 
     closed = _closed_form(subject, cells, selection)
@@ -224,8 +224,8 @@ def _reader(subject: Subject, layer: str, output: Tensor, pixels: Tensor) -> Cal
             f"layer: the output of {layer}, {shape}, is no map, or its rows and columns cannot be told: no axis grows with "
             "the image's height only and another with its width; name a layer around it, or a convolution"
         )
-    if output.ndim == 3 and backbone is not None and backbone._layout == "NLC":
-        (height, width), prefix = backbone.grid_at(_size(pixels)), backbone._num_prefix_tokens
+    if output.ndim == 3 and backbone is not None and backbone.has_tokens:
+        (height, width), prefix = backbone.grid_at(_size(pixels)), backbone.num_prefix_tokens
         for before in (prefix, 0):  # the patches have no class token yet when they are embedded
             if shape[1] == height * width + before != shape[2]:
                 return lambda x: x[:, before:].mT.unflatten(2, (height, width))
@@ -288,7 +288,7 @@ def _shape_of(module: nn.Module, run: Callable[[], object]) -> tuple[int, ...] |
 
 
 def _reads_class_token(backbone: Backbone) -> bool:
-    return backbone._layout == "NLC" and getattr(backbone.model, "global_pool", "") in ("token", "")
+    return backbone.has_tokens and getattr(backbone.model, "global_pool", "") in ("token", "")
 
 
 def _norm_before_last_attention(backbone: Backbone) -> str:
@@ -310,16 +310,16 @@ def _at_last_block(
     subject: Subject, backbone: Backbone, pixels: Tensor, selection: Selection
 ) -> tuple[Activations, Gradients]:
     """At norm1 of a ViT's last block, of whose queries only the prefix tokens' are run: the head reads no other."""
-    model, num_prefix = backbone.model, backbone._num_prefix_tokens
+    model, num_prefix = backbone.model, backbone.num_prefix_tokens
     block: Block = model.blocks[-1]
     attention: Attention = block.attn  # pyright: ignore[reportAssignmentType]
     with torch.no_grad():
         tokens = model.blocks[:-1](embed_patches(model, subject.normalise(pixels)))
-        cells, prefix = backbone._split(block.norm1(tokens), _size(pixels))
+        cells, prefix = backbone.to_cells(block.norm1(tokens), _size(pixels))
         before = tokens[:, :num_prefix]
 
     def tail(activations: Tensor) -> Tensor:
-        normed = backbone._join(activations, prefix)
+        normed = backbone.from_cells(activations, prefix)
         read = normed[:, :num_prefix]
         heads = (attention.num_heads, attention.head_dim)
         q, k, v = (

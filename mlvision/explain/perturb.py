@@ -593,7 +593,7 @@ class _WithoutTokens:
             self._tokens = embed_patches(self._backbone.model, subject.normalise(pixels))
 
     def __call__(self, images: Int64[Tensor, " n"], keep: Float[Tensor, "n H W"]) -> Float[Tensor, "n C"]:
-        model, num_prefix = self._backbone.model, self._backbone._num_prefix_tokens
+        model, num_prefix = self._backbone.model, self._backbone.num_prefix_tokens
         share = F.adaptive_avg_pool2d(keep[:, None], self._grid).flatten(1)
         shown = (share >= 0.5) | (
             share == share.amax(1, keepdim=True)

@@ -100,6 +100,7 @@ class Backbone(nn.Module):
             some models of this kind take others if they were built to.
         grid: (h, w) of the map for images of that size; `grid_at` has it for others.
         num_features: width of `pooled`.
+        num_prefix_tokens: P: how many tokens that are no cell stand before the cells; 0 without tokens.
         map_features: width of the map; another one only where timm's head has further layers (MobileNetV3, VGG, ...).
         preprocessing: what the weights expect of the images.
 
@@ -114,7 +115,7 @@ class Backbone(nn.Module):
         self.fixed_size = bool(model.pretrained_cfg.get("fixed_input_size"))
         self.preprocessing = Preprocessing.of(model, in_chans)
         self._layout = getattr(model, "output_fmt", "NCHW")
-        self._num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         probe = self._measure(image_size)
         self.grid = self._grids[image_size]
@@ -129,6 +130,11 @@ class Backbone(nn.Module):
         """
         size = self._accepted(images)
         return self._pool(self.model.forward_features(images), size)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the model computes a row of tokens, as a ViT does, and not a map of channels."""
+        return self._layout == "NLC"
 
     def grid_at(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the map of images of some size, measured on a blank one.
@@ -180,6 +186,42 @@ class Backbone(nn.Module):
             layers[depth_of[name]].append(parameter)
         return layers
 
+    def to_cells(
+        self, features: Tensor, size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
+        """Split what timm's `forward_features` returns into the map and the prefix tokens.
+
+        >>> backbone = build_backbone("test_vit", image_size=(48, 80))
+        >>> images = torch.rand(2, 3, 48, 80)
+        >>> cells, prefix = backbone.to_cells(backbone.model.forward_features(images), (48, 80))
+        >>> cells.shape, prefix.shape
+        (torch.Size([2, 64, 3, 5]), torch.Size([2, 1, 64]))
+        >>> backbone.from_cells(cells, prefix).shape
+        torch.Size([2, 16, 64])
+
+        Args:
+            features: in the model's own layout: `[B, D, h, w]`, `[B, h, w, D]`, or tokens `[B, P + h * w, D]`.
+            size: (H, W) of the images.
+
+        Returns:
+            The map, and the P prefix tokens, or None if the model has no tokens.
+        """
+        if self._layout == "NHWC":
+            return features.permute(0, 3, 1, 2), None
+        if self.has_tokens:
+            prefix, cells = features.tensor_split([self.num_prefix_tokens], dim=1)
+            return cells.transpose(1, 2).unflatten(2, self.grid_at(size)), prefix
+        return features, None
+
+    def from_cells(self, cells: Float[Tensor, "B D h w"], prefix: Float[Tensor, "B P D"] | None) -> Tensor:
+        """Undo `to_cells`: what timm's `forward_head` takes. With tokens and without a prefix, the cells only."""
+        if self._layout == "NHWC":
+            return cells.permute(0, 2, 3, 1)
+        if self.has_tokens:
+            tokens = cells.flatten(2).transpose(1, 2)
+            return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+        return cells
+
     @contextmanager
     def _probing(self, size: tuple[int, int]) -> Iterator[Float[Tensor, "1 in_chans H W"]]:
         """A blank image for the model in eval mode: batch statistics stay as they are, no random numbers are drawn."""
@@ -202,29 +244,9 @@ class Backbone(nn.Module):
 
     def _pool(self, features: Tensor, size: tuple[int, int]) -> Features:
         """timm's features of images of some size to map and pooled features, the latter computed from the former."""
-        cells, prefix = self._split(features, size)
-        pooled = self.model.forward_head(self._join(cells, prefix), pre_logits=True)
+        cells, prefix = self.to_cells(features, size)
+        pooled = self.model.forward_head(self.from_cells(cells, prefix), pre_logits=True)
         return Features(cells, pooled.flatten(1))
-
-    def _split(
-        self, features: Tensor, size: tuple[int, int]
-    ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
-        """timm's layout, of images of some size, to a map and prefix tokens."""
-        if self._layout == "NHWC":
-            return features.permute(0, 3, 1, 2), None
-        if self._layout == "NLC":
-            prefix, cells = features.tensor_split([self._num_prefix_tokens], dim=1)
-            return cells.transpose(1, 2).unflatten(2, self.grid_at(size)), prefix
-        return features, None
-
-    def _join(self, cells: Float[Tensor, "B D h w"], prefix: Float[Tensor, "B P D"] | None) -> Tensor:
-        """Undo `_split`."""
-        if self._layout == "NHWC":
-            return cells.permute(0, 2, 3, 1)
-        if self._layout == "NLC":
-            tokens = cells.flatten(2).transpose(1, 2)
-            return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
-        return cells
 
     def _measure(self, size: tuple[int, int]) -> Features:
         """The features of one blank image, from which layout and grid are learnt: timm's metadata hold them for no model
@@ -237,9 +259,9 @@ class Backbone(nn.Module):
                     raise ValueError(f"its features are a {type(features).__name__} of several tensors")
                 if features.ndim == 3:
                     rows, columns = _token_grid(self.model, blank)
-                    if features.shape[1] != self._num_prefix_tokens + rows * columns:
+                    if features.shape[1] != self.num_prefix_tokens + rows * columns:
                         raise ValueError(
-                            f"its {features.shape[1]} tokens are not {self._num_prefix_tokens} prefix tokens and a"
+                            f"its {features.shape[1]} tokens are not {self.num_prefix_tokens} prefix tokens and a"
                             f" {rows}x{columns} grid"
                         )
                     self._layout, self._grids[size] = "NLC", (rows, columns)
@@ -265,7 +287,7 @@ class ClassAttention:
         if not is_plain_vit(model) or not model.has_class_token:
             name = model.pretrained_cfg["architecture"]
             raise InputError(f"patch_weights: {name} has no class token in plain blocks; take uniform")
-        self._attention, self._num_prefix = model.blocks[-1].attn, backbone._num_prefix_tokens
+        self._attention, self._num_prefix = model.blocks[-1].attn, backbone.num_prefix_tokens
         self._tokens: Tensor | None = None
 
     @contextmanager

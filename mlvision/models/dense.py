@@ -149,8 +149,8 @@ class DenseTeacher(Teacher):
     def _pooled_of_cells(self, cells: Float[Tensor, "n D"]) -> Float[Tensor, "n P"]:
         """What timm would give to its classifier for maps of this one cell, whose prefix tokens equal it too."""
         backbone = self.classifier.backbone
-        prefix = cells[:, None].expand(-1, backbone._num_prefix_tokens, -1)
-        tokens = backbone._join(cells[:, :, None, None], prefix)
+        prefix = cells[:, None].expand(-1, backbone.num_prefix_tokens, -1)
+        tokens = backbone.from_cells(cells[:, :, None, None], prefix)
         return backbone.model.forward_head(tokens, pre_logits=True).flatten(1)
 
     @torch.no_grad()

@@ -79,9 +79,9 @@ def test_closed_form_and_autograd_agree_on_other_networks(name):
     maps = explain(model, images, "hires_cam").maps
     assert subject.backbone is not None
     backbone = subject.backbone
-    cells, prefix = backbone._split(model.forward_features(subject.normalise(images)), (64, 96))
+    cells, prefix = backbone.to_cells(model.forward_features(subject.normalise(images)), (64, 96))
     leaf = cells.detach().requires_grad_()
-    logits = model.forward_head(backbone._join(leaf, prefix))
+    logits = model.forward_head(backbone.from_cells(leaf, prefix))
     for label in range(3):
         (gradient,) = torch.autograd.grad(logits[0, label], leaf, retain_graph=True)
         expected = (gradient * leaf).sum(1).detach()

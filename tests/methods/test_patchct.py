@@ -59,7 +59,7 @@ def test_levels_are_the_last_blocks_or_stages(backbone):
     loss = method(batch)
     for handle in handles:
         handle.remove()
-    prefix = method.classifier.backbone._num_prefix_tokens
+    prefix = method.classifier.backbone.num_prefix_tokens
     tokens = [level[:, prefix:] if level.ndim == 3 else level.flatten(2).mT for level in seen]
     patches = [level @ project.weight.T for level, project in zip(tokens, method.earlier, strict=True)]
     patches.append(
@@ -116,7 +116,7 @@ def test_the_class_tokens_attention_weighs_the_patches():
     handle = attention.attn_drop.register_forward_hook(lambda *args: seen.append(args[2]))
     found = method.label_maps(batch.images).values
     handle.remove()
-    prefix = method.classifier.backbone._num_prefix_tokens
+    prefix = method.classifier.backbone.num_prefix_tokens
     whole = seen[0][:, :, 0].mean(1)[:, prefix:]
     features = method.classifier.backbone(method.normalise(batch.images))
     patches = features.map.flatten(2).mT @ method.text.project.weight.T

@@ -223,3 +223,20 @@ def test_wrong_options_are_named(name, options, words):
         build_backbone(name, **options)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "options", "size", "mean_pooled"), FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_cells_and_prefix_tokens_are_timms_features_taken_apart(name, options, size, mean_pooled):
+    _, backbone, _ = with_timm_twin(name, options, size)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        features = backbone.model.forward_features(images)
+        cells, prefix = backbone.to_cells(features, size)
+        expected = backbone(images).map
+    assert torch.equal(cells, expected)
+    assert torch.equal(backbone.from_cells(cells, prefix), features)
+    assert backbone.has_tokens == (features.ndim == 3)
+    assert (0 if prefix is None else prefix.shape[1]) == backbone.num_prefix_tokens
+    if backbone.has_tokens:
+        last = features[:, backbone.num_prefix_tokens + cells.shape[3] - 1]  # rows first
+        assert torch.equal(cells[:, :, 0, -1], last)
