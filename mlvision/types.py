@@ -23,6 +23,9 @@ ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 class _Columns:
     """A record of tensors, some of which may be missing, that change together."""
 
+    def to(self: _Record, device: torch.device | str, non_blocking: bool = False) -> _Record:
+        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
+
     def pin_memory(self: _Record) -> _Record:
         return self._each(lambda column: column.pin_memory())
 
@@ -44,9 +47,6 @@ class CropBox(_Columns):
     boxes: Float[Tensor, "B 4"]
     flipped: Bool[Tensor, " B"] | None = None
     quarter_turns: Int64[Tensor, " B"] | None = None
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CropBox":
-        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
 
 
 KINDS = ("logit", "probability", "mass", "attribution")
@@ -112,10 +112,7 @@ class LabelMap(_Columns):
                 f"{tuple(self.values.shape[:2])}"
             )
 
-    def to_device(self, device: torch.device | str, non_blocking: bool = False) -> "LabelMap":
-        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
-
-    def to(
+    def as_kind(
         self,
         kind: str,
         *,
@@ -129,6 +126,10 @@ class LabelMap(_Columns):
         its fill. Mass and attribution become probabilities only by a named calibration: `relative_to_peak` divides the
         positive part of each label's map by its highest value, so that the label is present where it is strongest.
 
+        >>> plan = LabelMap(torch.tensor([[[[0.1, 0.4, 0.2, 0.3]]]]), kind="mass")
+        >>> plan.as_kind("probability", calibration="relative_to_peak").values
+        tensor([[[[0.2500, 1.0000, 0.5000, 0.7500]]]])
+
         Args:
             temperature: divides the logits before the activation.
             num_classes: C; a softmax of a map that does not store all classes needs it.
@@ -140,7 +141,7 @@ class LabelMap(_Columns):
         if kind == self.kind:
             return self
         if self.values.dtype != torch.promote_types(self.values.dtype, torch.float32):
-            return self._each(lambda c: c.float() if c.is_floating_point() else c).to(
+            return self._each(lambda c: c.float() if c.is_floating_point() else c).as_kind(
                 kind, temperature=temperature, num_classes=num_classes, calibration=calibration
             )
         if (self.kind, kind) == ("logit", "probability"):
@@ -232,7 +233,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         columns = ("images", "targets", "index", "view")
         moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in columns}
-        return Batch(**moved, label_map=self.label_map and self.label_map.to_device(device, non_blocking))
+        return Batch(**moved, label_map=self.label_map and self.label_map.to(device, non_blocking))
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Equal parts, one after the other; `num_parts` divides the batch."""

@@ -172,7 +172,7 @@ def random_maps(num_images: int, num_classes: int, side: int, device: str, k: in
         best = top_k_of(maps, k, "logit", "softmax")
         for column, found in zip((values, ids, fill), best, strict=True):
             column.append(found)
-    return LabelMap(torch.cat(values), torch.cat(ids), "logit", torch.cat(fill)).to_device(device)
+    return LabelMap(torch.cat(values), torch.cat(ids), "logit", torch.cat(fill)).to(device)
 
 
 def random_crops(num_images: int, device: str) -> CropBox:

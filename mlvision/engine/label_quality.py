@@ -163,7 +163,7 @@ def _collect_rows(
     records = [judge.records[row] for row in rows]
     targets = np.stack([judge.target(int(row)) for row in rows])
     given = read_maps(store, rows, num_classes)
-    probable = given.to("probability", num_classes=num_classes)
+    probable = given.as_kind("probability", num_classes=num_classes)
     stored = np.ones(targets.shape, dtype=bool)
     if given.ids is not None:
         flat = given.ids.flatten(1).long()

@@ -183,7 +183,7 @@ def _produced(
             "method: expected a name, an explainer or an object with maps(model, images, indices), got "
             f"{type(producer).__name__}"
         )
-    label_map = producer.maps(model, images, indices).to_device(selection.labels.device)
+    label_map = producer.maps(model, images, indices).to(selection.labels.device)
     if len(label_map.values) != len(images):
         raise InputError(f"method: {len(label_map.values)} maps for {len(images)} images")
     if label_map.extent is not None and not torch.equal(label_map.extent, whole_images(label_map.extent)):

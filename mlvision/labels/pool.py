@@ -107,20 +107,22 @@ def pool_probabilities(
 
     Args:
         temperature: divides logits before their activation.
-        calibration: what makes probabilities of mass and attribution, which are refused without it; see `LabelMap.to`.
+        calibration: what makes probabilities of mass and attribution, which are refused without it; see `LabelMap.as_kind`.
         options: further arguments of `pool_label_map`.
 
     Raises:
-        InputError: see `pool_label_map` and `LabelMap.to`.
+        InputError: see `pool_label_map` and `LabelMap.as_kind`.
     """
     if operator == "mean_logit":
         pooled = pool_label_map(label_map, view, num_classes, operator=operator, **options)
         cells = pooled if pooled.ndim == 4 else pooled[..., None, None]
-        probable = LabelMap(cells, None, "logit", activation=label_map.activation).to(
+        probable = LabelMap(cells, None, "logit", activation=label_map.activation).as_kind(
             "probability", temperature=temperature
         )
         return probable.values.view_as(pooled)
-    probable = label_map.to("probability", temperature=temperature, num_classes=num_classes, calibration=calibration)
+    probable = label_map.as_kind(
+        "probability", temperature=temperature, num_classes=num_classes, calibration=calibration
+    )
     pooled = pool_label_map(probable, view, num_classes, operator=operator, **options)
     return pooled.clamp(0, 1)  # sums of weights are rounded; a box without any cell has no maximum
 
@@ -137,7 +139,7 @@ def _check(
     if operator not in OPERATORS:
         raise InputError(f"operator: expected one of {', '.join(OPERATORS)}, got '{operator}'")
     if operator.startswith("mean_") and operator != f"mean_{label_map.kind}":
-        raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.to first")
+        raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.as_kind first")
     if label_map.ids is None and label_map.values.shape[1] != num_classes:
         found = label_map.values.shape[1]
         hint = (

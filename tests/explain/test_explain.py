@@ -290,7 +290,9 @@ def test_maps_of_contrasts_and_of_logits_say_what_they_are(images):
     model = timm.create_model("resnet10t", num_classes=4).eval()
     dense = explain(model, images, "dense_head", labels=[1]).as_label_map()
     assert (dense.kind, dense.activation) == ("logit", "sigmoid")
-    assert dense.to("probability").of_labels(torch.tensor([[2], [1]]))[0].max() == 0  # not explained, so worth nothing
+    assert (
+        dense.as_kind("probability").of_labels(torch.tensor([[2], [1]]))[0].max() == 0
+    )  # not explained, so worth nothing
     assert explain(model, images, "dense_head", labels=[(1, 0)]).kind == "attribution"
 
 

@@ -149,7 +149,7 @@ def test_an_absent_class_of_a_sigmoid_teacher_is_worth_its_mean_probability(shif
 def test_stored_logits_become_the_full_softmax_again(tmp_path, k, dtype):
     writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta_of(top_k=k, dtype=dtype))
     annotate(lambda rows: maps_of(rows) / 4, ((block, block) for block in writer.outstanding()), writer)
-    read = LabelMapStore.open(tmp_path / "maps").read(range(11)).to("probability", num_classes=C)
+    read = LabelMapStore.open(tmp_path / "maps").read(range(11)).as_kind("probability", num_classes=C)
     exact = softmax(maps_of(range(11)).double().numpy() / 4)
     stored = np.take_along_axis(exact, read.ids.long().numpy(), axis=1)
     np.testing.assert_allclose(read.values, stored, atol=1e-3 if dtype == "float16" else 5e-3)
@@ -360,6 +360,6 @@ def test_the_tolerance_is_a_share_of_large_values(tmp_path):
 def test_a_label_map_is_made_of_the_best_of_each_cell():
     """What annotate stores is what LabelMap takes, without a store between."""
     values, ids, fill = top_k_of(maps_of([5]), K, "logit", "softmax")
-    maps = LabelMap(values=values, ids=ids, kind="logit", fill=fill).to("probability", num_classes=C)
+    maps = LabelMap(values=values, ids=ids, kind="logit", fill=fill).as_kind("probability", num_classes=C)
     exact = softmax(maps_of([5]).double().numpy())
     np.testing.assert_allclose(maps.values, np.take_along_axis(exact, ids.long().numpy(), axis=1), atol=1e-6)

@@ -28,7 +28,7 @@ def top_k_map(num_images, num_classes, grid, kind="logit", k=5, seed=0):
     size = (num_images, num_classes, *grid)
     values, ids = (3 * torch.randn(size, generator=noise, dtype=torch.float64)).topk(k, dim=1)
     fill = values[:, -1] - torch.rand(num_images, *grid, generator=noise, dtype=torch.float64)
-    return LabelMap(values, ids, "logit", fill, activation="sigmoid").to(kind)
+    return LabelMap(values, ids, "logit", fill, activation="sigmoid").as_kind(kind)
 
 
 def some_boxes(num, seed=0):
@@ -270,25 +270,25 @@ def test_a_cells_softmax_counts_what_is_not_stored():
     logits = torch.randn(2, 30, 3, 5, dtype=torch.float64) * 2
     values, ids = logits.topk(4, dim=1)
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(1) - torch.tensor(26.0, dtype=torch.float64).log()
-    found = LabelMap(values, ids, "logit", rest).to("probability", num_classes=30)
+    found = LabelMap(values, ids, "logit", rest).as_kind("probability", num_classes=30)
     torch.testing.assert_close(found.values, logits.softmax(1).gather(1, ids))
     torch.testing.assert_close(found.values.sum(1) + 26 * found.fill, torch.ones(2, 3, 5, dtype=torch.float64))
-    whole = LabelMap(logits, None, "logit").to("probability", temperature=2.0)
+    whole = LabelMap(logits, None, "logit").as_kind("probability", temperature=2.0)
     torch.testing.assert_close(whole.values, (logits / 2).softmax(1))
 
 
 def test_sigmoids_and_their_fill():
-    found = top_k_map(2, 20, (3, 4)).to("probability", temperature=0.5)
+    found = top_k_map(2, 20, (3, 4)).as_kind("probability", temperature=0.5)
     logits = top_k_map(2, 20, (3, 4))
     torch.testing.assert_close(found.values, (2 * logits.values).sigmoid())
     torch.testing.assert_close(found.fill, (2 * logits.fill).sigmoid())
     constant = LabelMap(torch.zeros(1, 2, 3, 4), torch.tensor([[0, 1]]), "logit", -2.0, activation="sigmoid")
-    assert constant.to("probability").fill == pytest.approx(0.11920292)
+    assert constant.as_kind("probability").fill == pytest.approx(0.11920292)
 
 
 def test_relative_to_peak():
     plan = LabelMap(torch.tensor([[[[0.1, 0.3], [0.2, 0.4]], [[-1.0, 0], [-2, 0]]]]), kind="mass")
-    found = plan.to("probability", calibration="relative_to_peak")
+    found = plan.as_kind("probability", calibration="relative_to_peak")
     torch.testing.assert_close(found.values[0, 0], torch.tensor([[0.25, 0.75], [0.5, 1.0]]))
     assert not found.values[0, 1].any()
 
@@ -300,7 +300,10 @@ def test_relative_to_peak():
     ("arguments", "message"),
     [
         ({"operator": "sum"}, "operator: expected one of mean_logit, .*, got 'sum'"),
-        ({"operator": "mean_probability"}, "mean_probability of a map of logit; convert it with LabelMap.to first"),
+        (
+            {"operator": "mean_probability"},
+            "mean_probability of a map of logit; convert it with LabelMap.as_kind first",
+        ),
         ({"output_size": 0}, "expected output_size >= 1"),
         ({"top_share": 1.5}, "top_share in"),
         ({"sharpness": 0.0}, "sharpness > 0"),
@@ -311,14 +314,26 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         pool_label_map(top_k_map(1, 20, (3, 4)), CropBox(some_boxes(1)), 20, **arguments)
 
 
+@pytest.mark.parametrize("fill", [0.25, torch.full((2, 3, 4), 0.25)])
+def test_maps_move_to_a_device_as_they_are(fill):
+    label_map = LabelMap(torch.rand(2, 5, 3, 4), torch.zeros(2, 5, dtype=torch.int64), "mass", fill, torch.rand(2, 4))
+    moved = label_map.to("meta")
+    assert (moved.kind, moved.activation) == ("mass", "softmax")
+    for before, after in zip(vars(label_map).values(), vars(moved).values(), strict=True):
+        if isinstance(before, torch.Tensor):
+            assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
+        else:
+            assert after == before
+
+
 def test_maps_that_cannot_be_converted_are_refused():
     attribution = LabelMap(torch.zeros(1, 2, 3, 4), kind="attribution")
     with pytest.raises(InputError, match="attribution is no probability; name a calibration of relative_to_peak"):
-        attribution.to("probability")
+        attribution.as_kind("probability")
     with pytest.raises(InputError, match="probability cannot become logit"):
-        LabelMap(torch.zeros(1, 2, 3, 4)).to("logit")
+        LabelMap(torch.zeros(1, 2, 3, 4)).as_kind("logit")
     with pytest.raises(InputError, match="needs num_classes"):
-        LabelMap(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.int64), "logit").to("probability")
+        LabelMap(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.int64), "logit").as_kind("probability")
     with pytest.raises(InputError, match="expected an activation of softmax, sigmoid, got 'relu'"):
         LabelMap(torch.zeros(1, 2, 3, 4), activation="relu")
     with pytest.raises(InputError, match="expected a kind of logit.*got 'plan'"):
