@@ -14,7 +14,7 @@ from mlvision.data.loader import MOST_WORKERS, EpochBatches, ImageDataset, Loade
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError, check_fields
-from mlvision.labels import pool_label_map, pool_probabilities
+from mlvision.labels import Pooling, pool_label_map, pool_probabilities
 from mlvision.labels.annotate import verify
 from mlvision.labels.geometry import boxes_in_grid, whole_images
 from mlvision.labels.oracle import batch_oracle_maps, oracle_map, oracle_targets
@@ -211,7 +211,7 @@ def pooled(
     operators = ["mean_logit"] if given.kind == "logit" else []
     return {
         name: pool_probabilities(
-            given if name == "mean_logit" else probable, CropBox(boxes), num_classes, operator=name
+            given if name == "mean_logit" else probable, CropBox(boxes), num_classes, Pooling(name)
         ).numpy()
         for name in (*operators, "mean_probability", "max")
     }

@@ -9,38 +9,26 @@ published fill of 0 is not built in: what a class that is not stored is worth be
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mlvision.errors import InputError
+from mlvision.errors import InputError, check_fields
 from mlvision.labels.geometry import boxes_in_grid, orient, overlaps, roi_weights
-from mlvision.types import CropBox, LabelMap
+from mlvision.types import CALIBRATIONS, CropBox, LabelMap
 
 OPERATORS = ("mean_logit", "mean_probability", "max", "log_sum_exp", "top_q")
 # Values that one step of a pooling may hold: few where that saves memory, many where each step costs its launches.
 _CHUNK = {"cpu": 3 << 13, "cuda": 1 << 24}
 
 
-def pool_label_map(
-    label_map: LabelMap,
-    view: CropBox,
-    num_classes: int,
-    *,
-    output_size: int = 1,
-    operator: str = "mean_logit",
-    sharpness: float = 10.0,
-    top_share: float = 0.25,
-    hole: Float[Tensor, "B 4"] | None = None,
-    deterministic: bool = False,
-) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
-    """Every class's value in each view, in the kind of the map.
+@dataclass(frozen=True)
+class Pooling:
+    """How the cells that a view shows become one value per class.
 
-    Args:
-        label_map: of the full images, in the order of the views.
-        output_size: S: 1 for one value a view, more for a grid over it (with the view's flip and turns).
+    Attributes:
         operator: how the cells of a box (or bin) become one value. mean_logit and mean_probability: their mean, by the
             weights of RoIAlign; each takes a map of that kind. The others weigh a cell by the area of it that is shown,
             because RoIAlign's points also reach cells up to half a cell beyond the box, which would count in full. max: the
@@ -48,22 +36,75 @@ def pool_label_map(
             maximum (large r). top_q: the mean of the highest share of the cells that are shown.
         sharpness: r of log_sum_exp.
         top_share: the share of top_q, above 0 to 1; at least one cell.
+        temperature: divides logits before they become probabilities.
+        calibration: what makes probabilities of mass and attribution, which are refused without it; see
+            `LabelMap.as_kind`.
+
+    Raises:
+        InputError: no such operator or calibration, or a number out of range.
+    """
+
+    operator: str = "mean_logit"
+    sharpness: float = 10.0
+    top_share: float = 0.25
+    temperature: float = 1.0
+    calibration: str = ""
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("operator", self.operator in OPERATORS, f"one of {', '.join(OPERATORS)}"),
+            ("sharpness", self.sharpness > 0, "more than 0"),
+            ("top_share", 0 < self.top_share <= 1, "a number above 0, at most 1"),
+            ("temperature", self.temperature > 0, "more than 0"),
+            ("calibration", self.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
+        )
+        check_fields(self, "", rules)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether cells are averaged, which takes a map of the kind that the operator names."""
+        return self.operator.startswith("mean_")
+
+
+def pool_label_map(
+    label_map: LabelMap,
+    view: CropBox,
+    num_classes: int,
+    pooling: Pooling | None = None,
+    *,
+    operator: str = "mean_logit",
+    output_size: int = 1,
+    hole: Float[Tensor, "B 4"] | None = None,
+    deterministic: bool = False,
+) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
+    """Every class's value in each view, in the kind of the map.
+
+    >>> label_map = LabelMap(torch.tensor([[[[0.25, 0.75]]]]))
+    >>> right_half = CropBox(torch.tensor([[0.5, 0.0, 1.0, 1.0]]))
+    >>> pool_label_map(label_map, right_half, 1, operator="max")
+    tensor([[0.7500]])
+
+    Args:
+        label_map: of the full images, in the order of the views.
+        pooling: how cells become one value; its temperature and calibration are for `pool_probabilities` only.
+        operator: short for `Pooling(operator)`, if no pooling is given.
+        output_size: S: 1 for one value a view, more for a grid over it (with the view's flip and turns).
         hole: `[B, 4]` x1, y1, x2, y2 in [0, 1] of the full image: a part of each box that something covers, as in CutMix.
             Cells then count by the area of them that is left, in place of RoIAlign's points. For output_size=1.
         deterministic: the same sum to the last bit on every call, on a GPU too.
 
     Raises:
-        InputError: no such operator, a mean of another kind than the map's, maps of other classes, or an argument out of
-            range.
+        InputError: as `Pooling`; a mean of another kind than the map's, maps of other classes, or an argument out of range.
     """
-    _check(label_map, view, num_classes, operator, output_size, sharpness, top_share)
+    pooling = Pooling(operator) if pooling is None else pooling
+    _check(label_map, view, num_classes, pooling, output_size)
     values, precision = label_map.values, torch.promote_types(label_map.values.dtype, torch.float32)
     fill = label_map.fills(precision)
     grid, extent = (values.shape[2], values.shape[3]), label_map.extent
     if hole is not None and output_size != 1:
         raise InputError(f"hole: expected output_size=1 with it, got {output_size}")
     boxes = boxes_in_grid(view.boxes, grid, extent)
-    if hole is None and operator.startswith("mean_"):
+    if hole is None and pooling.is_mean:
         weights = _roi_align(boxes, grid, output_size)
     else:
         weights = _areas(boxes, grid, output_size, None if hole is None else boxes_in_grid(hole, grid, extent))
@@ -75,12 +116,12 @@ def pool_label_map(
         ids = None if label_map.ids is None else label_map.ids[images].long()
         if ids is not None and ids.ndim == 4:
             ids = ids.flatten(2)
-        if operator == "max":
+        if pooling.operator == "max":
             return _maximum(v, ids, f, part, num_classes)
-        if operator == "top_q":
-            return _top_share(v, ids, f, part, num_classes, top_share)
-        if operator == "log_sum_exp":
-            return _log_sum_exp(v, ids, f, part, num_classes, sharpness, deterministic)
+        if pooling.operator == "top_q":
+            return _top_share(v, ids, f, part, num_classes, pooling.top_share)
+        if pooling.operator == "log_sum_exp":
+            return _log_sum_exp(v, ids, f, part, num_classes, pooling.sharpness, deterministic)
         return _mean(v, ids, f, part, num_classes, deterministic)
 
     bins = output_size * output_size
@@ -96,49 +137,38 @@ def pool_probabilities(
     label_map: LabelMap,
     view: CropBox,
     num_classes: int,
+    pooling: Pooling,
     *,
-    operator: str,
-    temperature: float = 1.0,
-    calibration: str = "",
-    **options: Any,
+    output_size: int = 1,
+    hole: Float[Tensor, "B 4"] | None = None,
 ) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
     """The probability of every class in each view: the activation of the pooled logits (mean_logit), or the pooled
     probabilities of the cells (every other operator).
 
     Args:
-        temperature: divides logits before their activation.
-        calibration: what makes probabilities of mass and attribution, which are refused without it; see `LabelMap.as_kind`.
-        options: further arguments of `pool_label_map`.
+        output_size, hole: as `pool_label_map`.
 
     Raises:
         InputError: see `pool_label_map` and `LabelMap.as_kind`.
     """
-    if operator == "mean_logit":
-        pooled = pool_label_map(label_map, view, num_classes, operator=operator, **options)
+    if pooling.operator == "mean_logit":
+        pooled = pool_label_map(label_map, view, num_classes, pooling, output_size=output_size, hole=hole)
         cells = pooled if pooled.ndim == 4 else pooled[..., None, None]
-        probable = LabelMap(cells, None, "logit", activation=label_map.activation).as_kind(
-            "probability", temperature=temperature
-        )
-        return probable.values.view_as(pooled)
+        logits = LabelMap(cells, None, "logit", activation=label_map.activation)
+        return logits.as_kind("probability", temperature=pooling.temperature).values.view_as(pooled)
     probable = label_map.as_kind(
-        "probability", temperature=temperature, num_classes=num_classes, calibration=calibration
+        "probability",
+        temperature=pooling.temperature,
+        num_classes=num_classes,
+        calibration=pooling.calibration,
     )
-    pooled = pool_label_map(probable, view, num_classes, operator=operator, **options)
+    pooled = pool_label_map(probable, view, num_classes, pooling, output_size=output_size, hole=hole)
     return pooled.clamp(0, 1)  # sums of weights are rounded; a box without any cell has no maximum
 
 
-def _check(
-    label_map: LabelMap,
-    view: CropBox,
-    num_classes: int,
-    operator: str,
-    output_size: int,
-    sharpness: float,
-    top_share: float,
-) -> None:
-    if operator not in OPERATORS:
-        raise InputError(f"operator: expected one of {', '.join(OPERATORS)}, got '{operator}'")
-    if operator.startswith("mean_") and operator != f"mean_{label_map.kind}":
+def _check(label_map: LabelMap, view: CropBox, num_classes: int, pooling: Pooling, output_size: int) -> None:
+    operator = pooling.operator
+    if pooling.is_mean and operator != f"mean_{label_map.kind}":
         raise InputError(f"operator: {operator} of a map of {label_map.kind}; convert it with LabelMap.as_kind first")
     if label_map.ids is None and label_map.values.shape[1] != num_classes:
         found = label_map.values.shape[1]
@@ -152,10 +182,8 @@ def _check(
         raise InputError(f"label maps with class {int(ids.max())}, expected ids below {num_classes}")
     if len(view.boxes) != len(label_map.values):
         raise InputError(f"{len(view.boxes)} views and {len(label_map.values)} label maps: expected one for each")
-    if output_size < 1 or not sharpness > 0 or not 0 < top_share <= 1:
-        raise InputError(
-            f"expected output_size >= 1, sharpness > 0 and top_share in (0, 1], got {output_size}, {sharpness}, {top_share}"
-        )
+    if output_size < 1:
+        raise InputError(f"output_size: expected 1 or more, got {output_size}")
 
 
 def _roi_align(boxes: Float[Tensor, "B 4"], grid: tuple[int, int], output_size: int) -> Float64[Tensor, "B Q P"]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mlvision.errors import InputError, check_fields
-from mlvision.labels import OPERATORS, pool_probabilities
+from mlvision.labels import Pooling, pool_probabilities
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.labels.oracle import oracle_targets, split_oracle
@@ -16,9 +16,10 @@ from mlvision.losses import BceConfig, LossConfig, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier
 from mlvision.parts import Context
-from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
+from mlvision.types import Batch, CropBox, LabelMap, StepOutput
 
-TARGETS = {"softmax": "mean_logit", "multilabel": "max", "gated": "max", "oracle": ""}  # with each one's own operator
+# With each one's own operator; oracle pools nothing.
+TARGETS = {"softmax": "mean_logit", "multilabel": "max", "gated": "max", "oracle": "max"}
 FUSIONS = ("none", "convex", "gate")
 REGIONS = ("crop", "image", "swapped")
 FILLS = ("stored", "zero")
@@ -67,14 +68,9 @@ class RelabelConfig(MethodConfig):
         share = "a number from 0 to 1"
         rules = (
             ("target", self.target in TARGETS, f"one of {', '.join(TARGETS)}"),
-            ("operator", self.operator in ("", *OPERATORS), f"one of {', '.join(OPERATORS)}, or nothing"),
             ("fusion", self.fusion in FUSIONS, f"one of {', '.join(FUSIONS)}"),
             ("region", self.region in REGIONS, f"one of {', '.join(REGIONS)}"),
             ("fill", self.fill in FILLS, f"one of {', '.join(FILLS)}"),
-            ("temperature", self.temperature > 0, "more than 0"),
-            ("calibration", self.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
-            ("sharpness", self.sharpness > 0, "more than 0"),
-            ("top_share", 0 < self.top_share <= 1, "a number above 0, at most 1"),
             ("annotation_weight", 0 <= self.annotation_weight <= 1, share),
             ("visible", 0 < self.visible <= 1, "a number above 0, at most 1"),
             ("gate_low", 0 <= self.gate_low < self.gate_high, "0 or more and below gate_high"),
@@ -87,6 +83,15 @@ class RelabelConfig(MethodConfig):
                 f"method.loss: target={self.target} gives one probability per class; expected a loss of sigmoids, got "
                 f"{self.loss.name}"
             )
+        try:
+            self.pooling()
+        except InputError as error:
+            raise InputError(f"method.{error}") from None
+
+    def pooling(self) -> Pooling:
+        """How the cells of a view become its targets."""
+        operator = self.operator or TARGETS[self.target]
+        return Pooling(operator, self.sharpness, self.top_share, self.temperature, self.calibration)
 
     def build(self, context: Context, classifier: Classifier) -> "Relabel":
         return Relabel(self, context, classifier)
@@ -110,7 +115,7 @@ class Relabel(Method):
         self.config = config
         self.mixes = True
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
-        self.operator = config.operator or TARGETS[config.target]
+        self.pooling = config.pooling()
         self.loss = softmax_cross_entropy if config.target == "softmax" else config.loss.build(context)
 
     def on_epoch_start(self, epoch: int) -> None:
@@ -171,17 +176,9 @@ class Relabel(Method):
     ) -> Float[Tensor, "B C"]:
         """Probabilities of each view; a distribution over the classes where a softmax learns them."""
         config = self.config
-        pooled = pool_probabilities(
-            label_map if config.fill == "stored" else zero_fill(label_map, exactly=self.operator.startswith("mean_")),
-            view,
-            self.classifier.num_classes,
-            operator=self.operator,
-            temperature=config.temperature,
-            calibration=config.calibration,
-            sharpness=config.sharpness,
-            top_share=config.top_share,
-            hole=hole,
-        )
+        if config.fill == "zero":
+            label_map = zero_fill(label_map, exactly=self.pooling.is_mean)
+        pooled = pool_probabilities(label_map, view, self.classifier.num_classes, self.pooling, hole=hole)
         return pooled / pooled.sum(1, keepdim=True) if config.target == "softmax" else pooled
 
     def _gate(

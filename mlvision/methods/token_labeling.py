@@ -1,6 +1,6 @@
 """Token Labeling: every cell of the backbone's map learns a label of its own, beside the image's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
-from mlvision.labels import pool_probabilities
+from mlvision.labels import Pooling, pool_probabilities
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
@@ -16,7 +16,7 @@ from mlvision.methods.base import Method, MethodConfig, starting_logits
 from mlvision.models import Classifier
 from mlvision.models.heads import set_bias
 from mlvision.parts import Context, LabelStatistics
-from mlvision.types import CALIBRATIONS, Batch, CropBox, LabelMap, StepOutput
+from mlvision.types import Batch, CropBox, LabelMap, StepOutput
 
 # target: the operators of the image's label and of a cell's
 TARGETS = {"softmax": ("mean_logit", "mean_logit"), "multilabel": ("max", "mean_probability")}
@@ -50,12 +50,20 @@ class TokenLabelingConfig(MethodConfig):
             ("image_weight", self.image_weight >= 0, "0 or more"),
             ("token_weight", self.token_weight >= 0, "0 or more"),
             ("inference_weight", self.inference_weight >= 0, "0 or more"),
-            ("temperature", self.temperature > 0, "more than 0"),
-            ("calibration", self.calibration in ("", *CALIBRATIONS), f"one of {', '.join(CALIBRATIONS)}, or nothing"),
             ("smoothing", 0 <= self.smoothing < 1, "a share in [0, 1)"),
             ("mix", self.mix >= 0, "0 or more"),
         )
         check_fields(self, "method.", rules)
+        try:
+            self.poolings()
+        except InputError as error:
+            raise InputError(f"method.{error}") from None
+
+    def poolings(self) -> tuple[Pooling, Pooling]:
+        """How cells become the label of the image, and that of a cell of the backbone's map."""
+        of_image, of_token = TARGETS[self.target]
+        image = Pooling(of_image, temperature=self.temperature, calibration=self.calibration)
+        return image, replace(image, operator=of_token)
 
     def build(self, context: Context, classifier: Classifier) -> "TokenLabeling":
         return TokenLabeling(self, classifier)
@@ -80,6 +88,7 @@ class TokenLabeling(Method):
         if backbone.grid[0] != backbone.grid[1]:
             raise InputError(f"method.name: token_labeling needs a square grid of cells, got {backbone.grid}")
         self.config = config
+        self.image_pooling, self.token_pooling = config.poolings()
         self.mix = MixConfig(cutmix=config.mix)
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.loss = softmax_cross_entropy if config.target == "softmax" else binary_cross_entropy
@@ -130,23 +139,13 @@ class TokenLabeling(Method):
         return LabelMap(self._both(images)[1], None, "logit", activation=self.activation)
 
     def _of_image(self, label_map: LabelMap, view: CropBox) -> Float[Tensor, "B C"]:
-        return self._pool(label_map, view, TARGETS[self.config.target][0])
+        return pool_probabilities(label_map, view, self.classifier.num_classes, self.image_pooling)
 
     def _of_tokens(self, label_map: LabelMap, view: CropBox) -> Float[Tensor, "B C h w"]:
         grid = self.classifier.backbone.grid
-        pooled = self._pool(label_map, view, TARGETS[self.config.target][1], output_size=grid[0])
+        num_classes = self.classifier.num_classes
+        pooled = pool_probabilities(label_map, view, num_classes, self.token_pooling, output_size=grid[0])
         return pooled.reshape(*pooled.shape[:2], *grid)
-
-    def _pool(self, label_map: LabelMap, view: CropBox, operator: str, output_size: int = 1) -> Tensor:
-        return pool_probabilities(
-            label_map,
-            view,
-            self.classifier.num_classes,
-            operator=operator,
-            temperature=self.config.temperature,
-            calibration=self.config.calibration,
-            output_size=output_size,
-        )
 
     def _both(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
         """Logits of the image and of its cells, in at least float32 also under autocast."""

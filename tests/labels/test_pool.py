@@ -7,7 +7,7 @@ from reference.label_maps_reference import bin_areas, dense_map, pool
 from torchvision.ops import roi_align
 
 from mlvision.errors import InputError
-from mlvision.labels import OPERATORS, pool_label_map
+from mlvision.labels import OPERATORS, Pooling, pool_label_map, pool_probabilities
 from mlvision.types import CropBox, LabelMap
 
 BOXES = {
@@ -188,7 +188,7 @@ def test_log_sum_exp_lies_between_mean_and_maximum():
     label_map = top_k_map(4, 30, (5, 6), "probability")
     boxes = some_boxes(4)
     view = CropBox(boxes)
-    pooled = [pool_label_map(label_map, view, 30, operator="log_sum_exp", sharpness=r) for r in (1e-5, 1.0, 50.0, 5e3)]
+    pooled = [pool_label_map(label_map, view, 30, Pooling("log_sum_exp", sharpness=r)) for r in (1e-5, 1.0, 50.0, 5e3)]
     areas = torch.from_numpy(np.stack([bin_areas((5, 6), box, 1)[0, 0] for box in boxes.tolist()]))
     mean = torch.einsum("bchw,bhw->bc", dense_of(label_map, 30), areas)
     maximum = pool_label_map(label_map, view, 30, operator="max")
@@ -201,7 +201,7 @@ def test_log_sum_exp_lies_between_mean_and_maximum():
 def test_top_share_of_all_cells_is_their_plain_mean():
     label_map = top_k_map(2, 20, (4, 7), "probability")
     view = CropBox(torch.tensor([[0.0, 0, 1, 1]] * 2).double())
-    found = pool_label_map(label_map, view, 20, operator="top_q", top_share=1.0)
+    found = pool_label_map(label_map, view, 20, Pooling("top_q", top_share=1.0))
     torch.testing.assert_close(found, dense_of(label_map, 20).mean(dim=(2, 3)))
 
 
@@ -304,14 +304,38 @@ def test_relative_to_peak():
             {"operator": "mean_probability"},
             "mean_probability of a map of logit; convert it with LabelMap.as_kind first",
         ),
-        ({"output_size": 0}, "expected output_size >= 1"),
-        ({"top_share": 1.5}, "top_share in"),
-        ({"sharpness": 0.0}, "sharpness > 0"),
+        ({"output_size": 0}, "output_size: expected 1 or more, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         pool_label_map(top_k_map(1, 20, (3, 4)), CropBox(some_boxes(1)), 20, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"operator": "sum"}, "^operator: expected one of mean_logit, .*, got 'sum'"),
+        ({"sharpness": 0.0}, "^sharpness: expected more than 0, got 0.0"),
+        ({"top_share": 1.5}, "^top_share: expected a number above 0, at most 1, got 1.5"),
+        ({"temperature": -1.0}, "^temperature: expected more than 0, got -1.0"),
+        ({"calibration": "peak"}, "^calibration: expected one of relative_to_peak, or nothing, got 'peak'"),
+    ],
+)
+def test_a_pooling_out_of_range_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Pooling(**options)
+
+
+def test_a_pooling_is_all_that_the_operators_and_the_conversion_need():
+    logits = top_k_map(3, 20, (3, 4))
+    view = CropBox(some_boxes(3))
+    expected = pool_label_map(logits.as_kind("probability", temperature=0.5, num_classes=20), view, 20, operator="max")
+    torch.testing.assert_close(pool_probabilities(logits, view, 20, Pooling("max", temperature=0.5)), expected)
+    mean = (pool_label_map(logits, view, 20) / 0.5).sigmoid()
+    torch.testing.assert_close(pool_probabilities(logits, view, 20, Pooling(temperature=0.5)), mean)
+    soft, hard = (pool_probabilities(logits, view, 20, Pooling("log_sum_exp", sharpness=r)) for r in (1e-5, 5e3))
+    assert (soft < hard).all()
 
 
 @pytest.mark.parametrize("fill", [0.25, torch.full((2, 3, 4), 0.25)])
