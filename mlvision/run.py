@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -44,14 +44,8 @@ from mlvision.errors import InputError, first_line, shown
 from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import Method
-from mlvision.models import Preprocessing, TextHead, TextHeadConfig, build_classifier
-from mlvision.models.text import (
-    FILE_NAME,
-    embed_labels,
-    extend_label_embeddings,
-    load_label_embeddings,
-    save_label_embeddings,
-)
+from mlvision.models import HEADS, Preprocessing, build_classifier
+from mlvision.models.heads.base import Assets
 from mlvision.options import INERT, build_options, flatten, save_options, to_plain
 from mlvision.parts import Context, LabelStatistics
 from mlvision.text_files import read_json, read_text
@@ -61,7 +55,8 @@ ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
 _IMAGE_COLUMNS = ("split", "key", "bytes")  # of images.csv
 _STATISTICS = "statistics.json"
-_WRITTEN_FIRST = (LOCK, "images.csv", "bad_images.csv", _STATISTICS, "environment.json", FILE_NAME, "config.yaml")
+_ASSET_FILES = {file for config in HEADS.values() for file in config.asset_files}
+_WRITTEN_FIRST = {LOCK, "images.csv", "bad_images.csv", _STATISTICS, "environment.json", *_ASSET_FILES, "config.yaml"}
 
 
 @dataclass
@@ -334,21 +329,18 @@ def resolve(config: Config) -> Config:
     )
 
 
-def build_method(
-    config: Config, context: Context, label_embeddings: Float[Tensor, "C D"] | None = None
-) -> tuple[Method, Preprocessing]:
+def build_method(config: Config, context: Context, assets: Assets | None = None) -> tuple[Method, Preprocessing]:
     """The method of a config with a fresh classifier, and the preprocessing that its weights expect.
 
     Args:
-        label_embeddings: for a head that compares images with the labels' names; made of the names where not given.
+        assets: what the head needs besides its options; made of the names of the classes if not given.
 
     Raises:
         InputError: an option of model, head or method that cannot be used.
     """
-    if label_embeddings is None and isinstance(config.head, TextHeadConfig):
-        label_embeddings = embed_labels(context.classes, config.head.text)
+    assets = config.head.make_assets(context.classes) if assets is None else assets
     classifier = build_classifier(
-        config.model, config.head, len(context.classes), image_size=config.view.size, label_embeddings=label_embeddings
+        config.model, config.head, len(context.classes), image_size=config.view.size, assets=assets
     )
     if config.view.eval_side != config.view.size and classifier.backbone.fixed_size:
         raise InputError(
@@ -470,10 +462,9 @@ def load_run(
         )
     classes = tuple(saved["classes"])
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
-    text = config.head.text if isinstance(config.head, TextHeadConfig) else None
-    embeddings = load_label_embeddings(folder, classes, text) if text else None
+    assets = config.head.load_assets(folder, classes)
     context = Context(classes, _read_statistics(folder, len(classes)))
-    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), context, embeddings)
+    method, preprocessing = build_method(dataclasses.replace(config, model=untrained), context, assets)
     try:
         method.load_state_dict(saved["ema" if weights == "ema" else "method"])
     except RuntimeError as error:
@@ -497,23 +488,15 @@ def _read_statistics(folder: Path, num_classes: int) -> LabelStatistics | None:
 
 
 def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
-    """A copy of the run with further classes by their names, whose logits come last: of a head that compares images with
-    names.
+    """A copy of the run with further classes by their names, whose logits come last; only some heads can be given any.
 
     Raises:
-        InputError: another head, no text encoder to embed the names, or as `extend_label_embeddings`.
+        InputError: as `Head.add_classes`.
     """
     method = copy.deepcopy(run.method)
     classifier = method.classifier
-    head = classifier.head
-    if not isinstance(head, TextHead):
-        raise InputError(
-            f"extra_labels: head {run.config.head.name} knows its own {len(run.classes)} classes alone; a head that "
-            "compares with names (head.name=text) can be given more"
-        )
-    embeddings = extend_label_embeddings(head.label_embeddings, run.classes, names, head.config.text)
-    head.add_labels(embeddings)
-    classifier.num_classes = head.num_classes
+    classifier.head.add_classes(run.classes, names)
+    classifier.num_classes = classifier.head.num_classes
     return dataclasses.replace(run, method=method, classes=(*run.classes, *names))
 
 
@@ -593,8 +576,8 @@ def config_difference(saved: Config, asked: Config) -> str:
 
 def start_folder(run: Run, folder: Path) -> None:
     """Make a new run's folder: config.yaml, environment.json, images.csv (which image trained and which validated, and the
-    bytes of its file), statistics.json (of the training labels), bad_images.csv where images were skipped, and the
-    embeddings of the labels' names where the head compares with them."""
+    bytes of its file), statistics.json (of the training labels), bad_images.csv where images were skipped, and the files
+    that the head was built from."""
     folder.mkdir(parents=True, exist_ok=True)
     if run.bad_images:
         with whole_file(folder / "bad_images.csv", newline="") as file:
@@ -606,9 +589,7 @@ def start_folder(run: Run, folder: Path) -> None:
     if run.label_maps:
         environment["label_maps"] = run.label_maps.meta.to_json()
     write_json(folder / "environment.json", environment)
-    head = run.method.classifier.head
-    if isinstance(head, TextHead):
-        save_label_embeddings(folder, head.label_embeddings, run.train.classes, head.config.text)
+    run.method.classifier.head.save_assets(folder, run.train.classes)
     save_options(run.config, folder / "config.yaml")  # last: its presence says that a run is here
 
 

@@ -28,7 +28,6 @@ from mlvision.data import (
 from mlvision.data.check import check_data, format_check, write_check
 from mlvision.engine.optim import build_optimizer
 from mlvision.labels.store import LabelMapWriter, StoreMeta
-from mlvision.models import TextHeadConfig
 from mlvision.options import parse_options, to_plain
 from mlvision.run import build_run, read_training_manifests
 
@@ -234,7 +233,7 @@ def test_config_takes_a_step(path, precision, scenes_root, tmp_path, monkeypatch
         "loader.num_workers=0",
         "loader.batch_size=4",
     ]
-    if isinstance(config.head, TextHeadConfig) and config.head.text.encoder == "open_clip":  # weights of a hub
+    if config.head.name == "text" and config.head.text.encoder == "open_clip":  # weights of a hub
         arguments += [
             "head.text.encoder=learned",
             "head.text.model=",

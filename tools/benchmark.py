@@ -542,7 +542,7 @@ def train(options: BenchmarkOptions) -> Iterator[Row]:
     host memory, the script's with normalised ones on the device. Method, head and label maps are ours alone.
     """
     num_classes, precision = 80, options.precision()
-    names = torch.randn(num_classes, 384)
+    assets = {"label_embeddings": torch.randn(num_classes, 384)}
     methods: dict[str, tuple[HeadConfig, MethodConfig, str]] = {
         "baseline": (LinearHeadConfig(), BaselineConfig(), "0.95"),
         "ReLabel": (LinearHeadConfig(), RelabelConfig(), "0.85"),
@@ -555,7 +555,7 @@ def train(options: BenchmarkOptions) -> Iterator[Row]:
         peer = timm_step(setting, num_classes, options)
         peer_memory = peak_bytes(peer, options.device)
         for name, (head, config, asked) in methods.items():
-            classifier = build_classifier(backbone, head, num_classes, image_size=setting.side, label_embeddings=names)
+            classifier = build_classifier(backbone, head, num_classes, image_size=setting.side, assets=assets)
             method = build_method(config, classifier)
             given = batch if method.needs_label_map else replace(batch, label_map=None)
             ours = training_step(method, given, options, setting.backend)
@@ -611,10 +611,10 @@ def patchct(options: BenchmarkOptions) -> Iterator[Row]:
     side, num_images, num_classes = 128, 32, 80
     batch = replace(host_batch(num_images, side, num_classes, options), label_map=None)
     torch.manual_seed(0)
-    text = {"label_embeddings": torch.randn(num_classes, 384)}
+    assets = {"label_embeddings": torch.randn(num_classes, 384)}
     backbone = BackboneConfig("resnet18")
     linear = build_classifier(backbone, LinearHeadConfig(), num_classes, image_size=side)
-    named = build_classifier(backbone, TextHeadConfig(), num_classes, image_size=side, **text)
+    named = build_classifier(backbone, TextHeadConfig(), num_classes, image_size=side, assets=assets)
     baseline = training_step(build_method(BaselineConfig(loss=AslConfig()), linear), batch, options)
     ours = training_step(build_method(PatchCTConfig(alpha=0.1), named), batch, options)
     yield Row(
@@ -628,7 +628,7 @@ def patchct(options: BenchmarkOptions) -> Iterator[Row]:
 def heads(options: BenchmarkOptions) -> Iterator[Row]:
     """Inference of EfficientNet-Lite0 with each head against the linear head, at the widths of heads_scenes.yaml."""
     side, num_images, num_classes, precision = 128, 32, 20, options.precision()
-    names = torch.randn(num_classes, 384)
+    assets = {"label_embeddings": torch.randn(num_classes, 384)}
     images = torch.randn(num_images, 3, side, side, device=precision.device).contiguous(
         memory_format=torch.channels_last
     )
@@ -636,7 +636,7 @@ def heads(options: BenchmarkOptions) -> Iterator[Row]:
     def forward(config: HeadConfig) -> tuple[Callable[[], None], int]:
         torch.manual_seed(0)
         backbone = BackboneConfig("tf_efficientnet_lite0")
-        classifier = build_classifier(backbone, config, num_classes, image_size=side, label_embeddings=names).eval()
+        classifier = build_classifier(backbone, config, num_classes, image_size=side, assets=assets).eval()
         classifier.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
         def run() -> None:
@@ -646,20 +646,19 @@ def heads(options: BenchmarkOptions) -> Iterator[Row]:
         return run, sum(weight.numel() for weight in classifier.parameters())
 
     linear, _ = forward(LinearHeadConfig())
-    compared: tuple[HeadConfig, ...] = (
-        CsraHeadConfig(),
-        MLDecoderHeadConfig(width=256, feedforward=512),
-        Query2LabelHeadConfig(width=256, feedforward=512),
-        TextHeadConfig(),
-        TextHeadConfig(region_share=0.5),
+    compared: tuple[tuple[str, HeadConfig], ...] = (
+        ("csra", CsraHeadConfig()),
+        ("ml_decoder", MLDecoderHeadConfig(width=256, feedforward=512)),
+        ("query2label", Query2LabelHeadConfig(width=256, feedforward=512)),
+        ("text", TextHeadConfig()),
+        ("text, region_share=0.5", TextHeadConfig(region_share=0.5)),
     )
-    for config in compared:
+    for name, config in compared:
         run, parameters = forward(config)
-        region = ", region_share=0.5" if isinstance(config, TextHeadConfig) and config.region_share else ""
         measured = compare(run, linear, options)
         images_a_second = [1e3 * num_images / measured[which] for which in ("ours_ms", "peer_ms")]
         yield Row(
-            what=f"head {config.name}{region}, tf_efficientnet_lite0, {side} px, B={num_images}, C={num_classes}",
+            what=f"head {name}, tf_efficientnet_lite0, {side} px, B={num_images}, C={num_classes}",
             peer="the linear head",
             asked="",
             note="{:.0f} against {:.0f} images/s; ".format(*images_a_second) + f"{parameters / 1e6:.1f} M parameters",

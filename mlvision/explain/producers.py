@@ -36,7 +36,7 @@ class DenseHead:
             if values is None:
                 values = DenseTeacher(subject.classifier, subject.mean, subject.std).maps(pixels)
             else:
-                kind = getattr(subject.classifier.head, "map_kind", kind)
+                kind = subject.classifier.head.map_kind or kind
         return LabelMap(values, kind=kind, activation=getattr(subject.module, "activation", "sigmoid"))
 
 

@@ -17,7 +17,7 @@ from mlvision.explain.producers import DenseHead
 from mlvision.explain.render import GAP, OUTCOME_COLOURS, draw_text, draw_tile, number, side_by_side, stack
 from mlvision.explain.subject import Subject
 from mlvision.files import spreadsheet_text, whole_file
-from mlvision.models import TextHead
+from mlvision.models import JointHead
 from mlvision.types import Batch
 
 
@@ -48,7 +48,7 @@ def nearness(subject: Subject, images: Shaped[Tensor, "B in_chans H W"]) -> Floa
         InputError: a head whose maps are shares of an image and that compares cells with nothing.
     """
     head = None if subject.classifier is None else subject.classifier.head
-    if isinstance(head, TextHead):
+    if isinstance(head, JointHead):
         assert subject.classifier is not None
         with torch.no_grad():
             joint = head.join(subject.classifier.backbone(subject.normalise(subject.pixels(images))))

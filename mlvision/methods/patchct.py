@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -13,12 +14,58 @@ from mlvision.errors import InputError, check_fields
 from mlvision.losses import AslConfig, LossConfig, Transport, conditional_transport
 from mlvision.losses.transport import PLANS
 from mlvision.methods.base import Method, MethodConfig
-from mlvision.models import Classifier
-from mlvision.models.alignment import NAVIGATORS, Joint, TextHead
+from mlvision.models import Classifier, JointHead
 from mlvision.models.backbone import ClassAttention
 from mlvision.models.dense import resample
+from mlvision.models.heads.base import Joint
 from mlvision.parts import Context
 from mlvision.types import Batch, LabelMap, StepOutput
+
+
+class LinearNavigator(nn.Module):
+    """d = -cos(f(patch), f(label)) / tau, f one linear map that starts as the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.project = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.project.weight)
+
+    def forward(
+        self, patches: Float[Tensor, "B N D"], labels: Float[Tensor, "*B C D"], tau: Float[Tensor, ""]
+    ) -> Float[Tensor, "B N C"]:
+        one, other = (F.normalize(self.project(x), dim=-1) for x in (patches, labels))
+        return -(one @ other.mT) / tau
+
+
+class MlpNavigator(nn.Module):
+    """d = a network of the squared differences of patch and label; the first layer needs no table of differences.
+
+    sum_d W[k, d] (e[d] - t[d])^2 = W e^2 + W t^2 - 2 sum_d W[k, d] e[d] t[d].
+
+    Source: Zheng & Zhou, NeurIPS 2021, appendix (a navigator of two hidden layers).
+
+    DEVIATION: one hidden layer, and the lengths of patch and label are taken off first.
+    """
+
+    def __init__(self, width: int, hidden: int = 64):
+        super().__init__()
+        self.first = nn.Linear(width, hidden)
+        self.last = nn.Linear(hidden, 1, bias=False)  # what is added to all distances changes no plan
+
+    def forward(
+        self, patches: Float[Tensor, "B N D"], labels: Float[Tensor, "*B C D"], tau: Float[Tensor, ""]
+    ) -> Float[Tensor, "B N C"]:
+        one, other = F.normalize(patches, dim=-1), F.normalize(labels, dim=-1)
+        weight = self.first.weight
+        both = torch.einsum("bnd,kd,bcd->bnck", one, weight, other.expand(len(one), -1, -1))
+        hidden = (
+            self.first(one.square())[:, :, None] + F.linear(other.square(), weight).expand(len(one), -1, -1)[:, None]
+        )
+        return self.last(F.leaky_relu(hidden - 2 * both)).squeeze(-1) / tau
+
+
+# How far apart patch and label are for the navigators; cosine has no network of its own.
+NAVIGATORS = {"linear": LinearNavigator, "mlp": MlpNavigator}
 
 
 @dataclass(frozen=True)
@@ -66,7 +113,7 @@ class PatchCT(Method):
 
     def __init__(self, config: PatchCTConfig, context: Context, classifier: Classifier):
         super().__init__(classifier)
-        if not isinstance(classifier.head, TextHead):
+        if not isinstance(classifier.head, JointHead):
             raise InputError("method.name: patchct compares patches with the names of labels; it needs head.name=text")
         self.config, self.text = config, classifier.head
         self.activation = config.loss.activation

@@ -14,7 +14,7 @@ from mlvision.labels.mix import Mix, MixConfig, draw_mix
 from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig, starting_logits
 from mlvision.models import Classifier
-from mlvision.models.heads import set_bias
+from mlvision.models.heads.base import set_bias
 from mlvision.parts import Context, LabelStatistics
 from mlvision.types import Batch, CropBox, LabelMap, StepOutput
 

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mlvision.models.backbone import Backbone
-from mlvision.models.heads import Head
+from mlvision.models.backbone import Backbone, BackboneConfig, create_backbone, load_weights
+from mlvision.models.heads.base import NO_ASSETS, Assets, Head, HeadConfig
 from mlvision.types import HeadOutput
 
 
@@ -20,3 +20,27 @@ class Classifier(nn.Module):
     def forward(self, images: Float[Tensor, "B in_chans H W"]) -> HeadOutput:
         """The head's output for normalised images."""
         return self.head(self.backbone(images))
+
+
+def build_classifier(
+    model: BackboneConfig,
+    head: HeadConfig,
+    num_classes: int,
+    *,
+    image_size: tuple[int, int] | int | None = None,
+    assets: Assets = NO_ASSETS,
+) -> Classifier:
+    """Build backbone and head, and load the weights into both: what classifies in the file goes into the head's
+    `classifier_layer`, if it has one that fits.
+
+    Args:
+        assets: what the head needs besides widths and options; see `HeadConfig`.
+
+    Raises:
+        InputError: see `build_backbone` and `HeadConfig.build`.
+    """
+    backbone = create_backbone(model, image_size)
+    built = head.build(backbone.num_features, num_classes, backbone.map_features, assets)
+    report = load_weights(backbone, model, built.classifier_layer)
+    built.pretrained = report is not None and report.has_classifier
+    return Classifier(backbone, built)

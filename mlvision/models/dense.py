@@ -26,7 +26,7 @@ from mlvision.models.backbone import (
     load_weights,
 )
 from mlvision.models.classifier import Classifier
-from mlvision.models.heads import LinearHead, LinearHeadConfig
+from mlvision.models.heads.linear import LinearHead, LinearHeadConfig
 from mlvision.models.weights import TimmModel, read_checkpoint
 from mlvision.types import ACTIVATIONS, HeadOutput
 

@@ -74,10 +74,8 @@ def move_to_gpu(method):
     ],
 )
 def test_a_training_step_does_not_wait(name, options, fill, monkeypatch):
-    head, text = (
-        (TextHeadConfig(), {"label_embeddings": torch.rand(C, 8)}) if name == "patchct" else (LinearHeadConfig(), {})
-    )
-    classifier = build_classifier(BackboneConfig("test_resnet"), head, C, image_size=SIDE, **text)
+    head, assets = TextHeadConfig() if name == "patchct" else LinearHeadConfig(), {"label_embeddings": torch.rand(C, 8)}
+    classifier = build_classifier(BackboneConfig("test_resnet"), head, C, image_size=SIDE, assets=assets)
     method = build_method(METHODS[name](**options), classifier).train()
     if "mix" in options:  # what the host draws for itself
         drawn = Mix(MixConfig(cutmix=1.0), 0.75, (0, 0, 1, 1))

@@ -18,9 +18,10 @@ C, SIDE = 3, (64, 96)
 
 def subject_with(head: str, **options) -> Subject:
     torch.manual_seed(4)
-    labels = torch.randn(C, 8) if head == "text" else None
-    config = HEADS[head][0](name=head, **options)
-    classifier = build_classifier(BackboneConfig("test_resnet"), config, C, image_size=SIDE, label_embeddings=labels)
+    assets = {"label_embeddings": torch.randn(C, 8)} if head == "text" else {}
+    classifier = build_classifier(
+        BackboneConfig("test_resnet"), HEADS[head](**options), C, image_size=SIDE, assets=assets
+    )
     return Subject(build_method(METHODS["baseline"](), classifier).eval())
 
 

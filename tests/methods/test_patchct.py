@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from factories import build_method
+from torch.nn.functional import normalize
 
 from mlvision.errors import InputError
 from mlvision.explain import explain
 from mlvision.losses import BceConfig, asymmetric_loss, conditional_transport
 from mlvision.methods import PatchCT, PatchCTConfig
-from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
-from mlvision.models.alignment import TextHeadConfig
-from mlvision.models.backbone import BackboneConfig
+from mlvision.methods.patchct import LinearNavigator, MlpNavigator
+from mlvision.models import BackboneConfig, LinearHeadConfig, Preprocessing, TextHeadConfig, build_classifier
 from mlvision.types import Batch, CropBox
 
 C, SIDE = 5, 64
@@ -23,7 +23,7 @@ PREPROCESSING = Preprocessing((0.5,) * 3, (0.5,) * 3, "bilinear", 0.9)
 def build(backbone="test_vit", **options) -> PatchCT:
     torch.manual_seed(0)
     classifier = build_classifier(
-        BackboneConfig(backbone), TextHeadConfig(), C, image_size=SIDE, label_embeddings=LABELS
+        BackboneConfig(backbone), TextHeadConfig(), C, image_size=SIDE, assets={"label_embeddings": LABELS}
     )
     return build_method(PatchCTConfig(**{"alpha": 0.1, **options}), classifier, PREPROCESSING).eval()
 
@@ -200,3 +200,21 @@ def test_a_head_without_text_and_a_network_without_a_class_token_are_refused():
         build_method(PatchCTConfig(), classifier, PREPROCESSING)
     with pytest.raises(InputError, match="patch_weights: test_resnet has no class token"):
         build("test_resnet", patch_weights="attention")
+
+
+def test_the_linear_navigator_starts_as_the_cosine():
+    patches, labels, tau = torch.randn(2, 4, 8), torch.randn(3, 8), torch.tensor(0.3)
+    expected = -normalize(patches, dim=-1) @ normalize(labels, dim=-1).T / 0.3
+    torch.testing.assert_close(LinearNavigator(8)(patches, labels, tau), expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_mlp_navigator_reads_squared_differences(shared):
+    """Against the table of differences, which it never makes."""
+    torch.manual_seed(0)
+    navigator = MlpNavigator(8, hidden=5)
+    patches, labels = torch.randn(2, 4, 8), torch.randn(*(() if shared else (2,)), 3, 8)
+    one, other = normalize(patches, dim=-1), normalize(labels, dim=-1).expand(2, -1, -1)
+    differences = (one[:, :, None] - other[:, None]).square()
+    expected = navigator.last(torch.nn.functional.leaky_relu(navigator.first(differences))).squeeze(-1) / 0.5
+    torch.testing.assert_close(navigator(patches, labels, torch.tensor(0.5)), expected)

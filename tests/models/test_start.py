@@ -13,7 +13,7 @@ from mlvision.engine.optim import OptimConfig, parameter_groups
 from mlvision.losses import AslConfig, SoftmaxConfig
 from mlvision.methods import METHODS, BaselineConfig
 from mlvision.methods.base import starting_logits
-from mlvision.models import HEADS, Preprocessing, build_classifier, build_head
+from mlvision.models import HEADS, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig
 from mlvision.types import Features
 
@@ -68,8 +68,7 @@ def test_every_head_calls_a_class_as_probable_as_its_share_where_it_sees_nothing
     """Cells without features have the share in the maps of logits too; maps of attention hold no logits."""
     torch.manual_seed(0)
     options = {"width": 16, "feedforward": 16, "num_heads": 2} if name in ("ml_decoder", "query2label") else {}
-    embeddings = {"label_embeddings": torch.randn(5, 12)} if name == "text" else {}
-    head = build_head(name, 8, 5, **options, **embeddings).eval()
+    head = HEADS[name](**options).build(8, 5, assets={"label_embeddings": torch.randn(5, 12)}).eval()
     logits = starting_logits(STATISTICS, "sigmoid")
     head.start_at(logits)
     nothing = Features(torch.zeros(2, 8, 3, 4), torch.zeros(2, 8))
@@ -87,8 +86,8 @@ def build(method="baseline", head="linear", checkpoint="", **options):
     torch.manual_seed(0)
     sizes = {"width": 16, "feedforward": 16, "num_heads": 2} if head in ("ml_decoder", "query2label") else {}
     model = BackboneConfig("test_resnet", checkpoint=checkpoint)
-    embeddings = torch.randn(5, 12) if head == "text" else None
-    classifier = build_classifier(model, HEADS[head][0](**sizes), 5, image_size=32, label_embeddings=embeddings)
+    assets = {"label_embeddings": torch.randn(5, 12)} if head == "text" else {}
+    classifier = build_classifier(model, HEADS[head](**sizes), 5, image_size=32, assets=assets)
     return build_method(METHODS[method](**options), classifier, PREPROCESSING)
 
 
@@ -134,7 +133,7 @@ def test_a_classifier_that_came_with_the_weights_keeps_its_bias(tmp_path):
 
 def test_a_head_that_replaces_another_classifier_starts_at_the_shares(tmp_path):
     """The file's classifier is of other classes, so it is left out and the new one is not trained."""
-    other = build_classifier(BackboneConfig("test_resnet"), HEADS["linear"][0](), 9, image_size=32)
+    other = build_classifier(BackboneConfig("test_resnet"), HEADS["linear"](), 9, image_size=32)
     torch.save(build_method(BaselineConfig(), other, PREPROCESSING).state_dict(), tmp_path / "run.pt")
     built = build(checkpoint=str(tmp_path / "run.pt"))
     built.prepare(STATISTICS)

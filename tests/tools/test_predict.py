@@ -204,7 +204,7 @@ def test_a_trained_text_run_needs_no_encoder(text_run, tmp_path):
 
 
 def test_classes_cannot_be_added_to_a_head_that_reads_no_names(run_folder, tmp_path):
-    with pytest.raises(InputError, match="extra_labels: head linear knows its own"):
+    with pytest.raises(InputError, match="extra_labels: LinearHead has its own 20 classes only"):
         predict.main([str(run_folder), f"images={tmp_path}", "extra_labels=[lighthouse]"])
 
 

@@ -1,4 +1,4 @@
-"""The head that compares images with the names of labels, and the navigators."""
+"""The head that compares images with the names of labels."""
 
 import logging
 import math
@@ -6,11 +6,10 @@ import math
 import pytest
 import timm
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from mlvision.errors import InputError
-from mlvision.models import BackboneConfig, build_classifier
-from mlvision.models.alignment import LinearNavigator, MlpNavigator, TextHead, TextHeadConfig
+from mlvision.models import BackboneConfig, TextHead, TextHeadConfig, build_classifier, build_head
 from mlvision.models.text import TextConfig
 from mlvision.models.weights import load_state
 from mlvision.types import Features
@@ -81,7 +80,7 @@ def test_a_label_that_is_added_starts_at_the_mean_bias_of_the_others():
     head.add_labels(torch.cat([head.label_embeddings, LABELS[:1]]))
     after = head(given)
     assert head.num_classes == 4
-    torch.testing.assert_close(after.logits[:, :3], before.logits)
+    torch.testing.assert_close(after.logits[:, :3], before.logits)  # a wider product may round otherwise
     torch.testing.assert_close(after.logits[:, 3], before.logits[:, 0] + 3)  # the same name, at -1 instead of -4
 
 
@@ -123,24 +122,27 @@ def test_options_out_of_range_are_refused(options, message):
 def test_embeddings_of_other_labels_are_refused():
     with pytest.raises(InputError, match="label embeddings of 3 labels: expected 4"):
         TextHead(6, 4, TextHeadConfig(), label_embeddings=LABELS)
+    with pytest.raises(InputError, match="label_embeddings: a text head compares with them"):
+        build_head("text", 6, 3)
+    assert torch.equal(build_head("text", 6, 3, label_embeddings=LABELS).label_embeddings, LABELS)
 
 
-def test_the_linear_navigator_starts_as_the_cosine():
-    patches, labels, tau = torch.randn(2, 4, 8), torch.randn(3, 8), torch.tensor(0.3)
-    expected = -normalize(patches, dim=-1) @ normalize(labels, dim=-1).T / 0.3
-    torch.testing.assert_close(LinearNavigator(8)(patches, labels, tau), expected)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_mlp_navigator_reads_squared_differences(shared):
-    """Against the table of differences, which it never makes."""
-    torch.manual_seed(0)
-    navigator = MlpNavigator(8, hidden=5)
-    patches, labels = torch.randn(2, 4, 8), torch.randn(*(() if shared else (2,)), 3, 8)
-    one, other = normalize(patches, dim=-1), normalize(labels, dim=-1).expand(2, -1, -1)
-    differences = (one[:, :, None] - other[:, None]).square()
-    expected = navigator.last(torch.nn.functional.leaky_relu(navigator.first(differences))).squeeze(-1) / 0.5
-    torch.testing.assert_close(navigator(patches, labels, torch.tensor(0.5)), expected)
+def test_what_it_was_built_from_is_stored_for_its_class_names(tmp_path):
+    (tmp_path / "words.txt").write_text("cat 1 0 0\ndog 0 2 0\nboat 0 0 3\nowl 0 3 4\n")
+    config = TextHeadConfig(text=TextConfig("vectors", str(tmp_path / "words.txt")))
+    classes = ("dog", "boat")
+    assets = config.make_assets(classes)
+    head = config.build(6, 2, None, assets)
+    head.save_assets(tmp_path, classes)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".txt"] == list(config.asset_files)
+    loaded = config.load_assets(tmp_path, classes)["label_embeddings"]
+    assert torch.equal(loaded, torch.tensor([[0.0, 1, 0], [0, 0, 1]]))
+    assert torch.equal(loaded, head.label_embeddings)
+    with pytest.raises(InputError, match="class 0 is 'dog' there, expected 'boat'"):
+        config.load_assets(tmp_path, ("boat", "dog"))
+    head.add_classes(classes, ("owl",))
+    torch.testing.assert_close(head.label_embeddings, torch.tensor([[0.0, 1, 0], [0, 0, 1], [0, 0.6, 0.8]]))
+    assert head(features()).logits.shape == (4, 3)
 
 
 def test_tau_stays_in_its_range():
@@ -160,7 +162,9 @@ def test_clip_towers_start_as_zero_shot_clip():
         labels = clip.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a cat", "a fire hydrant", "a boat"]))
         expected = cosine_similarity(clip.encode_image(images)[:, None], labels, dim=2)
     backbone = BackboneConfig("vit_base_patch32_clip_224")
-    classifier = build_classifier(backbone, TextHeadConfig(), 3, image_size=224, label_embeddings=labels).eval()
+    classifier = build_classifier(
+        backbone, TextHeadConfig(), 3, image_size=224, assets={"label_embeddings": labels}
+    ).eval()
     head = classifier.head
     assert isinstance(head, TextHead)
     report = load_state(classifier.backbone.model, clip.state_dict(), "clip", head.project)
@@ -186,7 +190,7 @@ def test_a_linear_layer_goes_into_the_projection_only_if_it_is_one_of_clip(tmp_p
     backbone = BackboneConfig("test_vit", checkpoint=str(tmp_path / "weights.pth"))
     with caplog.at_level(logging.INFO):
         classifier = build_classifier(
-            backbone, TextHeadConfig(text=text), 3, image_size=64, label_embeddings=torch.randn(3, 12)
+            backbone, TextHeadConfig(text=text), 3, image_size=64, assets={"label_embeddings": torch.randn(3, 12)}
         )
     assert said in caplog.text
     assert bool((classifier.head.project.weight == 7).all()) == ("loaded" in said)

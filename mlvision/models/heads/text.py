@@ -1,8 +1,10 @@
-"""Images and the names of their labels in one space: a head that compares them, and what navigates between their parts."""
+"""A head that compares the image with the names of its labels, in the space of a text encoder."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +12,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
-from mlvision.models.heads import Head, HeadConfig, set_bias
-from mlvision.models.text import TextConfig
+from mlvision.models.heads.base import NO_ASSETS, TAU_RANGE, Assets, HeadConfig, Joint, JointHead, set_bias
+from mlvision.models.text import (
+    FILE_NAME,
+    TextConfig,
+    embed_labels,
+    extend_label_embeddings,
+    load_label_embeddings,
+    save_label_embeddings,
+)
 from mlvision.types import Features, HeadOutput
-
-TAU_RANGE = (0.01, 1.0)  # of the navigators' temperature: a colder one would freeze the plan
 
 
 @dataclass(frozen=True)
 class TextHeadConfig(HeadConfig):
+    asset_files = (FILE_NAME,)
+
     name: Annotated[str, "which head: a key of HEADS"] = "text"
     text: TextConfig = field(default_factory=TextConfig)
     adapter_ratio: Annotated[float, "share of the residual adapter that is added to the image's embedding; 0: none"] = (
@@ -30,24 +39,32 @@ class TextHeadConfig(HeadConfig):
     scale: Annotated[float, "what a cosine is multiplied by to be a logit, at the start; learnt"] = 10.0
     tau: Annotated[float, "temperature of the navigators at the start; learnt where anything trains them"] = 0.07
 
+    def __post_init__(self) -> None:
+        rules = (
+            ("adapter_ratio", self.adapter_ratio >= 0, "0 or more"),
+            ("region_share", 0 <= self.region_share <= 1, "0 to 1"),
+            ("scale", self.scale > 0, "more than 0"),
+            ("tau", TAU_RANGE[0] <= self.tau <= TAU_RANGE[1], f"{TAU_RANGE[0]} to {TAU_RANGE[1]}"),
+        )
+        check_fields(self, "head.", rules)
 
-class Joint(NamedTuple):
-    """An image, its patches and the labels in the space of the text.
+    def build(
+        self, in_features: int, num_classes: int, map_features: int | None = None, assets: Assets = NO_ASSETS
+    ) -> "TextHead":
+        if "label_embeddings" not in assets:
+            raise InputError(
+                "label_embeddings: a text head compares with them; make them with mlvision.models.text.embed_labels"
+            )
+        return TextHead(in_features, num_classes, self, map_features, label_embeddings=assets["label_embeddings"])
 
-    Attributes:
-        image: `[B, D]`, of length 1.
-        patches: `[B, N, D]`, rows of the map one after the other.
-        labels: `[C, D]`, of length 1.
-        grid: (h, w) of the patches.
-    """
+    def make_assets(self, classes: Sequence[str]) -> Assets:
+        return {"label_embeddings": embed_labels(classes, self.text)}
 
-    image: Float[Tensor, "B D"]
-    patches: Float[Tensor, "B N D"]
-    labels: Float[Tensor, "C D"]
-    grid: tuple[int, int]
+    def load_assets(self, folder: Path, classes: Sequence[str]) -> Assets:
+        return {"label_embeddings": load_label_embeddings(folder, classes, self.text)}
 
 
-class TextHead(Head):
+class TextHead(JointHead):
     """Logits by how near the image's embedding is to that of each label's name: scale * cos + bias.
 
     One linear layer takes the pooled features, and each cell of the map, to the space of the text. The image's embedding is
@@ -68,7 +85,6 @@ class TextHead(Head):
     """
 
     map_kind = "mass"
-    label_embeddings: Tensor
 
     def __init__(
         self,
@@ -80,13 +96,6 @@ class TextHead(Head):
         label_embeddings: Float[Tensor, "C D"],
     ):
         super().__init__()
-        rules = (
-            ("adapter_ratio", config.adapter_ratio >= 0, "0 or more"),
-            ("region_share", 0 <= config.region_share <= 1, "0 to 1"),
-            ("scale", config.scale > 0, "more than 0"),
-            ("tau", TAU_RANGE[0] <= config.tau <= TAU_RANGE[1], f"{TAU_RANGE[0]} to {TAU_RANGE[1]}"),
-        )
-        check_fields(config, "head.", rules)
         if len(label_embeddings) != num_classes:
             raise InputError(f"label embeddings of {len(label_embeddings)} labels: expected {num_classes}")
         self.num_classes, self.config = num_classes, config
@@ -107,6 +116,11 @@ class TextHead(Head):
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.log_tau = nn.Parameter(torch.tensor(math.log(config.tau)), requires_grad=config.region_share > 0)
 
+    @property
+    def classifier_layer(self) -> nn.Linear | None:
+        """The projection, which CLIP's own fits: with open_clip's text it is zero-shot CLIP before training."""
+        return self.project if self.config.text.encoder == "open_clip" else None
+
     def start_at(self, logits: Float[Tensor, " C"]) -> None:
         set_bias(self.bias, logits)
 
@@ -117,9 +131,16 @@ class TextHead(Head):
         self.label_embeddings = label_embeddings
         self.num_classes = len(label_embeddings)
 
-    @property
-    def tau(self) -> Float[Tensor, ""]:
-        return self.log_tau.exp().clamp(*TAU_RANGE)
+    def add_classes(self, classes: Sequence[str], names: Sequence[str]) -> None:
+        """Give the trained head further classes by their names, whose logits come last.
+
+        Raises:
+            InputError: no text encoder to embed the names, or as `extend_label_embeddings`.
+        """
+        self.add_labels(extend_label_embeddings(self.label_embeddings, classes, names, self.config.text))
+
+    def save_assets(self, folder: Path, classes: Sequence[str]) -> None:
+        save_label_embeddings(folder, self.label_embeddings, classes, self.config.text)
 
     def forward(self, features: Features) -> HeadOutput:
         """Logits `[B, C]`, maps `[B, C, h, w]` and the image's embedding `[B, D]`, in float32 also under autocast."""
@@ -141,14 +162,6 @@ class TextHead(Head):
         plan = self.plan(joint)
         return HeadOutput(self.logits(joint, plan), plan.mT.unflatten(2, joint.grid), joint.image)
 
-    def plan(self, joint: Joint) -> Float[Tensor, "B N C"]:
-        """The way back from each label to the patches; columns sum to 1."""
-        return (self.cosines(joint) / self.tau).softmax(1)
-
-    def cosines(self, joint: Joint) -> Float[Tensor, "B N C"]:
-        """Of each patch and each label."""
-        return F.normalize(joint.patches, dim=-1) @ joint.labels.T
-
     def logits(self, joint: Joint, plan: Float[Tensor, "B N C"] | None = None) -> Float[Tensor, "B C"]:
         """Logits of what is joined; the plan, where it is not given, is made only if they depend on it."""
         near, share = joint.image @ joint.labels.T, self.config.region_share
@@ -157,49 +170,3 @@ class TextHead(Head):
             regions = F.normalize(plan.mT @ joint.patches, dim=-1)
             near = (1 - share) * near + share * (regions * joint.labels).sum(2)
         return self.log_scale.exp() * near + self.bias
-
-
-class LinearNavigator(nn.Module):
-    """d = -cos(f(patch), f(label)) / tau, f one linear map that starts as the identity."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.project = nn.Linear(width, width, bias=False)
-        nn.init.eye_(self.project.weight)
-
-    def forward(
-        self, patches: Float[Tensor, "B N D"], labels: Float[Tensor, "*B C D"], tau: Float[Tensor, ""]
-    ) -> Float[Tensor, "B N C"]:
-        one, other = (F.normalize(self.project(x), dim=-1) for x in (patches, labels))
-        return -(one @ other.mT) / tau
-
-
-class MlpNavigator(nn.Module):
-    """d = a network of the squared differences of patch and label; the first layer needs no table of differences.
-
-    sum_d W[k, d] (e[d] - t[d])^2 = W e^2 + W t^2 - 2 sum_d W[k, d] e[d] t[d].
-
-    Source: Zheng & Zhou, NeurIPS 2021, appendix (a navigator of two hidden layers).
-
-    DEVIATION: one hidden layer, and the lengths of patch and label are taken off first.
-    """
-
-    def __init__(self, width: int, hidden: int = 64):
-        super().__init__()
-        self.first = nn.Linear(width, hidden)
-        self.last = nn.Linear(hidden, 1, bias=False)  # what is added to all distances changes no plan
-
-    def forward(
-        self, patches: Float[Tensor, "B N D"], labels: Float[Tensor, "*B C D"], tau: Float[Tensor, ""]
-    ) -> Float[Tensor, "B N C"]:
-        one, other = F.normalize(patches, dim=-1), F.normalize(labels, dim=-1)
-        weight = self.first.weight
-        both = torch.einsum("bnd,kd,bcd->bnck", one, weight, other.expand(len(one), -1, -1))
-        hidden = (
-            self.first(one.square())[:, :, None] + F.linear(other.square(), weight).expand(len(one), -1, -1)[:, None]
-        )
-        return self.last(F.leaky_relu(hidden - 2 * both)).squeeze(-1) / tau
-
-
-# How far apart patch and label are for the navigators; cosine has no network of its own.
-NAVIGATORS = {"linear": LinearNavigator, "mlp": MlpNavigator}

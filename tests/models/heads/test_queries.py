@@ -9,7 +9,7 @@ from torch import nn
 
 from mlvision.errors import InputError
 from mlvision.models import HEADS, BackboneConfig, build_classifier, build_head
-from mlvision.models.queries import GroupLinear
+from mlvision.models.heads.queries import GroupLinear
 from mlvision.types import Features
 from tests.reference.heads_reference import ml_decoder_of_one, position, query2label_of_one
 
@@ -269,10 +269,9 @@ def test_options_out_of_range_are_refused(name, options, message):
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_fits_every_kind_of_backbone(name, backbone, image_size):
     torch.manual_seed(0)
-    labels = torch.randn(5, 16) if name == "text" else None
-    config = HEADS[name][0]()
+    assets = {"label_embeddings": torch.randn(5, 16)}
     classifier = build_classifier(
-        BackboneConfig(backbone), config, 5, image_size=image_size, label_embeddings=labels
+        BackboneConfig(backbone), HEADS[name](), 5, image_size=image_size, assets=assets
     ).eval()
     with torch.no_grad():
         output = classifier(torch.randn(2, 3, *image_size))
