@@ -18,7 +18,6 @@ import numpy as np
 
 from mlvision.cli import run_command
 from mlvision.config import Config
-from mlvision.data.imagenet import has_real_labels
 from mlvision.data.loader import eval_loader
 from mlvision.data.manifest import Manifest, object_areas
 from mlvision.engine.distributed import is_main, on_every_rank, on_main, rank, world_size
@@ -134,7 +133,7 @@ def report(
                 value, num_skipped = mean_average_precision(ap)
                 if num_skipped < len(ap):  # a size that no object has is not reported
                     results[weights][f"mAP_{size}"] = value
-        if has_real_labels(run.config.data, manifest.split):
+        if run.config.data.has_real_labels(manifest.split):
             labels = [manifest.records[row].labels for row in found.index.tolist()]
             results[weights]["real_accuracy"] = real_accuracy(found.logits, labels)
     logits, targets = predictions[run.weights].logits, predictions[run.weights].targets

@@ -3,34 +3,33 @@
 import dataclasses
 import difflib
 import gc
-from collections.abc import Callable
 from typing import Any
 
-from mlvision.data.bigearthnet import BigEarthNetConfig, read_bigearthnet
-from mlvision.data.coco import CocoConfig, read_coco
-from mlvision.data.csv_table import CsvConfig, read_csv
-from mlvision.data.imagenet import ImagenetConfig, read_imagenet
+from mlvision.data.bigearthnet import BigEarthNetConfig
+from mlvision.data.coco import CocoConfig
+from mlvision.data.csv_table import CsvConfig
+from mlvision.data.imagenet import ImagenetConfig
 from mlvision.data.manifest import DataConfig, Manifest, check_distinct_images, check_inside
-from mlvision.data.matrix import MatrixConfig, read_matrix
-from mlvision.data.nuswide import NuswideConfig, read_nuswide
+from mlvision.data.matrix import MatrixConfig
+from mlvision.data.nuswide import NuswideConfig
 from mlvision.data.records import Boxes, Record
-from mlvision.data.sen12ms import Sen12msConfig, read_sen12ms
-from mlvision.data.vg500 import Vg500Config, read_vg500
-from mlvision.data.voc import VocConfig, read_voc
+from mlvision.data.sen12ms import Sen12msConfig
+from mlvision.data.vg500 import Vg500Config
+from mlvision.data.voc import VocConfig
 from mlvision.errors import InputError
 
-DATASETS: dict[str, tuple[type[DataConfig], Callable[[Any, str], Manifest]]] = {
-    "bigearthnet": (BigEarthNetConfig, read_bigearthnet),
-    "coco": (CocoConfig, read_coco),
-    "csv": (CsvConfig, read_csv),
-    "imagenet": (ImagenetConfig, read_imagenet),
-    "matrix": (MatrixConfig, read_matrix),
-    "nuswide": (NuswideConfig, read_nuswide),
-    "sen12ms": (Sen12msConfig, read_sen12ms),
-    "vg500": (Vg500Config, read_vg500),
-    "voc": (VocConfig, read_voc),
+DATASETS: dict[str, type[DataConfig]] = {
+    "bigearthnet": BigEarthNetConfig,
+    "coco": CocoConfig,
+    "csv": CsvConfig,
+    "imagenet": ImagenetConfig,
+    "matrix": MatrixConfig,
+    "nuswide": NuswideConfig,
+    "sen12ms": Sen12msConfig,
+    "vg500": Vg500Config,
+    "voc": VocConfig,
 }
-DataConfig.choices = {name: config for name, (config, _) in DATASETS.items()}
+DataConfig.choices = DATASETS
 
 
 def build_manifest(name: str, *, split: str, **options: Any) -> Manifest:
@@ -44,7 +43,9 @@ def build_manifest(name: str, *, split: str, **options: Any) -> Manifest:
     Raises:
         InputError: an unknown reader, option or split, or data that cannot be used.
     """
-    config_class, _ = _look_up(name)
+    if name not in DATASETS:
+        raise InputError(f"data.name={name}: expected one of {', '.join(DATASETS)}")
+    config_class = DATASETS[name]
     known = [option.name for option in dataclasses.fields(config_class)]
     for option in options:
         if option not in known:
@@ -56,26 +57,19 @@ def build_manifest(name: str, *, split: str, **options: Any) -> Manifest:
 
 
 def read_split(config: DataConfig, split: str) -> Manifest:
-    """Reads one split with the reader that `config.name` chooses."""
-    _, read = _look_up(config.name)
+    """Reads one split of the data set that `config` describes, and checks its images' names."""
     # Readers make millions of lists and objects, none of them garbage: looking through them all again and again, whenever
     # some more have been made, would take as long as the reading.
     collects = gc.isenabled()
     gc.disable()
     try:
-        manifest = read(config, split)
+        manifest = config.read(split)
     finally:
         if collects:
             gc.enable()
     check_inside(config, manifest)
     check_distinct_images(manifest)
     return dataclasses.replace(manifest, max_pixels=config.max_pixels)
-
-
-def _look_up(name: str) -> tuple[type[DataConfig], Callable[[Any, str], Manifest]]:
-    if name not in DATASETS:
-        raise InputError(f"data.name={name}: expected one of {', '.join(DATASETS)}")
-    return DATASETS[name]
 
 
 __all__ = [

@@ -115,54 +115,53 @@ class BigEarthNetConfig(DataConfig):
         "reflectance_3000"
     )
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split.
 
-def read_bigearthnet(config: BigEarthNetConfig, split: str) -> Manifest:
-    """Reads one split.
+        Version 1 takes the patches of a list (first column; no header) and their labels from each patch folder's
+        `<patch>_labels_metadata.json`. With 19 classes the eleven classes that are in none of them are dropped, and patches
+        that have no label then are left out, as published. Version 2 takes rows of the parquet file by its column `split`;
+        its labels are of the 19 classes. An image is its chosen bands on the 10 m grid, coarser ones resized bilinearly.
 
-    Version 1 takes the patches of a list (first column; no header) and their labels from each patch folder's
-    `<patch>_labels_metadata.json`. With 19 classes the eleven classes that are in none of them are dropped, and patches that
-    have no label then are left out, as published. Version 2 takes rows of the parquet file by its column `split`; its
-    labels are of the 19 classes. An image is its chosen bands on the 10 m grid, coarser ones resized bilinearly.
+        Raises:
+            InputError: a file, column, class, band or split is not there; pyarrow, which version 2 needs, is not installed.
 
-    Raises:
-        InputError: a file, column, class, band or split is not there; pyarrow, which version 2 needs, is not installed.
-
-    Source: Sumbul et al., "BigEarthNet: A Large-Scale Benchmark Archive for Remote Sensing Image Understanding", IGARSS
-    2019; Sumbul et al., "BigEarthNet-MM", GRSM 2021 (19 classes; 269,695 / 123,723 / 125,866 patches); Clasen et al.,
-    "reBEN: Refined BigEarthNet Dataset for Remote Sensing Image Analysis", IGARSS 2025 (version 2).
-    """
-    if config.version not in VERSIONS:
-        raise InputError(f"data.version={config.version}: expected one of {', '.join(VERSIONS)}")
-    if config.num_classes not in ((19, 43) if config.version == "v1" else (19,)):
-        expected = "19 or 43" if config.version == "v1" else "19 in version 2"
-        raise InputError(f"data.num_classes={config.num_classes}: expected {expected}")
-    check_bands(config.bands, BANDS, config.scaling)
-    root = check_root(config)
-    folder = config.images or _FOLDERS[config.version]
-    classes = CLASSES_19 if config.num_classes == 19 else CLASSES_43
-    stack = BandStack(
-        tuple(Band(band, f"{{path}}/{{name}}_{band}.tif") for band in config.bands),
-        config.scaling,
-        GRID,
-        rgb_channels(config.bands, RGB),
-    )
-    read = _read_v1 if config.version == "v1" else _read_v2
-    source, labels_of = read(config, split, root, folder)
-    class_of = {name: c for c, name in enumerate(classes)}
-    records = Records(
-        Record(key, os.path.join(root, key), tuple(sorted(class_of[name] for name in labels)), bands=stack)
-        for key, labels in labels_of.items()
-        if labels
-    )
-    if not records:
-        raise InputError(f"{source}: split {split!r} has no patch with a label")
-    check_files(config, records, source)
-    protocol = (
-        f"BigEarthNet {config.version}, {os.path.basename(source)}, split {split}, {len(records):,} of {len(labels_of):,} "
-        f"patches (the others have none of the {len(classes)} classes), bands {' '.join(config.bands)}, {config.scaling}, "
-        "10 m grid, bilinear"
-    )
-    return Manifest(classes, records, split, protocol)
+        Source: Sumbul et al., "BigEarthNet: A Large-Scale Benchmark Archive for Remote Sensing Image Understanding", IGARSS
+        2019; Sumbul et al., "BigEarthNet-MM", GRSM 2021 (19 classes; 269,695 / 123,723 / 125,866 patches); Clasen et al.,
+        "reBEN: Refined BigEarthNet Dataset for Remote Sensing Image Analysis", IGARSS 2025 (version 2).
+        """
+        if self.version not in VERSIONS:
+            raise InputError(f"data.version={self.version}: expected one of {', '.join(VERSIONS)}")
+        if self.num_classes not in ((19, 43) if self.version == "v1" else (19,)):
+            expected = "19 or 43" if self.version == "v1" else "19 in version 2"
+            raise InputError(f"data.num_classes={self.num_classes}: expected {expected}")
+        check_bands(self.bands, BANDS, self.scaling)
+        root = check_root(self)
+        folder = self.images or _FOLDERS[self.version]
+        classes = CLASSES_19 if self.num_classes == 19 else CLASSES_43
+        stack = BandStack(
+            tuple(Band(band, f"{{path}}/{{name}}_{band}.tif") for band in self.bands),
+            self.scaling,
+            GRID,
+            rgb_channels(self.bands, RGB),
+        )
+        read = _read_v1 if self.version == "v1" else _read_v2
+        source, labels_of = read(self, split, root, folder)
+        class_of = {name: c for c, name in enumerate(classes)}
+        records = Records(
+            Record(key, os.path.join(root, key), tuple(sorted(class_of[name] for name in labels)), bands=stack)
+            for key, labels in labels_of.items()
+            if labels
+        )
+        if not records:
+            raise InputError(f"{source}: split {split!r} has no patch with a label")
+        check_files(self, records, source)
+        protocol = (
+            f"BigEarthNet {self.version}, {os.path.basename(source)}, split {split}, {len(records):,} of {len(labels_of):,} "
+            f"patches (the others have none of the {len(classes)} classes), bands {' '.join(self.bands)}, {self.scaling}, "
+            "10 m grid, bilinear"
+        )
+        return Manifest(classes, records, split, protocol)
 
 
 # The file that names the patches, and the class names of each patch by its key.

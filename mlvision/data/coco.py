@@ -42,63 +42,66 @@ class CocoConfig(DataConfig):
         list[str], "class list in order, after merging, the others left out; empty: all, by category id"
     ] = field(default_factory=list)
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split.
 
-def read_coco(config: CocoConfig, split: str) -> Manifest:
-    """Reads one split.
+        Classes are the categories by ascending id, so COCO's ids with holes (1 to 90) become 0 to 79; `merge_classes`,
+        `drop_classes` and `classes` make other ones of them. An annotation of a class that is left out is as if it were not
+        there. A crowd region makes its class present, as in every published COCO result, and is kept in the boxes with
+        `crowd` set. Boxes are clipped to the image; a polygon of fewer than three points encloses nothing and is left out.
 
-    Classes are the categories by ascending id, so COCO's ids with holes (1 to 90) become 0 to 79; `merge_classes`,
-    `drop_classes` and `classes` make other ones of them. An annotation of a class that is left out is as if it were not
-    there. A crowd region makes its class present, as in every published COCO result, and is kept in the boxes with
-    `crowd` set. Boxes are clipped to the image; a polygon of fewer than three points encloses nothing and is left out.
+        Ids are whole numbers or texts; `1`, `1.0` and `"1"` are one id. The size of an image that does not state its width
+        and height is read from its file; if files are not looked for (`check_files`), such an image has no boxes.
 
-    Ids are whole numbers or texts; `1`, `1.0` and `"1"` are one id. The size of an image that does not state its width and
-    height is read from its file; if files are not looked for (`check_files`), such an image has no boxes.
+        Extension: `unknown_category_ids` of an image record lists categories of which nothing is known there.
 
-    Extension: `unknown_category_ids` of an image record lists categories of which nothing is known there.
+        Raises:
+            InputError: a folder, file or key is missing, or an entry contradicts another; the message names it.
+        """
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"data.protocol={self.protocol}: expected one of {', '.join(PROTOCOLS)}")
+        root = check_root(self, hint=_SCENES_HINT)
+        source = find_split_file(root, self.annotations, split, "annotation file")
+        document = _load(source)
+        categories = _read_categories(_table(document, "categories", source), self)
+        images = _read_images(_table(document, "images", source), self.images.replace("{split}", split))
+        annotations = _read_annotations(_table(document, "annotations", source), images, categories)
 
-    Raises:
-        InputError: a folder, file or key is missing, or an entry contradicts another; the message names it.
-    """
-    if config.protocol not in PROTOCOLS:
-        raise InputError(f"data.protocol={config.protocol}: expected one of {', '.join(PROTOCOLS)}")
-    root = check_root(config, hint=_SCENES_HINT)
-    source = find_split_file(root, config.annotations, split, "annotation file")
-    document = _load(source)
-    categories = _read_categories(_table(document, "categories", source), config)
-    images = _read_images(_table(document, "images", source), config.images.replace("{split}", split))
-    annotations = _read_annotations(_table(document, "annotations", source), images, categories)
-
-    rows = np.arange(len(images.ids)) if config.protocol == "all" else np.flatnonzero(annotations.counts)
-    if not len(rows):
-        chosen = " of the chosen classes" if annotations.num_left_out else ""
-        raise InputError(
-            f"{source}: split {split!r} is empty: none of its {len(images.ids)} images has an annotation{chosen}"
+        rows = np.arange(len(images.ids)) if self.protocol == "all" else np.flatnonzero(annotations.counts)
+        if not len(rows):
+            chosen = " of the chosen classes" if annotations.num_left_out else ""
+            raise InputError(
+                f"{source}: split {split!r} is empty: none of its {len(images.ids)} images has an annotation{chosen}"
+            )
+        sizes = _complete_sizes(self, images, annotations, root)
+        objects, num_lines = _read_objects(annotations, rows, sizes)
+        unknown = _read_unknown(images, annotations, categories)
+        records = Records.under(
+            root,
+            [images.keys[row] for row in rows.tolist()],
+            # `rows` ascends and holds the image of every annotation.
+            LabelLists.of_pairs(np.searchsorted(rows, annotations.images), annotations.labels, len(rows)),
+            LabelLists(unknown.get(row, ()) for row in rows.tolist()),
+            objects=objects,
+            sizes=sizes[rows],
         )
-    sizes = _complete_sizes(config, images, annotations, root)
-    objects, num_lines = _read_objects(annotations, rows, sizes)
-    unknown = _read_unknown(images, annotations, categories)
-    records = Records.under(
-        root,
-        [images.keys[row] for row in rows.tolist()],
-        # `rows` ascends and holds the image of every annotation.
-        LabelLists.of_pairs(np.searchsorted(rows, annotations.images), annotations.labels, len(rows)),
-        LabelLists(unknown.get(row, ()) for row in rows.tolist()),
-        objects=objects,
-        sizes=sizes[rows],
-    )
-    check_files(config, records, source)
-    chosen = "images with an annotation" if config.protocol == "annotated" else "all images"
-    notes = [
-        f"{os.path.basename(source)}, {chosen} ({len(rows):,} of {len(images.ids):,}), crowd counts as present",
-        *(
-            [f"merged: {', '.join(f'{a} -> {b}' for a, b in config.merge_classes.items())}"]
-            if config.merge_classes
-            else []
-        ),
-        *([f"{annotations.num_left_out:,} annotations of other classes left out"] if annotations.num_left_out else []),
-        *([f"{num_lines:,} polygons of fewer than 3 points left out"] if num_lines else []),
-    ]
-    return Manifest(categories.classes, records, split, ", ".join(notes))
+        check_files(self, records, source)
+        chosen = "images with an annotation" if self.protocol == "annotated" else "all images"
+        notes = [
+            f"{os.path.basename(source)}, {chosen} ({len(rows):,} of {len(images.ids):,}), crowd counts as present",
+            *(
+                [f"merged: {', '.join(f'{a} -> {b}' for a, b in self.merge_classes.items())}"]
+                if self.merge_classes
+                else []
+            ),
+            *(
+                [f"{annotations.num_left_out:,} annotations of other classes left out"]
+                if annotations.num_left_out
+                else []
+            ),
+            *([f"{num_lines:,} polygons of fewer than 3 points left out"] if num_lines else []),
+        ]
+        return Manifest(categories.classes, records, split, ", ".join(notes))
 
 
 @dataclass(frozen=True)

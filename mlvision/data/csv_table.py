@@ -74,59 +74,60 @@ class CsvConfig(DataConfig):
         default_factory=dict
     )
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split.
 
-def read_csv(config: CsvConfig, split: str) -> Manifest:
-    """Reads one split.
+        A cell of a class's column holds 1, true or yes (present), 0, false or no (absent), or -1, nan or nothing (unknown),
+        in capitals or not; a number may have a point (1.0), and `cells` says what others mean. In `label_column` a class
+        that is not named is absent, and without `classes` the class list is made from the rows of all splits, so that all
+        splits agree on it. A column without a name, such as an index that pandas wrote, is left out.
 
-    A cell of a class's column holds 1, true or yes (present), 0, false or no (absent), or -1, nan or nothing (unknown), in
-    capitals or not; a number may have a point (1.0), and `cells` says what others mean. In `label_column` a class that is
-    not named is absent, and without `classes` the class list is made from the rows of all splits, so that all splits
-    agree on it. A column without a name, such as an index that pandas wrote, is left out.
+        A file name without an image's suffix stands for the one image file of that stem, so rows that name an image with
+        and without its suffix are rows of one image; if files are not looked for (`check_files`), the name stays as it is.
+        A split rule looks at the name as the file has it.
 
-    A file name without an image's suffix stands for the one image file of that stem, so rows that name an image with and
-    without its suffix are rows of one image; if files are not looked for (`check_files`), the name stays as it is. A split
-    rule looks at the name as the file has it.
-
-    Raises:
-        InputError: file, column, value or split is not as expected; the message names the line.
-    """
-    if config.rows not in ROWS:
-        raise InputError(f"data.rows={config.rows}: expected one of {', '.join(ROWS)}")
-    if config.rows == "label" and not config.label_column:
-        raise InputError("data.label_column is not set: data.rows=label needs the column that holds the label of a row")
-    root = check_root(config)
-    source = os.path.join(root, config.file)
-    table, notes = _read_table(source, config)
-    named = [image_key(config.images, name) for name in table.column(config.image_column)]
-    split_of, rule = _read_splits(config, table, named)
-    if split not in split_of:
-        raise _no_such_split(config, table, split, split_of)
-    files_of = _files_by_stem(root, named) if config.check_files else {}
-    keys = [files_of[name][0] if len(files_of.get(name, ())) == 1 else name for name in named]
-    image_of, first_rows = _group_rows(config, table, keys, split_of)
-    classes, present, unknown = (_read_label_column if config.label_column else _read_class_columns)(config, table)
-    chosen = [row for row in first_rows.tolist() if split_of[row] == split]
-    chosen_keys = [keys[row] for row in chosen]
-    for key in chosen_keys:
-        if key in files_of:
+        Raises:
+            InputError: file, column, value or split is not as expected; the message names the line.
+        """
+        if self.rows not in ROWS:
+            raise InputError(f"data.rows={self.rows}: expected one of {', '.join(ROWS)}")
+        if self.rows == "label" and not self.label_column:
             raise InputError(
-                f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files_of[key])}"
+                "data.label_column is not set: data.rows=label needs the column that holds the label of a row"
             )
+        root = check_root(self)
+        source = os.path.join(root, self.file)
+        table, notes = _read_table(source, self)
+        named = [image_key(self.images, name) for name in table.column(self.image_column)]
+        split_of, rule = _read_splits(self, table, named)
+        if split not in split_of:
+            raise _no_such_split(self, table, split, split_of)
+        files_of = _files_by_stem(root, named) if self.check_files else {}
+        keys = [files_of[name][0] if len(files_of.get(name, ())) == 1 else name for name in named]
+        image_of, first_rows = _group_rows(self, table, keys, split_of)
+        classes, present, unknown = (_read_label_column if self.label_column else _read_class_columns)(self, table)
+        chosen = [row for row in first_rows.tolist() if split_of[row] == split]
+        chosen_keys = [keys[row] for row in chosen]
+        for key in chosen_keys:
+            if key in files_of:
+                raise InputError(
+                    f"{source}: image {shown(key)} has no suffix, and several files fit: {listed(files_of[key])}"
+                )
 
-    place = np.full(len(first_rows), -1, dtype=np.int64)
-    place[image_of[chosen]] = np.arange(len(chosen))
-    place_of = place[image_of]  # of each row's image among the chosen ones, -1 if it is none
-    labels, num_repeats = _of_images(present, place_of, len(chosen))
-    records = Records.under(root, chosen_keys, labels, _of_images(unknown, place_of, len(chosen))[0])
-    check_files(config, records, source)
-    left_out = sum(split_of[row] is None for row in first_rows.tolist())
-    what = "rows" if config.rows == "image" else "images"
-    protocol = f"{config.file}{rule}, {len(chosen):,} of {len(first_rows):,} {what}"
-    if left_out:
-        protocol += f" ({left_out:,} {what} belong to no split)"
-    if num_repeats:
-        notes.append(f"{num_repeats:,} labels that stand twice for an image count once")
-    return Manifest(classes, records, split, ", ".join([protocol, *notes]))
+        place = np.full(len(first_rows), -1, dtype=np.int64)
+        place[image_of[chosen]] = np.arange(len(chosen))
+        place_of = place[image_of]  # of each row's image among the chosen ones, -1 if it is none
+        labels, num_repeats = _of_images(present, place_of, len(chosen))
+        records = Records.under(root, chosen_keys, labels, _of_images(unknown, place_of, len(chosen))[0])
+        check_files(self, records, source)
+        left_out = sum(split_of[row] is None for row in first_rows.tolist())
+        what = "rows" if self.rows == "image" else "images"
+        protocol = f"{self.file}{rule}, {len(chosen):,} of {len(first_rows):,} {what}"
+        if left_out:
+            protocol += f" ({left_out:,} {what} belong to no split)"
+        if num_repeats:
+            notes.append(f"{num_repeats:,} labels that stand twice for an image count once")
+        return Manifest(classes, records, split, ", ".join([protocol, *notes]))
 
 
 def _no_such_split(config: CsvConfig, table: "_Table", split: str, split_of: Sequence[str | None]) -> InputError:

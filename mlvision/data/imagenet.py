@@ -34,52 +34,51 @@ class ImagenetConfig(DataConfig):
     )
     real_split: Annotated[str, "the split that has ReaL labels"] = "val"
 
+    def has_real_labels(self, split: str) -> bool:
+        return bool(self.real) and split == self.real_split
 
-def has_real_labels(config: DataConfig, split: str) -> bool:
-    """Whether a split's labels are ReaL lists, of which an image may have several."""
-    return isinstance(config, ImagenetConfig) and bool(config.real) and split == config.real_split
+    def read(self, split: str) -> Manifest:
+        """Reads one split; images are sorted by path.
 
+        Classes are the sorted folders of the training split, in every split (with WordNet ids as folders, that is the
+        standard order 0 to 999). With ReaL labels an image has all labels that its list names, whatever its folder is;
+        images with an empty list, to which no label fits, are left out, as their authors ask. They are found by their
+        number, in `ILSVRC2012_val_00000001.JPEG`, which is the row of the file.
 
-def read_imagenet(config: ImagenetConfig, split: str) -> Manifest:
-    """Reads one split; images are sorted by path.
+        Raises:
+            InputError: a folder is missing or empty, a folder is of no class, an image has no ReaL list, or a list is not
+                of the classes; the message names the folder, image or entry.
 
-    Classes are the sorted folders of the training split, in every split (with WordNet ids as folders, that is the standard
-    order 0 to 999). With ReaL labels an image has all labels that its list names, whatever its folder is; images with an
-    empty list, to which no label fits, are left out, as their authors ask. They are found by their number, in
-    `ILSVRC2012_val_00000001.JPEG`, which is the row of the file.
-
-    Raises:
-        InputError: a folder is missing or empty, a folder is of no class, an image has no ReaL list, or a list is not of the
-            classes; the message names the folder, image or entry.
-
-    Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015; Beyer et al., "Are we done
-    with ImageNet?", 2020 (ReaL; github.com/google-research/reassessed-imagenet).
-    """
-    root = check_root(config)
-    has_real = has_real_labels(config, split)
-    folders, classes = _read_classes(config, root, needs_folders=not has_real or config.check_files)
-    folder = config.images.replace("{split}", split)
-    if has_real:
-        source = os.path.join(root, config.real)
-        lists = _read_real(source, len(classes))
-        if config.check_files or os.path.isdir(os.path.join(root, folder)):
-            search, _ = _search(root, folder, folders, flat=True)
-            names = search.images
+        Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015; Beyer et al., "Are we
+        done with ImageNet?", 2020 (ReaL; github.com/google-research/reassessed-imagenet).
+        """
+        root = check_root(self)
+        has_real = self.has_real_labels(split)
+        folders, classes = _read_classes(self, root, needs_folders=not has_real or self.check_files)
+        folder = self.images.replace("{split}", split)
+        if has_real:
+            source = os.path.join(root, self.real)
+            lists = _read_real(source, len(classes))
+            if self.check_files or os.path.isdir(os.path.join(root, folder)):
+                search, _ = _search(root, folder, folders, flat=True)
+                names = search.images
+            else:
+                search, names = FolderSearch(), [_VALIDATION_NAME.format(number) for number in range(1, len(lists) + 1)]
+            keys = [f"{folder}/{name}" for name in names]
+            labels = LabelLists(_look_up(keys, lists, source))
+            records = Records.under(root, keys, labels)
+            records = records.take(np.flatnonzero(records.labels_per_image()).tolist())
+            note = f"ReaL labels ({self.real}), {len(names) - len(records):,} images with an empty list left out"
         else:
-            search, names = FolderSearch(), [_VALIDATION_NAME.format(number) for number in range(1, len(lists) + 1)]
-        keys = [f"{folder}/{name}" for name in names]
-        labels = LabelLists(_look_up(keys, lists, source))
-        records = Records.under(root, keys, labels)
-        records = records.take(np.flatnonzero(records.labels_per_image()).tolist())
-        note = f"ReaL labels ({config.real}), {len(names) - len(records):,} images with an empty list left out"
-    else:
-        search, labels = _search(root, folder, folders, flat=False)
-        records = Records.under(root, [f"{folder}/{name}" for name in search.images], LabelLists((c,) for c in labels))
-        note = "one label an image, that of its folder"
-    protocol = f"{folder}, {len(records):,} images of {len(classes):,} classes, {note}"
-    if search.others:
-        protocol += f"; {search.note()}"
-    return Manifest(classes, records, split, protocol)
+            search, labels = _search(root, folder, folders, flat=False)
+            records = Records.under(
+                root, [f"{folder}/{name}" for name in search.images], LabelLists((c,) for c in labels)
+            )
+            note = "one label an image, that of its folder"
+        protocol = f"{folder}, {len(records):,} images of {len(classes):,} classes, {note}"
+        if search.others:
+            protocol += f"; {search.note()}"
+        return Manifest(classes, records, split, protocol)
 
 
 def _class_folders(path: str) -> tuple[str, ...]:

@@ -56,6 +56,18 @@ class DataConfig(Selectable):
         )
         check_fields(self, "data.", rules)
 
+    def read(self, split: str) -> "Manifest":
+        """The images of one split and their labels. `read_split` calls it and checks what all data sets have in common.
+
+        Raises:
+            InputError: data that cannot be used; the message names the file.
+        """
+        raise NotImplementedError
+
+    def has_real_labels(self, split: str) -> bool:
+        """Whether the labels of a split are reassessed ones (ReaL), so that predicting any one of them is right."""
+        return False
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -40,53 +40,53 @@ class MatrixConfig(DataConfig):
     classes: Annotated[str, "file of class names under root, a line for each column; empty: class 0, class 1, ..."] = ""
     values: Annotated[str, f"what numbers mean: {'; '.join(f'{k} ({v})' for k, v in VALUES.items())}"] = "binary"
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split.
 
-def read_matrix(config: MatrixConfig, split: str) -> Manifest:
-    """Reads one split.
+        A matrix does not say what its columns are: name the classes with a file. The order of the field's lists differs:
+        those of the hashing papers have COCO's classes in alphabetical order, not by category id. Pickled arrays are not
+        loaded.
 
-    A matrix does not say what its columns are: name the classes with a file. The order of the field's lists differs: those
-    of the hashing papers have COCO's classes in alphabetical order, not by category id. Pickled arrays are not loaded.
+        Raises:
+            InputError: a file is missing or of another shape, the numbers of rows and names differ, or a number is not among
+                those that `values` names; the message names file and row.
 
-    Raises:
-        InputError: a file is missing or of another shape, the numbers of rows and names differ, or a number is not among
-            those that `values` names; the message names file and row.
+        Source: such files are published by, among others, Cole et al., "Multi-Label Learning from Single Positive Labels",
+        CVPR 2021 (.npy: labels and image names), Liu et al., "Query2Label", 2021 (.npy, above 0 is present), and Cao et al.,
+        "HashNet", ICCV 2017 (text lists).
+        """
+        if self.values not in VALUES:
+            raise InputError(f"data.values={self.values}: expected one of {', '.join(VALUES)}")
+        root = check_root(self)
+        source = find_split_file(root, self.labels, split, "file")
+        is_array = source.endswith((".npy", ".npz"))
+        if is_array and not self.names:
+            raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
+        names_source = find_split_file(root, self.names, split, "file") if self.names else source
+        matrix, own_names = (None, None) if is_array else _read_text_matrix(source, with_names=not self.names)
+        names = _read_image_names(names_source, self.names_array) if self.names else own_names or []
 
-    Source: such files are published by, among others, Cole et al., "Multi-Label Learning from Single Positive Labels",
-    CVPR 2021 (.npy: labels and image names), Liu et al., "Query2Label", 2021 (.npy, above 0 is present), and Cao et al.,
-    "HashNet", ICCV 2017 (text lists).
-    """
-    if config.values not in VALUES:
-        raise InputError(f"data.values={config.values}: expected one of {', '.join(VALUES)}")
-    root = check_root(config)
-    source = find_split_file(root, config.labels, split, "file")
-    is_array = source.endswith((".npy", ".npz"))
-    if is_array and not config.names:
-        raise InputError(f"data.names is not set: {source} holds no image names; give the file that does")
-    names_source = find_split_file(root, config.names, split, "file") if config.names else source
-    matrix, own_names = (None, None) if is_array else _read_text_matrix(source, with_names=not config.names)
-    names = _read_image_names(names_source, config.names_array) if config.names else own_names or []
+        def classes_of(shape: tuple[int, ...], dtype: np.dtype) -> tuple[str, ...]:
+            if len(shape) != 2 or dtype.kind not in "biuf" or 0 in shape:
+                raise InputError(f"{source}: expected numbers [images, classes], got {dtype} {shape}")
+            if shape[0] != len(names):
+                raise InputError(f"{source}: has {shape[0]:,} rows, {names_source} names {len(names):,} images")
+            return _class_names(os.path.join(root, self.classes) if self.classes else "", shape[1], source)
 
-    def classes_of(shape: tuple[int, ...], dtype: np.dtype) -> tuple[str, ...]:
-        if len(shape) != 2 or dtype.kind not in "biuf" or 0 in shape:
-            raise InputError(f"{source}: expected numbers [images, classes], got {dtype} {shape}")
-        if shape[0] != len(names):
-            raise InputError(f"{source}: has {shape[0]:,} rows, {names_source} names {len(names):,} images")
-        return _class_names(os.path.join(root, config.classes) if config.classes else "", shape[1], source)
+        if matrix is None:
+            matrix = _load_array(source, self.labels_array, "labels_array", classes_of)
+        classes = classes_of(matrix.shape, matrix.dtype)
 
-    if matrix is None:
-        matrix = _load_array(source, config.labels_array, "labels_array", classes_of)
-    classes = classes_of(matrix.shape, matrix.dtype)
-
-    present, unknown = _meaning(matrix, config.values, source)
-    keys = [image_key(config.images, name) for name in names]
-    check_distinct(keys, names_source, "image", "row")
-    records = Records.under(root, keys, _lists(present), _lists(unknown))
-    check_files(config, records, names_source)
-    protocol = (
-        f"{os.path.basename(source)}, {len(records):,} images x {len(classes)} classes, "
-        f"{int(present.sum()):,} labels ({VALUES[config.values]}), sha256 {_digest(source)}"
-    )
-    return Manifest(classes, records, split, protocol)
+        present, unknown = _meaning(matrix, self.values, source)
+        keys = [image_key(self.images, name) for name in names]
+        check_distinct(keys, names_source, "image", "row")
+        records = Records.under(root, keys, _lists(present), _lists(unknown))
+        check_files(self, records, names_source)
+        protocol = (
+            f"{os.path.basename(source)}, {len(records):,} images x {len(classes)} classes, "
+            f"{int(present.sum()):,} labels ({VALUES[self.values]}), sha256 {_digest(source)}"
+        )
+        return Manifest(classes, records, split, protocol)
 
 
 def _digest(path: str) -> str:

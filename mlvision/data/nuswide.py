@@ -43,58 +43,58 @@ class NuswideConfig(DataConfig):
     protocol: Annotated[str, "all: every image; annotated: only images with at least one label"] = "all"
     missing: Annotated[str, "image files that are not there: error, or skip (Flickr has lost some)"] = "error"
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split: the images of ImageList/{split}Imagelist.txt.
 
-def read_nuswide(config: NuswideConfig, split: str) -> Manifest:
-    """Reads one split: the images of ImageList/{split}Imagelist.txt.
+        Row i of a label file belongs to row i of an image list. `labels=all` takes AllLabels, whose rows are those of
+        Imagelist.txt, and finds each image of the split there by its name. `labels=split` takes TrainTestLabels, whose rows
+        are those of the split's own list; the published Labels_lake_Train.txt holds -1130179 in line 78,372, which is
+        refused. The protocol names the variant: numbers of images, what papers call it where that is known, and a hash of
+        the records.
 
-    Row i of a label file belongs to row i of an image list. `labels=all` takes AllLabels, whose rows are those of
-    Imagelist.txt, and finds each image of the split there by its name. `labels=split` takes TrainTestLabels, whose rows are
-    those of the split's own list; the published Labels_lake_Train.txt holds -1130179 in line 78,372, which is refused.
-    The protocol names the variant: numbers of images, what papers call it where that is known, and a hash of the records.
+        Raises:
+            InputError: a file is missing, numbers of rows differ, a value is not 0 or 1; the message names file and line.
 
-    Raises:
-        InputError: a file is missing, numbers of rows differ, a value is not 0 or 1; the message names file and line.
+        Source: Chua et al., "NUS-WIDE: A Real-World Web Image Database from National University of Singapore", CIVR 2009.
+        """
+        for option, known in (("protocol", PROTOCOLS), ("labels", LABEL_FILES), ("missing", MISSING)):
+            if getattr(self, option) not in known:
+                raise InputError(f"data.{option}={getattr(self, option)}: expected one of {', '.join(known)}")
+        root = check_root(self, hint=": the folder with ImageList, Groundtruth and ConceptsList")
+        source = find_split_file(root, "ImageList/{split}Imagelist.txt", split, "list")
+        names = read_names(source, "image")
+        classes = tuple(read_names(os.path.join(root, self.concepts), "concept"))
+        folder = os.path.join(root, "Groundtruth")
+        if self.labels == "all":
+            whole = os.path.join(root, "ImageList", "Imagelist.txt")
+            row_of = {name: row for row, name in enumerate(read_names(whole, "image"))}
+            files = [os.path.join(folder, "AllLabels", f"Labels_{concept}.txt") for concept in classes]
+            table = _read_columns(files, len(row_of), whole)[[_row(name, row_of, source, whole) for name in names]]
+        else:
+            files = [os.path.join(folder, "TrainTestLabels", f"Labels_{concept}_{split}.txt") for concept in classes]
+            table = _read_columns(files, len(names), source)
 
-    Source: Chua et al., "NUS-WIDE: A Real-World Web Image Database from National University of Singapore", CIVR 2009.
-    """
-    for option, known in (("protocol", PROTOCOLS), ("labels", LABEL_FILES), ("missing", MISSING)):
-        if getattr(config, option) not in known:
-            raise InputError(f"data.{option}={getattr(config, option)}: expected one of {', '.join(known)}")
-    root = check_root(config, hint=": the folder with ImageList, Groundtruth and ConceptsList")
-    source = find_split_file(root, "ImageList/{split}Imagelist.txt", split, "list")
-    names = read_names(source, "image")
-    classes = tuple(read_names(os.path.join(root, config.concepts), "concept"))
-    folder = os.path.join(root, "Groundtruth")
-    if config.labels == "all":
-        whole = os.path.join(root, "ImageList", "Imagelist.txt")
-        row_of = {name: row for row, name in enumerate(read_names(whole, "image"))}
-        files = [os.path.join(folder, "AllLabels", f"Labels_{concept}.txt") for concept in classes]
-        table = _read_columns(files, len(row_of), whole)[[_row(name, row_of, source, whole) for name in names]]
-    else:
-        files = [os.path.join(folder, "TrainTestLabels", f"Labels_{concept}_{split}.txt") for concept in classes]
-        table = _read_columns(files, len(names), source)
-
-    keys = [image_key(config.images, name) for name in names]
-    check_distinct(keys, source, "image", "line")
-    images, labels = np.nonzero(table)
-    records = Records.under(root, keys, LabelLists.of_pairs(images, labels, len(keys)))
-    if config.protocol != "all":
-        records = records.take(np.flatnonzero(table.any(axis=1)).tolist())
-    note = "every image" if config.protocol == "all" else "images with at least one label"
-    if config.missing == "skip" and config.check_files:
-        num_listed = len(records)
-        records = on_disk(records)
-        note += f", {num_listed - len(records):,} files missing and left out"
-    check_files(config, records, source)
-    if not records:
-        raise InputError(f"{source}: split {split!r} is empty: none of its {len(names):,} images is left ({note})")
-    manifest = Manifest(classes, records, split)
-    protocol = (
-        f"NUS-WIDE, {split}Imagelist.txt, {note} ({len(records):,} of {len(names):,}: "
-        f"{VARIANTS.get((split, len(records)), 'not a variant known by its number of images')}), "
-        f"{len(classes)} concepts, records sha256 {manifest.hash[:16]}"
-    )
-    return replace(manifest, protocol=protocol)
+        keys = [image_key(self.images, name) for name in names]
+        check_distinct(keys, source, "image", "line")
+        images, labels = np.nonzero(table)
+        records = Records.under(root, keys, LabelLists.of_pairs(images, labels, len(keys)))
+        if self.protocol != "all":
+            records = records.take(np.flatnonzero(table.any(axis=1)).tolist())
+        note = "every image" if self.protocol == "all" else "images with at least one label"
+        if self.missing == "skip" and self.check_files:
+            num_listed = len(records)
+            records = on_disk(records)
+            note += f", {num_listed - len(records):,} files missing and left out"
+        check_files(self, records, source)
+        if not records:
+            raise InputError(f"{source}: split {split!r} is empty: none of its {len(names):,} images is left ({note})")
+        manifest = Manifest(classes, records, split)
+        protocol = (
+            f"NUS-WIDE, {split}Imagelist.txt, {note} ({len(records):,} of {len(names):,}: "
+            f"{VARIANTS.get((split, len(records)), 'not a variant known by its number of images')}), "
+            f"{len(classes)} concepts, records sha256 {manifest.hash[:16]}"
+        )
+        return replace(manifest, protocol=protocol)
 
 
 def _row(name: str, row_of: dict[str, int], source: str, whole: str) -> int:

@@ -85,55 +85,55 @@ class Sen12msConfig(DataConfig):
         "reflectance_10000"
     )
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split, sorted by file name as the authors' script sorts it.
 
-def read_sen12ms(config: Sen12msConfig, split: str) -> Manifest:
-    """Reads one split, sorted by file name as the authors' script sorts it.
+        A class is present where its share of the patch reaches `threshold`; shares of joined classes are added up first. The
+        label file is a pickle: numbers and numpy arrays are read out of it, and one that asks for anything else is refused.
 
-    A class is present where its share of the patch reaches `threshold`; shares of joined classes are added up first. The
-    label file is a pickle: numbers and numpy arrays are read out of it, and one that asks for anything else is refused.
+        DEVIATION: RGB is red, green, blue (B4, B3, B2), as pretrained weights expect; the authors' own "RGB" is B2, B3, B4.
 
-    DEVIATION: RGB is red, green, blue (B4, B3, B2), as pretrained weights expect; the authors' own "RGB" is B2, B3, B4.
+        Raises:
+            InputError: a list or label file is missing or malformed, or a patch has no shares; the message names file and
+                line.
 
-    Raises:
-        InputError: a list or label file is missing or malformed, or a patch has no shares; the message names file and line.
-
-    Source: Schmitt et al., "SEN12MS - a curated dataset of georeferenced multi-spectral Sentinel-1/2 imagery for deep
-    learning and data fusion", ISPRS Annals 2019; Schmitt & Wu, "Remote sensing image classification with the SEN12MS
-    dataset", ISPRS Annals 2021 (labels, lists of 162,555 training and 18,106 test patches, threshold 0.1).
-    """
-    if config.scheme not in SCHEMES:
-        raise InputError(f"data.scheme={config.scheme}: expected one of {', '.join(SCHEMES)}")
-    if not 0 < config.threshold <= 1:
-        raise InputError(f"data.threshold={config.threshold}: expected a share above 0, at most 1")
-    check_bands(config.bands, BANDS, config.scaling)
-    root = check_root(config)
-    source = find_split_file(root, config.lists, split, "list")
-    label_file = os.path.join(root, config.labels)
-    shares_of = _read_pickle(label_file)
-    stack = BandStack(
-        tuple(Band(band, "{path}", BANDS.index(band)) for band in config.bands),
-        config.scaling,
-        rgb=rgb_channels(config.bands, RGB),
-    )
-    records = []
-    for line, name in enumerate(read_names(source, "patch"), start=1):
-        match = _FILE.fullmatch(name)
-        if match is None:
-            raise InputError(
-                f"{source}, line {line}: {shown(name)}, expected a file such as ROIs1158_spring_s2_1_p30.tif"
-            )
-        if name not in shares_of:
-            raise InputError(f"{source}, line {line}: {name} has no entry in {label_file}")
-        present = _shares(shares_of[name], name, label_file, config.scheme) >= config.threshold
-        key = os.path.normpath(os.path.join(config.images, match[1], match[2], name))
-        records.append(Record(key, os.path.join(root, key), tuple(np.flatnonzero(present).tolist()), bands=stack))
-    columns = Records(sorted(records, key=lambda record: os.path.basename(record.key)))
-    check_files(config, columns, source)
-    protocol = (
-        f"SEN12MS, {os.path.basename(source)}, {len(records):,} patches, {config.scheme} classes present from a share of "
-        f"{config.threshold:g}, bands {' '.join(config.bands)}, {config.scaling}"
-    )
-    return Manifest(SCHEMES[config.scheme], columns, split, protocol)
+        Source: Schmitt et al., "SEN12MS - a curated dataset of georeferenced multi-spectral Sentinel-1/2 imagery for deep
+        learning and data fusion", ISPRS Annals 2019; Schmitt & Wu, "Remote sensing image classification with the SEN12MS
+        dataset", ISPRS Annals 2021 (labels, lists of 162,555 training and 18,106 test patches, threshold 0.1).
+        """
+        if self.scheme not in SCHEMES:
+            raise InputError(f"data.scheme={self.scheme}: expected one of {', '.join(SCHEMES)}")
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"data.threshold={self.threshold}: expected a share above 0, at most 1")
+        check_bands(self.bands, BANDS, self.scaling)
+        root = check_root(self)
+        source = find_split_file(root, self.lists, split, "list")
+        label_file = os.path.join(root, self.labels)
+        shares_of = _read_pickle(label_file)
+        stack = BandStack(
+            tuple(Band(band, "{path}", BANDS.index(band)) for band in self.bands),
+            self.scaling,
+            rgb=rgb_channels(self.bands, RGB),
+        )
+        records = []
+        for line, name in enumerate(read_names(source, "patch"), start=1):
+            match = _FILE.fullmatch(name)
+            if match is None:
+                raise InputError(
+                    f"{source}, line {line}: {shown(name)}, expected a file such as ROIs1158_spring_s2_1_p30.tif"
+                )
+            if name not in shares_of:
+                raise InputError(f"{source}, line {line}: {name} has no entry in {label_file}")
+            present = _shares(shares_of[name], name, label_file, self.scheme) >= self.threshold
+            key = os.path.normpath(os.path.join(self.images, match[1], match[2], name))
+            records.append(Record(key, os.path.join(root, key), tuple(np.flatnonzero(present).tolist()), bands=stack))
+        columns = Records(sorted(records, key=lambda record: os.path.basename(record.key)))
+        check_files(self, columns, source)
+        protocol = (
+            f"SEN12MS, {os.path.basename(source)}, {len(records):,} patches, {self.scheme} classes present from a share of "
+            f"{self.threshold:g}, bands {' '.join(self.bands)}, {self.scaling}"
+        )
+        return Manifest(SCHEMES[self.scheme], columns, split, protocol)
 
 
 class _Unpickler(pickle.Unpickler):

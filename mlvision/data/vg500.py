@@ -26,39 +26,41 @@ class Vg500Config(DataConfig):
     classes: Annotated[str, "file of class names under root, a line for each number; empty: class 0, class 1, ..."] = ""
     num_classes: Annotated[int, "number of classes"] = 500
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split.
 
-def read_vg500(config: Vg500Config, split: str) -> Manifest:
-    """Reads one split. The published files number the classes and do not name them: give a file that does, if you have one.
+        The published files number the classes and do not name them: give a file that does, if you have one.
 
-    Raises:
-        InputError: a file is missing or malformed, an image has no labels in the JSON file or is in no image folder, or a
-            class number is out of range; the message names file, line or image.
+        Raises:
+            InputError: a file is missing or malformed, an image has no labels in the JSON file or is in no image folder, or
+                a class number is out of range; the message names file, line or image.
 
-    Source: Chen et al., "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition" (SSGRL), ICCV
-    2019; github.com/HCPLab-SYSU/SSGRL (82,904 training and 10,000 test images).
-    """
-    if not 1 <= config.num_classes <= MOST_CLASSES:
-        raise InputError(f"data.num_classes={config.num_classes}: expected 1 to {MOST_CLASSES:,}")
-    if not config.images:
-        raise InputError("data.images is empty: expected at least one folder")
-    root = check_root(config, hint=": the folder with the lists, the label file and the image folders")
-    source = find_split_file(root, config.lists, split, "list")
-    names = read_names(source, "image")
-    classes = _read_classes(config, root)
-    label_file = os.path.join(root, config.labels)
-    labels_of = read_json(label_file)
-    if not isinstance(labels_of, dict):
-        raise InputError(f"{label_file}: expected an object, image name to class numbers")
-    folder_of = _find_folders(root, config.images)
-    labels = _read_labels(names, labels_of, label_file, len(classes), source)
-    keys = [image_key(folder_of.get(name, config.images[0]), name) for name in names]
-    records = Records.under(root, keys, labels)
-    check_distinct(records.keys, source, "image", "line")
-    check_files(config, records, source)
-    protocol = (
-        f"Visual Genome, {os.path.basename(source)}, {len(records):,} images, {len(classes)} classes ({config.labels})"
-    )
-    return Manifest(classes, records, split, protocol)
+        Source: Chen et al., "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition" (SSGRL),
+        ICCV 2019; github.com/HCPLab-SYSU/SSGRL (82,904 training and 10,000 test images).
+        """
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            raise InputError(f"data.num_classes={self.num_classes}: expected 1 to {MOST_CLASSES:,}")
+        if not self.images:
+            raise InputError("data.images is empty: expected at least one folder")
+        root = check_root(self, hint=": the folder with the lists, the label file and the image folders")
+        source = find_split_file(root, self.lists, split, "list")
+        names = read_names(source, "image")
+        classes = _read_classes(self, root)
+        label_file = os.path.join(root, self.labels)
+        labels_of = read_json(label_file)
+        if not isinstance(labels_of, dict):
+            raise InputError(f"{label_file}: expected an object, image name to class numbers")
+        folder_of = _find_folders(root, self.images)
+        labels = _read_labels(names, labels_of, label_file, len(classes), source)
+        keys = [image_key(folder_of.get(name, self.images[0]), name) for name in names]
+        records = Records.under(root, keys, labels)
+        check_distinct(records.keys, source, "image", "line")
+        check_files(self, records, source)
+        protocol = (
+            f"Visual Genome, {os.path.basename(source)}, {len(records):,} images, "
+            f"{len(classes)} classes ({self.labels})"
+        )
+        return Manifest(classes, records, split, protocol)
 
 
 def _read_classes(config: Vg500Config, root: str) -> tuple[str, ...]:

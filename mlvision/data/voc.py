@@ -32,38 +32,37 @@ class VocConfig(DataConfig):
     difficult_test: Annotated[str, "the same in the split that `test` names"] = "unknown"
     classes: Annotated[list[str], "class list in order; empty: VOC's twenty"] = field(default_factory=list)
 
+    def read(self, split: str) -> Manifest:
+        """Reads one split: the images of ImageSets/Main/{split}.txt.
 
-def read_voc(config: VocConfig, split: str) -> Manifest:
-    """Reads one split: the images of ImageSets/Main/{split}.txt.
+        Published results differ in what they make of a class that an image shows by difficult objects only. The devkit's
+        evaluation leaves the image out of that class (`unknown`, the default for `test`). CSRA trains on it as negative (the
+        default), DualCoOp takes it as negative in training and test, SALGL trains on it as positive. Such classes stand in
+        `Record.difficult` in any case. An object without a `difficult` element is not difficult. Parts of a person (head,
+        hand, foot) are no objects. Boxes are clipped to the image, like COCO's.
 
-    Published results differ in what they make of a class that an image shows by difficult objects only. The devkit's
-    evaluation leaves the image out of that class (`unknown`, the default for `test`). CSRA trains on it as negative (the
-    default), DualCoOp takes it as negative in training and test, SALGL trains on it as positive. Such classes stand in
-    `Record.difficult` in any case. An object without a `difficult` element is not difficult. Parts of a person (head,
-    hand, foot) are no objects. Boxes are clipped to the image, like COCO's.
+        Raises:
+            InputError: a list or annotation is missing or malformed, a class is not in the list, a box lies outside its
+                image; the message names the file and the object.
 
-    Raises:
-        InputError: a list or annotation is missing or malformed, a class is not in the list, a box lies outside its image;
-            the message names the file and the object.
-
-    Source: Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010; development kit of 2007.
-    """
-    for option in ("difficult", "difficult_test"):
-        if getattr(config, option) not in DIFFICULT:
-            raise InputError(f"data.{option}={getattr(config, option)}: expected one of {', '.join(DIFFICULT)}")
-    root = check_root(config, hint=": the folder with JPEGImages, Annotations and ImageSets")
-    source = find_split_file(root, "ImageSets/Main/{split}.txt", split, "image set")
-    classes = tuple(config.classes) or VOC_CLASSES
-    convention = config.difficult_test if split == config.test else config.difficult
-    ids = [_image_id(source, number, line) for number, line in enumerate(read_names(source, "image"), start=1)]
-    check_distinct([image_key(".", image_id) for image_id in ids], source, "image", "line")
-    records, num_difficult = _read_records(root, ids, classes, convention)
-    check_files(config, records, source)
-    protocol = (
-        f"{os.path.basename(os.path.normpath(root))}, ImageSets/Main/{split}.txt, {len(records):,} images, "
-        f"classes shown by difficult objects only are {convention} ({num_difficult:,} labels)"
-    )
-    return Manifest(classes, records, split, protocol)
+        Source: Everingham et al., "The Pascal Visual Object Classes (VOC) Challenge", IJCV 2010; development kit of 2007.
+        """
+        for option in ("difficult", "difficult_test"):
+            if getattr(self, option) not in DIFFICULT:
+                raise InputError(f"data.{option}={getattr(self, option)}: expected one of {', '.join(DIFFICULT)}")
+        root = check_root(self, hint=": the folder with JPEGImages, Annotations and ImageSets")
+        source = find_split_file(root, "ImageSets/Main/{split}.txt", split, "image set")
+        classes = tuple(self.classes) or VOC_CLASSES
+        convention = self.difficult_test if split == self.test else self.difficult
+        ids = [_image_id(source, number, line) for number, line in enumerate(read_names(source, "image"), start=1)]
+        check_distinct([image_key(".", image_id) for image_id in ids], source, "image", "line")
+        records, num_difficult = _read_records(root, ids, classes, convention)
+        check_files(self, records, source)
+        protocol = (
+            f"{os.path.basename(os.path.normpath(root))}, ImageSets/Main/{split}.txt, {len(records):,} images, "
+            f"classes shown by difficult objects only are {convention} ({num_difficult:,} labels)"
+        )
+        return Manifest(classes, records, split, protocol)
 
 
 def _image_id(source: str, number: int, line: str) -> str:
