@@ -85,16 +85,17 @@ def parse_options(
     return _build(cls, layers)
 
 
-def build_options(cls: type[_T], values: Any, *, source: str = "", overrides: Sequence[str] = ()) -> _T:
+def build_options(cls: type[_T], values: Any, *, key: str = "", source: str = "", overrides: Sequence[str] = ()) -> _T:
     """An instance of `cls` from nested plain data with `key=value` on top, every key and type checked.
 
     Args:
+        key: what the options belong to, for messages, which name them `key.<option>`.
         source: the file that gives the values, for messages.
 
     Raises:
         InputError: an unknown key, another choice's option, a wrong type, or an override that is no `key=value`.
     """
-    return _build(cls, [(values, source), *(_read_override(argument, "key=value") for argument in overrides)])
+    return _build(cls, [(values, source), *(_read_override(argument, "key=value") for argument in overrides)], key)
 
 
 def is_override(argument: str) -> bool:
@@ -417,8 +418,12 @@ def _suggest(known: Sequence[str], schema: Any, full: str) -> str:
     if near:
         return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
     everywhere = [k for k in known if k.rpartition(".")[2] == name] or list(_not_chosen(schema, full))
-    everywhere = everywhere or difflib.get_close_matches(full, known, n=1)
-    return f"; did you mean {everywhere[0]}?" if everywhere else f"; expected one of {', '.join(_hints(type(schema)))}"
+    # Keys of this group begin like it, which would make any of them near; and its names were compared above.
+    others = [k for k in known if k.rpartition(".")[0] != prefix]
+    everywhere = everywhere or difflib.get_close_matches(full, others, n=1)
+    if everywhere:
+        return f"; did you mean {everywhere[0]}?"
+    return f"; expected one of {', '.join(_hints(type(schema))) or 'none'}"
 
 
 def _not_chosen(schema: Any, full: str) -> Iterator[str]:

@@ -27,6 +27,7 @@ from mlvision.explain.producers import DenseHead, OwnMaps, StoredMaps
 from mlvision.explain.selection import EmptySelectionError, Labels, Selection, select
 from mlvision.explain.subject import Subject, check_batch, undisturbed
 from mlvision.labels.geometry import whole_images
+from mlvision.options import build_options
 
 EXPLAINERS: dict[str, type[Explainer] | type[MapProducer]] = {
     "grad_cam": GradCam,
@@ -62,7 +63,7 @@ def build_explainer(method: Any, **options: Any) -> Any:
     """An explainer by its name in EXPLAINERS and the fields of its dataclass; objects pass through.
 
     Raises:
-        InputError: an unknown name, an option that it does not have, or one out of range.
+        InputError: an unknown name, an option that it does not have, or one of a wrong type or out of range.
     """
     if not isinstance(method, str):
         if options:
@@ -75,14 +76,7 @@ def build_explainer(method: Any, **options: Any) -> Any:
         near = difflib.get_close_matches(method, table, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"method: expected one of {', '.join(table)}, got '{method}'{hint}")
-    known = getattr(table[method], "__dataclass_fields__", {})
-    for key, value in options.items():
-        if key not in known:
-            raise InputError(f"{method}.{key}: no such option; expected one of {', '.join(known) or 'none'}")
-        wanted = type(known[key].default)
-        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-            raise InputError(f"{method}.{key}: expected a value like {known[key].default!r}, got {value!r}")
-    return table[method](**options)
+    return build_options(table[method], options, key=method)
 
 
 def build_explainers(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

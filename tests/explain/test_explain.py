@@ -299,8 +299,12 @@ def test_maps_of_contrasts_and_of_logits_say_what_they_are(images):
 def test_unknown_methods_and_options_are_named(linear_model):
     with pytest.raises(InputError, match="grad_cam"):
         explain(linear_model, torch.rand(1, 3, 12, 18), "gradcam")
-    with pytest.raises(InputError, match="occlusion.windw: no such option; expected one of"):
+    with pytest.raises(InputError, match=r"occlusion.windw: no such option; did you mean occlusion.window_px\?"):
         explain(linear_model, torch.rand(1, 3, 12, 18), "occlusion", windw=3)
+    with pytest.raises(InputError, match="centre.radius: no such option; expected one of cells$"):
+        explain(linear_model, torch.rand(1, 3, 12, 18), "centre", radius=3)
+    with pytest.raises(InputError, match="dense_head.radius: no such option; expected one of none$"):
+        explain(linear_model, torch.rand(1, 3, 12, 18), "dense_head", radius=3)
     with pytest.raises(InputError, match="maps\\(model, images, indices\\)"):
         explain(linear_model, torch.rand(1, 3, 12, 18), object())
 
