@@ -2,14 +2,15 @@
 figure, and its record.
 
 python eval.py runs/<name>
-python eval.py runs/<name> split=val bootstrap=1000 device=cpu
+python eval.py runs/<name> split=val evaluators=[multilabel,bootstrap] device=cpu
 python eval.py runs/<name>/checkpoints/last.pt
 torchrun --nproc-per-node 8 eval.py runs/<name>
 """
 
 import csv
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,39 +20,42 @@ import numpy as np
 from mlvision.cli import run_command
 from mlvision.config import Config
 from mlvision.data.loader import eval_loader
-from mlvision.data.manifest import Manifest, object_areas
+from mlvision.data.manifest import Manifest
 from mlvision.engine.distributed import is_main, on_every_rank, on_main, rank, world_size
-from mlvision.engine.evaluate import Predictions, predict
+from mlvision.engine.evaluate import predict
 from mlvision.errors import InputError, check_fields
-from mlvision.files import spreadsheet_text, whole_file, write_arrays
-from mlvision.metrics import (
-    average_precision_by_size,
-    bootstrap_interval,
-    expected_calibration_error,
-    mean_average_precision,
-    multilabel_summary,
-    per_class_table,
-    real_accuracy,
+from mlvision.evaluators import (
+    BySizeConfig,
+    CalibrationConfig,
+    Evaluator,
+    EvaluatorConfig,
+    MultilabelConfig,
+    RealConfig,
+    check_each_once,
+    measure,
 )
+from mlvision.files import spreadsheet_text, whole_file, write_arrays
+from mlvision.metrics import per_class_table
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.options import EVALUATION, build_options, describe_options, marked, take_path
 from mlvision.run import ROLES, LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
-from mlvision.types import reaches
+from mlvision.types import Predictions, reaches
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is evaluated, and how surely."""
+    """What is evaluated, and what is measured of it."""
 
     split: Annotated[str, "which of the run's splits: test, val or train"] = "test"
-    bootstrap: Annotated[int, "resamplings of the images for a 95 % interval of mAP; 0: none"] = 0
+    evaluators: Annotated[list[EvaluatorConfig], "what is measured"] = field(
+        default_factory=lambda: [MultilabelConfig(), CalibrationConfig(), BySizeConfig(), RealConfig()]
+    )
 
     def __post_init__(self) -> None:
-        rules = (
-            ("split", self.split in ROLES, f"one of {', '.join(ROLES)}"),
-            ("bootstrap", self.bootstrap == 0 or 2 <= self.bootstrap <= 1_000_000, "0, or 2 to a million resamplings"),
-        )
-        check_fields(self, "", rules)
+        check_fields(self, "", (("split", self.split in ROLES, f"one of {', '.join(ROLES)}"),))
+        check_each_once(self.evaluators)
+        if "multilabel" not in (config.name for config in self.evaluators):
+            raise InputError("evaluators: expected multilabel among them, by whose metrics records are compared")
 
 
 OWN = tuple(option.name for option in fields(EvalOptions))
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> dict:
         return {}
     path, arguments = take_path(argv, "a run folder or a checkpoint")
     options, overrides = on_every_rank(lambda: read_arguments(arguments))
-    run, manifest, bad = on_every_rank(lambda: prepare(path, options, overrides))
+    run, manifest, bad, evaluators = on_every_rank(lambda: prepare(path, options, overrides))
     loader = eval_loader(manifest, run.view, run.config.loader, rank=rank(), world_size=world_size())
     predictions = {}
     for weights in ("raw", "ema") if run.weights == "ema" else ("raw",):
@@ -81,12 +85,12 @@ def main(argv: list[str]) -> dict:
         predictions[weights] = predict(
             method, loader.tracked(f"evaluating {weights} weights", shown=is_main()), run.precision
         )
-    return on_main(lambda: report(path, options, run, manifest, bad, predictions))
+    return on_main(lambda: report(path, options, run, manifest, bad, evaluators, predictions))
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[EvalOptions, list[str]]:
     """The options of evaluation itself, and the arguments that override those of the run."""
-    own = [argument for argument in arguments if argument.partition("=")[0] in OWN]
+    own = [argument for argument in arguments if re.split("[.=]", argument)[0] in OWN]
     overrides = [argument for argument in arguments if argument not in own]
     for argument in overrides:
         key = argument.partition("=")[0]
@@ -99,14 +103,14 @@ def read_arguments(arguments: Sequence[str]) -> tuple[EvalOptions, list[str]]:
 
 def prepare(
     path: str, options: EvalOptions, overrides: list[str]
-) -> tuple[LoadedRun, Manifest, list[tuple[str, str, str]]]:
-    """The run, the images that judge it, and (split, key, reason) of each that was left out."""
+) -> tuple[LoadedRun, Manifest, list[tuple[str, str, str]], list[Evaluator]]:
+    """The run, the images that judge it, (split, key, reason) of each that was left out, and what measures it."""
     run = load_run(path, overrides=overrides)
     manifest, bad = read_for(run, options.split)
     for name in ("environment.json", "metrics.json"):  # read again when all is predicted: too late to learn of damage
         if (run.folder / name).is_file():
             read_written(run.folder / name)
-    return run, manifest, bad
+    return run, manifest, bad, [config.build(run.context) for config in options.evaluators]
 
 
 def report(
@@ -115,42 +119,26 @@ def report(
     run: LoadedRun,
     manifest: Manifest,
     bad: list[tuple[str, str, str]],
+    evaluators: list[Evaluator],
     predictions: dict[str, Predictions],
 ) -> dict:
     """Write and print what the predictions of each weights are worth; the metrics."""
-    role, activation = options.split, run.method.activation
-    areas = object_areas(manifest)
-    results = {}
-    for weights, found in predictions.items():
-        results[weights] = multilabel_summary(found.logits, found.targets, activation=activation)
-        results[weights]["ECE"] = expected_calibration_error(run.method.scores(found.logits), found.targets)
-        if options.bootstrap:
-            interval = bootstrap_interval(found.logits, found.targets, num_samples=options.bootstrap)
-            results[weights] |= {"mAP_low": interval.low, "mAP_high": interval.high}
-        if areas is not None:
-            by_size = average_precision_by_size(found.logits, found.targets, areas[found.index.numpy()])
-            for size, ap in zip(("small", "medium", "large"), by_size, strict=True):
-                value, num_skipped = mean_average_precision(ap)
-                if num_skipped < len(ap):  # a size that no object has is not reported
-                    results[weights][f"mAP_{size}"] = value
-        if run.config.data.has_real_labels(manifest.split):
-            labels = [manifest.records[row].labels for row in found.index.tolist()]
-            results[weights]["real_accuracy"] = real_accuracy(found.logits, labels)
-    logits, targets = predictions[run.weights].logits, predictions[run.weights].targets
-    table = per_class_table(logits, targets, manifest.classes, activation=activation)
+    role, chosen = options.split, predictions[run.weights]
+    results = {weights: measure(evaluators, of_weights, manifest) for weights, of_weights in predictions.items()}
+    table = per_class_table(chosen.logits, chosen.targets, manifest.classes, activation=chosen.activation)
 
     # What is said of another checkpoint than the chosen one stands beside the run's own, under its name.
     of_checkpoint = Path(path).is_file()
     name = f"{role}_{Path(path).stem}" if of_checkpoint else role
     table_file, figure_file = run.folder / f"per_class_{name}.csv", run.folder / f"precision_recall_{name}.png"
     scores_file = run.folder / f"predictions_{name}.npz"
-    save_predictions(scores_file, predictions[run.weights], manifest, activation)
+    save_predictions(scores_file, chosen, manifest)
     with whole_file(table_file, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
         writer.writerows(row | {"class": spreadsheet_text(str(row["class"]))} for row in table)
     with whole_file(figure_file, "wb") as file:
-        draw_precision_recall(file, logits, targets, manifest.classes)
+        draw_precision_recall(file, chosen.logits, chosen.targets, manifest.classes)
     metrics = {
         "protocol": f"{manifest.protocol}; {len(manifest)} images, {len(manifest.classes)} classes, "
         f"{run.config.view.eval_side} px, split {manifest.split}; plain AP, F-measures at 0.5",
@@ -174,13 +162,13 @@ def report(
         shown += f"  ReaL accuracy {summary['real_accuracy']:.4f}" if "real_accuracy" in summary else ""
         mark = "*" if weights == run.weights else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
-        if not reaches(run.method.scores(predictions[weights].logits), 0.5).any():
+        if not reaches(predictions[weights].scores(), 0.5).any():
             print("        no score reaches 0.5, so nothing is predicted, and CF1 and OF1 are 0")
     print(f"written to {run.folder}: {', '.join(written)}")
     return metrics
 
 
-def save_predictions(path: Path, predictions: Predictions, manifest: Manifest, activation: str) -> None:
+def save_predictions(path: Path, predictions: Predictions, manifest: Manifest) -> None:
     """Keep the scores of a split, so that whatever is measured or fitted afterwards needs no second pass.
 
     The .npz needs nothing else to be understood; its rows are in the order of the manifest:
@@ -200,7 +188,7 @@ def save_predictions(path: Path, predictions: Predictions, manifest: Manifest, a
         "index": predictions.index.numpy(),
         "keys": np.array([manifest.records[row].key for row in predictions.index.tolist()]),
         "classes": np.array(manifest.classes),
-        "activation": np.array(activation),
+        "activation": np.array(predictions.activation),
     }
     write_arrays(path, arrays)
 

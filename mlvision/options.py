@@ -225,10 +225,13 @@ def _describe(cls: type, prefix: str, listed: set[type], skip: frozenset[str] = 
         else:
             text = next((text for text in _metadata(hint) if isinstance(text, str)), "")
             default = _default(option)
-            default = "" if default is dataclasses.MISSING else f", {default!r}"
-            yield _option_line(f"{key} ({_type_name(kind)}{default})", text)
             if _is_selectable(items):
+                names = "" if default is dataclasses.MISSING else f", [{', '.join(item.name for item in default)}]"
+                yield _option_line(f"{key} (list{names})", f"{text}; each one of {', '.join(_table(items))}")
                 yield from _describe_choices(items, f"{key}.0.", listed)
+            else:
+                default = "" if default is dataclasses.MISSING else f", {default!r}"
+                yield _option_line(f"{key} ({_type_name(kind)}{default})", text)
 
 
 def _describe_choices(kind: type[Selectable], prefix: str, listed: set[type]) -> Iterator[str]:

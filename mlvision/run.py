@@ -89,6 +89,7 @@ class LoadedRun:
         classes: class names; column c of every logit is `classes[c]`.
         config: the options it was trained with.
         folder: the run folder.
+        context: what its parts are built for.
         weights: which weights these are: raw or ema.
     """
 
@@ -96,6 +97,7 @@ class LoadedRun:
     classes: tuple[str, ...]
     config: Config
     folder: Path
+    context: Context
     precision: Precision
     view: EvalView
     weights: str
@@ -471,7 +473,7 @@ def load_run(
         raise InputError(f"{checkpoint}: does not fit {folder / 'config.yaml'} ({first_line(error)})") from error
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
-    return LoadedRun(method, classes, config, folder, precision, view, weights)
+    return LoadedRun(method, classes, config, folder, context, precision, view, weights)
 
 
 def _read_statistics(folder: Path, num_classes: int) -> LabelStatistics | None:

@@ -267,6 +267,27 @@ class StepOutput:
 
 
 @dataclass
+class Predictions:
+    """Logits and targets of a whole split, in manifest order.
+
+    Attributes:
+        logits: `[N, C]` float32: rankings are made on these, since probabilities in low precision saturate into ties.
+        targets: `[N, C]` float32: 1 present, 0 absent, NaN unknown.
+        index: `[N]` rows in the manifest, ascending, each once.
+        activation: what makes scores of the logits: softmax over the classes, or sigmoid of each.
+    """
+
+    logits: Float[Tensor, "N C"]
+    targets: Float[Tensor, "N C"]
+    index: Int64[Tensor, " N"]
+    activation: str = "sigmoid"
+
+    def scores(self) -> Float[Tensor, "N C"]:
+        """What is taken for probabilities."""
+        return to_scores(self.logits, self.activation)
+
+
+@dataclass
 class Features:
     """What a backbone gives to a head: `map` `[B, D, h, w]` and its pooled form `[B, P]`.
 

@@ -245,7 +245,9 @@ def test_partial_labels_are_hidden_from_training_alone(smoke_arguments, tmp_path
 def test_eval_says_how_sure_and_how_calibrated(trained, tmp_path, capsys):
     folder = tmp_path / "r"
     shutil.copytree(trained[0], folder)
-    found = eval_script.main([str(folder), "bootstrap=50"])["raw"]
+    found = eval_script.main([str(folder), "evaluators=[multilabel,calibration,{name: bootstrap, num_samples: 50}]"])[
+        "raw"
+    ]
     assert found["mAP_low"] < found["mAP"] < found["mAP_high"]
     assert f"mAP from {found['mAP_low']:.4f} to {found['mAP_high']:.4f}" in capsys.readouterr().out
     run = load_run(folder, weights="raw")
@@ -646,9 +648,12 @@ def test_a_run_handed_on_without_its_last_checkpoint_is_evaluated(trained, tmp_p
 def test_options_of_evaluation_are_checked_before_it_begins(trained, monkeypatch):
     monkeypatch.setattr(eval_script, "predict", lambda *_: pytest.fail("evaluation has begun"))
     for option, message in (
-        ("bootstrap=1", "bootstrap: expected 0, or 2 to a million"),
+        ("evaluators=[calibration]", "evaluators: expected multilabel among them"),
+        ("evaluators=[multilabel,real,real]", "evaluators: expected each one once, got real twice"),
+        ("evaluators=[multilabel,callibration]", "evaluators.1.name: expected one of .* did you mean calibration?"),
+        ("evaluators.1.num_samples=9", "evaluators.1.num_samples: no such option of 'calibration'.*'bootstrap'"),
         ("split=tset", "split: expected one of train, val, test, got 'tset'"),
-        ("optim.lr=1", "optim.lr: evaluation does not use this option; expected some of split, bootstrap, device"),
+        ("optim.lr=1", "optim.lr: evaluation does not use this option; expected some of split, evaluators, device"),
         ("data.split=val", "data.split: no such option"),
         ("threads=-1", "threads: expected 0"),
         ("optim.lr=1e-3", "optim.lr: evaluation does not use this option"),

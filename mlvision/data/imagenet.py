@@ -34,9 +34,6 @@ class ImagenetConfig(DataConfig):
     )
     real_split: Annotated[str, "the split that has ReaL labels"] = "val"
 
-    def has_real_labels(self, split: str) -> bool:
-        return bool(self.real) and split == self.real_split
-
     def read(self, split: str) -> Manifest:
         """Reads one split; images are sorted by path.
 
@@ -53,7 +50,7 @@ class ImagenetConfig(DataConfig):
         done with ImageNet?", 2020 (ReaL; github.com/google-research/reassessed-imagenet).
         """
         root = check_root(self)
-        has_real = self.has_real_labels(split)
+        has_real = bool(self.real) and split == self.real_split
         folders, classes = _read_classes(self, root, needs_folders=not has_real or self.check_files)
         folder = self.images.replace("{split}", split)
         if has_real:
@@ -78,7 +75,7 @@ class ImagenetConfig(DataConfig):
         protocol = f"{folder}, {len(records):,} images of {len(classes):,} classes, {note}"
         if search.others:
             protocol += f"; {search.note()}"
-        return Manifest(classes, records, split, protocol)
+        return Manifest(classes, records, split, protocol, real_lists=has_real)
 
 
 def _class_folders(path: str) -> tuple[str, ...]:

@@ -64,10 +64,6 @@ class DataConfig(Selectable):
         """
         raise NotImplementedError
 
-    def has_real_labels(self, split: str) -> bool:
-        """Whether the labels of a split are reassessed ones (ReaL), so that predicting any one of them is right."""
-        return False
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -80,6 +76,7 @@ class Manifest:
         split: the split's name.
         protocol: how images and labels were chosen, in words; printed beside every metric.
         max_pixels: width times height that an image may have.
+        real_lists: each image's labels are its ReaL list: all classes that fit it, of which any is right.
     """
 
     classes: tuple[str, ...]
@@ -87,6 +84,7 @@ class Manifest:
     split: str
     protocol: str = ""
     max_pixels: int = MAX_PIXELS
+    real_lists: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):

@@ -1,31 +1,14 @@
 """Run a method over a loader once and keep every logit."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mlvision.engine.distributed import gather
 from mlvision.engine.precision import Precision
 from mlvision.methods.base import Method
-from mlvision.types import Batch
-
-
-@dataclass
-class Predictions:
-    """Logits and targets of a whole split, in manifest order.
-
-    Attributes:
-        logits: `[N, C]` float32: rankings are made on these, since probabilities in low precision saturate into ties.
-        targets: `[N, C]` float32, NaN unknown.
-        index: `[N]` rows in the manifest, ascending, each once.
-    """
-
-    logits: Float[Tensor, "N C"]
-    targets: Float[Tensor, "N C"]
-    index: Int64[Tensor, " N"]
+from mlvision.types import Batch, Predictions
 
 
 @torch.inference_mode()
@@ -56,4 +39,4 @@ def predict(method: Method, loader: Iterable[Batch], precision: Precision) -> Pr
     logits, targets, rows = map(torch.cat, zip(*batches, strict=True))
     unique, inverse = torch.unique(rows, return_inverse=True)
     first = torch.full_like(unique, len(rows)).scatter_reduce(0, inverse, torch.arange(len(rows)), reduce="amin")
-    return Predictions(logits[first], targets[first], unique)
+    return Predictions(logits[first], targets[first], unique, method.activation)

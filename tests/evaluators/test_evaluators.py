@@ -1,0 +1,144 @@
+"""What every evaluator of EVALUATORS keeps, and what each gives."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from factories import context
+
+from mlvision.data.manifest import Manifest
+from mlvision.data.records import Boxes, Record
+from mlvision.errors import InputError
+from mlvision.evaluators import (
+    EVALUATORS,
+    BootstrapConfig,
+    BySizeConfig,
+    CalibrationConfig,
+    MultilabelConfig,
+    RealConfig,
+)
+from mlvision.metrics import average_precision, bootstrap_interval, multilabel_summary
+from mlvision.types import Predictions
+
+CLASSES = context(3).classes
+BUILT = {name: config().build(context(3)) for name, config in EVALUATORS.items() if name != "bootstrap"}
+BUILT["bootstrap"] = BootstrapConfig(num_samples=20).build(context(3))
+every_evaluator = pytest.mark.parametrize("evaluator", BUILT.values(), ids=BUILT.keys())
+
+
+def record(key, labels, sides=(), **columns):
+    """An image of 200x100 pixels with one square of each label."""
+    xyxy = np.array([[0, 0, side / 200, side / 100] for side in sides], dtype=np.float32).reshape(-1, 4)
+    number = len(sides)
+    boxes = Boxes(
+        xyxy, np.array(labels[:number], dtype=int), np.zeros(number, bool), np.zeros(number, bool), (None,) * number
+    )
+    return Record(key, key, labels, boxes=boxes if sides else None, size=(200, 100), **columns)
+
+
+PLAIN = Manifest(CLASSES, [Record(f"{i}", f"{i}", (i % 3,), unknown=((i + 1) % 3,)) for i in range(6)], "val")
+SIZED = Manifest(
+    CLASSES,
+    [record("a", (0,), (10,)), record("b", (0, 1), (99, 20)), record("c", (2,)), record("d", (1,), (31,))],
+    "val",
+)
+REAL = Manifest(
+    CLASSES, [Record("a", "a", (0, 2)), Record("b", "b", (1,)), Record("c", "c", (0,))], "val", real_lists=True
+)
+UNSEEN = Manifest(CLASSES, [Record("a", "a", (), unknown=(0, 1, 2))], "val")
+every_split = pytest.mark.parametrize(
+    "manifest", [PLAIN, SIZED, REAL, UNSEEN], ids=["plain", "sized", "real", "unseen"]
+)
+
+
+def predictions(manifest, activation="sigmoid"):
+    """Of each image but the first, as where one could not be read."""
+    rows = np.arange(len(manifest) > 1, len(manifest))
+    logits = torch.randn(len(rows), 3, generator=torch.Generator().manual_seed(5))
+    return Predictions(logits, torch.from_numpy(manifest.targets[rows]), torch.from_numpy(rows), activation)
+
+
+@every_split
+@every_evaluator
+def test_names_are_those_of_what_is_measured(evaluator, manifest):
+    metrics = evaluator.measure(predictions(manifest), manifest)
+    assert set(evaluator.metrics(manifest)) <= metrics.keys()
+    for name, value in metrics.items():
+        assert isinstance(value, int | float), name
+        assert not isinstance(value, np.generic), name
+        assert not math.isinf(value), name
+
+
+@every_split
+def test_no_two_evaluators_share_a_name(manifest):
+    names = [name for evaluator in BUILT.values() for name in evaluator.measure(predictions(manifest), manifest)]
+    assert len(set(names)) == len(names)
+
+
+@every_evaluator
+def test_predictions_are_left_as_they_are(evaluator):
+    given = predictions(SIZED)
+    before = [given.logits.clone(), given.targets.clone(), given.index.clone()]
+    evaluator.measure(given, SIZED)
+    assert all(torch.equal(a, b) for a, b in zip(before, (given.logits, given.targets, given.index), strict=True))
+
+
+def test_the_activation_of_the_predictions_counts():
+    evaluator = MultilabelConfig().build(context(3))
+    given = predictions(PLAIN, "softmax")
+    found = evaluator.measure(given, PLAIN)
+    expected = multilabel_summary(given.logits, given.targets, activation="softmax")
+    assert found == pytest.approx(expected, nan_ok=True)
+    p = given.logits.double().softmax(dim=1)
+    known = ~given.targets.isnan()
+    bins = (p * 15).long().clamp(max=14)
+    gaps = [abs((p - given.targets)[(bins == b) & known].sum().item()) for b in range(15)]
+    ece = CalibrationConfig().build(context(3)).measure(given, PLAIN)
+    assert ece == {"ECE": pytest.approx(sum(gaps) / known.sum().item(), abs=1e-6)}
+
+
+def test_training_can_choose_by_what_is_better_the_higher_it_is():
+    summary = BUILT["multilabel"].metrics(PLAIN)
+    assert {"mAP", "CF1", "OP_exact3"} <= set(summary)
+    assert not {"threshold", "num_images", "num_unknown"} & set(summary)
+    assert BUILT["calibration"].metrics(PLAIN) == ()  # less is better
+    assert BUILT["real"].metrics(PLAIN) == BUILT["by_size"].metrics(PLAIN) == ()  # not stated there
+    assert BUILT["real"].metrics(REAL) == ("real_accuracy",)
+
+
+def test_sizes_that_no_object_has_are_not_reported():
+    """Boxes of 10, 99, 20 and 31 pixels: small and large ones, none between. An image without the class stays."""
+    evaluator = BySizeConfig().build(context(3))
+    assert evaluator.metrics(SIZED) == ("mAP_small", "mAP_large")
+    logits = torch.tensor([[1.0, 5.0, 0.0], [4.0, 3.0, 0.0], [2.0, 4.0, 9.0], [0.0, 2.0, 0.0]])
+    given = Predictions(logits, torch.from_numpy(SIZED.targets), torch.arange(4))
+    found = evaluator.measure(given, SIZED)
+    # Class 0: image a is small, and stands behind c, b being left out; class 1: b and d are small, behind a and c.
+    assert found == {"mAP_small": pytest.approx((1 / 2 + (1 / 3 + 2 / 4) / 2) / 2), "mAP_large": 1.0}
+    assert evaluator.measure(predictions(PLAIN), PLAIN) == {}
+
+
+def test_real_accuracy_looks_up_the_rows_of_the_predictions():
+    evaluator = RealConfig().build(context(3))
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
+    given = Predictions(logits, torch.from_numpy(REAL.targets[[1, 2]]), torch.tensor([1, 2]))
+    assert evaluator.measure(given, REAL) == {"real_accuracy": 0.0}
+    given = Predictions(logits, torch.from_numpy(REAL.targets[[0, 2]]), torch.tensor([0, 2]))
+    assert evaluator.measure(given, REAL) == {"real_accuracy": 0.5}
+    assert evaluator.measure(predictions(PLAIN), PLAIN) == {}
+
+
+def test_the_interval_is_that_of_mean_average_precision():
+    given = predictions(PLAIN)
+    found = BUILT["bootstrap"].measure(given, PLAIN)
+    expected = bootstrap_interval(given.logits, given.targets, num_samples=20)
+    assert found == pytest.approx({"mAP_low": expected.low, "mAP_high": expected.high})
+    ap = average_precision(given.logits, given.targets)
+    assert found["mAP_low"] <= ap[~ap.isnan()].mean() <= found["mAP_high"]
+
+
+@pytest.mark.parametrize("number", [1, -1, 1_000_001])
+def test_resamplings_have_a_range(number):
+    with pytest.raises(InputError, match="evaluators.bootstrap.num_samples: expected 2 to a million"):
+        BootstrapConfig(num_samples=number)
