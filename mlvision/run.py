@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from mlvision.config import Config, load_config
 from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, file_sizes, rgb_array
-from mlvision.data.loader import Loader, class_balanced, eval_loader, evenly, train_loader
+from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
+from mlvision.data.samplers import SAMPLERS
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import Callback
@@ -157,12 +158,13 @@ def build_run(config: Config) -> Run:
     check_batch_statistics(method, config)
     if config.compile:
         compile_backbone(method, config.compile)
-    balanced = config.loader.sampling == "class_balanced"
-    if balanced and type(method).make_sampler is not Method.make_sampler:
+    sampling = config.loader.sampling
+    if sampling != "shuffled" and type(method).make_sampler is not Method.make_sampler:
         raise InputError(
-            f"loader.sampling: method {config.method.name} has an order of its own, expected shuffled, got class_balanced"
+            f"loader.sampling: method {config.method.name} has an order of its own, expected shuffled, got {sampling}"
         )
-    order = class_balanced(train, config.seed) if balanced else method.make_sampler(train, config.seed)
+    sampler = method.make_sampler if sampling == "shuffled" else SAMPLERS[sampling]
+    order = sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     label_maps = _open_label_maps(config, method, train)
     distributed.check_same({"label maps": label_maps.meta.hash if label_maps else "none"})

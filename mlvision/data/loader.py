@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mlvision.data.images import read_record
 from mlvision.data.manifest import Manifest
+from mlvision.data.samplers import SAMPLERS, EpochOrder, describe_samplers, shuffled
 from mlvision.data.transforms import EvalView, TrainView, View
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.store import LabelMapStore
@@ -39,10 +40,7 @@ from mlvision.options import EVALUATION, INERT
 from mlvision.progress import track
 from mlvision.types import Batch, CropBox
 
-# An epoch to the rows of the manifest that it visits, in order and over all ranks; equally many in every epoch.
-EpochOrder = Callable[[int], Int64[np.ndarray, " n"]]
 MOST_WORKERS = 256  # of one process: each holds the whole program
-SAMPLINGS = ("shuffled", "class_balanced")
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,7 @@ class LoaderConfig:
     eval_batch_size: Annotated[int, "images per step of each rank in evaluation", EVALUATION] = 128
     num_workers: Annotated[int, "loader processes of each rank; 0: its main process loads", INERT, EVALUATION] = 2
     prefetch: Annotated[int, "batches that each loader process keeps ready", INERT, EVALUATION] = 2
-    sampling: Annotated[
-        str,
-        "shuffled: each image once an epoch; class_balanced: classes equally often, with one of their images each time",
-    ] = "shuffled"
+    sampling: Annotated[str, describe_samplers()] = "shuffled"
 
     def __post_init__(self) -> None:
         rules = (
@@ -64,7 +59,7 @@ class LoaderConfig:
             ("eval_batch_size", self.eval_batch_size >= 1, "at least 1"),
             ("num_workers", 0 <= self.num_workers <= MOST_WORKERS, f"0 to {MOST_WORKERS}"),
             ("prefetch", 1 <= self.prefetch <= 1000, "1 to 1000"),
-            ("sampling", self.sampling in SAMPLINGS, f"one of {', '.join(SAMPLINGS)}"),
+            ("sampling", self.sampling in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
         )
         check_fields(self, "loader.", rules)
 
@@ -118,50 +113,6 @@ class ImageDataset(Dataset):
 
 def _view_seed(seed: int, epoch: int, index: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, index, number]).generate_state(1, np.uint64)[0])
-
-
-def shuffled(num_images: int, seed: int) -> EpochOrder:
-    """All images, in an order of their own in each epoch."""
-
-    def order(epoch: int) -> Int64[np.ndarray, " n"]:
-        # The key sets these numbers apart from the views': SeedSequence fills up with zeros, so [seed, epoch] alone
-        # would be [seed, epoch, 0, 0], the first view of the first image.
-        entropy = np.random.SeedSequence([seed, epoch], spawn_key=(0,))
-        return np.random.default_rng(entropy).permutation(num_images)
-
-    return order
-
-
-def class_balanced(manifest: Manifest, seed: int) -> EpochOrder:
-    """As many rows as there are images: the classes in turn, each with the next of its images in an order of its own.
-
-    Classes of the training split that no image shows are passed over. Images of rare classes come several times an epoch,
-    images without a label never. With several labels an image, frequent classes still come more often, beside rare ones.
-
-    Source: Shen et al., "Relay Backpropagation for Effective Learning of Deep Convolutional Neural Networks", ECCV 2016
-    (class-aware sampling).
-
-    Raises:
-        InputError: no image has a label.
-    """
-    of_class: list[list[int]] = [[] for _ in manifest.classes]
-    for row, record in enumerate(manifest.records):
-        for label in record.labels:
-            of_class[label].append(row)
-    images = [np.array(rows, dtype=np.int64) for rows in of_class if rows]
-    if not images:
-        raise InputError(f"loader.sampling: split {manifest.split!r} has no label to balance by")
-
-    def order(epoch: int) -> Int64[np.ndarray, " n"]:
-        rng = np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(1,)))
-        each = -(-len(manifest) // len(images))
-        drawn = [
-            np.concatenate([rng.permutation(rows) for _ in range(-(-each // len(rows)))])[:each] for rows in images
-        ]
-        turns = np.stack([rng.permutation(len(images)) for _ in range(each)])
-        return np.stack(drawn, axis=1)[np.arange(each)[:, None], turns].ravel()[: len(manifest)]
-
-    return order
 
 
 def rank_slice(rows: Int64[np.ndarray, " n"], rank: int, world_size: int) -> Int64[np.ndarray, " m"]:
@@ -436,7 +387,7 @@ def train_loader(
     `label_maps`: a store whose rows are those of the manifest; every batch then has the maps of its images.
     """
     if order is None:
-        order = shuffled(len(manifest), seed)
+        order = shuffled(manifest, seed)
     batches = EpochBatches(order, config.batch_size, rank, world_size)
     return Loader(ImageDataset(manifest, view, seed, num_views, label_maps), batches, config)
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from mlvision.data.loader import EpochOrder, shuffled
 from mlvision.data.manifest import Manifest
+from mlvision.data.samplers import EpochOrder, shuffled
 from mlvision.errors import check_fields
 from mlvision.models import Classifier
 from mlvision.options import Selectable
@@ -110,7 +110,7 @@ class Method(nn.Module):
 
     def make_sampler(self, manifest: Manifest, seed: int) -> EpochOrder:
         """The order of the training images in each epoch: a function of (seed, epoch)."""
-        return shuffled(len(manifest), seed)
+        return shuffled(manifest, seed)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups, to which `optim.lr_scales` refers."""

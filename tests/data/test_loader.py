@@ -21,7 +21,6 @@ from mlvision.data.loader import (
     LoaderConfig,
     eval_loader,
     rank_slice,
-    shuffled,
     train_loader,
 )
 from mlvision.data.manifest import Manifest, Record
@@ -142,14 +141,6 @@ def test_views_differ_between_epochs_images_and_seeds(manifest):
         for view in ImageDataset(manifest, VIEW, seed, num_views=2)[epoch, index].views
     }
     assert len(boxes) == 2 * 2 * 3 * 2
-
-
-def test_orders_are_permutations_of_their_own():
-    order = shuffled(50, seed=3)
-    epochs = [order(epoch).tolist() for epoch in range(4)] + [shuffled(50, seed=4)(0).tolist()]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 5
-    assert order(2).tolist() == epochs[2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

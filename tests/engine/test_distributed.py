@@ -20,7 +20,7 @@ from torch import nn
 import eval as eval_script
 import train as train_script
 from mlvision.config import Config
-from mlvision.data.loader import shuffled
+from mlvision.data.samplers import shuffled
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.fit import BEST, LAST
@@ -111,7 +111,7 @@ def torn_image(root):
     config = parse_options(Config, [SMOKE, f"data.root={root}"], prog="", description="")
     train, _, _ = read_training_manifests(config)
     size = config.loader.batch_size
-    record = train.records[shuffled(len(train), config.seed)(0)[2 * size + size // 2 + 1]]
+    record = train.records[shuffled(train, config.seed)(0)[2 * size + size // 2 + 1]]
     os.truncate(record.path, 400)
     return Path(record.path).name
 

@@ -16,8 +16,7 @@ import eval as eval_script
 import train as train_script
 from mlvision import load_run
 from mlvision.config import Config
-from mlvision.data.loader import class_balanced
-from mlvision.data.manifest import Manifest, Record
+from mlvision.data.samplers import class_balanced
 from mlvision.engine.checkpoint import CheckpointConfig, load_checkpoint
 from mlvision.engine.optim import OptimConfig, parameter_groups
 from mlvision.errors import InputError
@@ -104,25 +103,6 @@ def test_focal_loss_is_torchvisions():
     targets[0, 0] = torch.nan
     both = asymmetric_loss(logits, targets, gamma_neg=2.0, gamma_pos=2.0, clip=0.0)
     assert torch.equal(focal_loss(logits, targets), both)
-
-
-def test_class_balanced_sampling_shows_rare_classes_as_often():
-    """100 images of class 0, 3 of class 1, none of class 2, one without a label."""
-    labels = [(0,)] * 100 + [(1,)] * 3 + [()]
-    records = tuple(Record(f"{i}.jpg", f"{i}.jpg", of) for i, of in enumerate(labels))
-    manifest = Manifest(("common", "rare", "absent"), records, "train")
-    order = class_balanced(manifest, seed=3)
-    rows = order(0)
-    assert len(rows) == 104
-    assert sum(row < 100 for row in rows) == 52
-    counts = [int((rows == row).sum()) for row in (100, 101, 102)]
-    assert sorted(counts) == [17, 17, 18]
-    assert 103 not in rows
-    assert len({int(row) for row in rows if row < 100}) == 52  # none of a class's images twice before all came once
-    assert (order(0) == rows).all()
-    assert (order(1) != rows).any()
-    with pytest.raises(InputError, match="has no label to balance by"):
-        class_balanced(Manifest(("a",), records[103:], "train"), 0)
 
 
 def test_the_option_chooses_the_order(smoke_arguments):
