@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
             run.method,
             run.train_loader,
             run.val_loader,
+            run.measure,
             run_dir=folder,
             classes=run.train.classes,
             keys=run.train.keys,

@@ -16,6 +16,7 @@ from mlvision.engine.log import LogConfig
 from mlvision.engine.optim import EmaConfig, OptimConfig
 from mlvision.engine.precision import MOST_THREADS
 from mlvision.errors import check_fields
+from mlvision.evaluators import EvaluatorConfig, MultilabelConfig, check_each_once
 from mlvision.files import is_file_name
 from mlvision.methods import BaselineConfig, MethodConfig
 from mlvision.models import BackboneConfig, HeadConfig, LinearHeadConfig
@@ -55,6 +56,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     ddp: DdpConfig = field(default_factory=DdpConfig)
+    evaluators: Annotated[list[EvaluatorConfig], "what is measured after each epoch"] = field(
+        default_factory=lambda: [MultilabelConfig()]
+    )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: Annotated[LogConfig, INERT] = field(default_factory=LogConfig)
 
@@ -68,6 +72,7 @@ class Config:
             ("threads", 0 <= self.threads <= MOST_THREADS, f"0 (torch's own choice) to {MOST_THREADS}"),
         )
         check_fields(self, "", rules)
+        check_each_once(self.evaluators)
 
 
 def parse_run_options(cls: type[_T], argv: Sequence[str], *, prog: str, description: str | None) -> _T:

@@ -42,6 +42,7 @@ from mlvision.engine.lock import LOCK, locked
 from mlvision.engine.precision import Precision, resolve_device, resolve_precision
 from mlvision.engine.seed import seed_everything, set_deterministic
 from mlvision.errors import InputError, first_line, shown
+from mlvision.evaluators import Evaluator, measure
 from mlvision.files import whole_file
 from mlvision.labels.store import LabelMapStore
 from mlvision.methods import Method
@@ -50,6 +51,7 @@ from mlvision.models.heads.base import Assets
 from mlvision.options import INERT, build_options, flatten, save_options, to_plain
 from mlvision.parts import Context, LabelStatistics
 from mlvision.text_files import read_json, read_text
+from mlvision.types import Predictions
 from mlvision.versions import upgrade
 
 ROLES = ("train", "val", "test")
@@ -70,6 +72,7 @@ class Run:
     val: Manifest
     train_loader: Loader
     val_loader: Loader
+    evaluators: list[Evaluator]
     precision: Precision
     bad_images: list[tuple[str, str, str]]
     label_maps: LabelMapStore | None
@@ -79,6 +82,10 @@ class Run:
         """What a run must find unchanged when it goes on, by name."""
         hashes = {"training records": self.train.hash, "validation records": self.val.hash}
         return hashes | ({"label maps": self.label_maps.meta.hash} if self.label_maps else {})
+
+    def measure(self, predictions: Predictions) -> dict[str, float]:
+        """What the evaluators give of predictions of the validation images."""
+        return measure(self.evaluators, predictions, self.val)
 
 
 @dataclass
@@ -149,12 +156,16 @@ def build_run(config: Config) -> Run:
     seed_everything(config.seed)
     set_deterministic(config.deterministic)
     statistics = train.statistics()
-    method, preprocessing = build_method(config, Context(train.classes, statistics))
+    context = Context(train.classes, statistics)
+    method, preprocessing = build_method(config, context)
     method.prepare(statistics)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.ddp.sync_bn:
         distributed.sync_batch_norm(method, precision.device)
-    check_options(method, config.optim, config.checkpoint, config.loader.batch_size // distributed.world_size())
+    evaluators = [options.build(context) for options in config.evaluators]
+    metrics = [name for evaluator in evaluators for name in evaluator.metrics(val)]
+    images_per_rank = config.loader.batch_size // distributed.world_size()
+    check_options(method, config.optim, config.checkpoint, images_per_rank, metrics)
     check_batch_statistics(method, config)
     if config.compile:
         compile_backbone(method, config.compile)
@@ -188,6 +199,7 @@ def build_run(config: Config) -> Run:
             world_size=world_size,
         ),
         val_loader=eval_loader(val, _eval_view(view), config.loader, rank=rank, world_size=world_size),
+        evaluators=evaluators,
         precision=precision,
         bad_images=bad,
         label_maps=label_maps,

@@ -76,6 +76,13 @@ def test_a_saved_config_says_its_version(tmp_path):
     assert parse(str(tmp_path / "config.yaml")) == Config(name="")
 
 
+def test_a_config_that_was_saved_before_there_were_evaluators(tmp_path):
+    values = to_plain(Config())
+    del values["evaluators"]
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    assert load_config(tmp_path / "config.yaml") == Config()
+
+
 def as_version_1(config):
     """What the first version would have saved."""
     old = to_plain(config) | {"bootstrap": 100}

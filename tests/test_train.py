@@ -356,6 +356,19 @@ def truncate_image(root):
         (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),
+        (
+            None,
+            ["checkpoint.select=mAP_small"],
+            "no metric 'mAP_small' by which the evaluators could choose; expected one of last, mAP, mAP_env",
+        ),
+        (
+            None,
+            ["evaluators=[calibration]", "checkpoint.select=ECE"],
+            "no metric 'ECE' by which the evaluators could choose; expected one of last",
+        ),
+        (None, ["evaluators=[multilabel,real]", "checkpoint.select=real_accuracy"], "no metric 'real_accuracy'"),
+        (None, ["evaluators=[real,multilabel,real]"], "evaluators: expected each one once, got real twice"),
+        (None, ["evaluators=[bootstrap]", "evaluators.0.num_samples=1"], "num_samples: expected 2 to a million"),
         (None, ["checkpoint.select=num_skipped_classes"], "checkpoint.select: no metric 'num_skipped_classes'"),
         (
             None,

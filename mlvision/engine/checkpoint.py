@@ -20,7 +20,7 @@ class CheckpointConfig:
     every_steps: Annotated[int, "also save every so many steps within an epoch; 0: after each epoch only", INERT] = 0
     select: Annotated[
         str,
-        "validation metric whose highest value chooses checkpoints/best.pt; last: the last epoch, whatever it gives",
+        "metric of the evaluators whose highest value in validation chooses checkpoints/best.pt; last: the last epoch",
     ] = "mAP"
     patience: Annotated[int, "training ends after so many epochs without a better value; 0: never early"] = 0
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -36,9 +35,8 @@ from mlvision.engine.stop import StopSignal
 from mlvision.errors import InputError, first_line
 from mlvision.losses import binary_cross_entropy, softmax_cross_entropy
 from mlvision.methods.base import Method
-from mlvision.metrics import multilabel_summary
 from mlvision.progress import duration
-from mlvision.types import Batch, StepOutput
+from mlvision.types import Batch, Predictions, StepOutput
 
 LAST, BEST = "checkpoints/last.pt", "checkpoints/best.pt"
 
@@ -167,6 +165,7 @@ def fit(
     method: Method,
     train_loader: Loader,
     val_loader: Loader,
+    measure: Callable[[Predictions], dict[str, float]],
     *,
     run_dir: Path,
     classes: Sequence[str],
@@ -187,6 +186,7 @@ def fit(
     processes each has the loaders of its own part, all raise the same errors, and rank 0 writes.
 
     Args:
+        measure: what is measured of the predictions of the validation images, by name.
         classes: class names, kept in the checkpoints.
         keys: the image key of each training row, to name images in errors.
         data_hashes: identity of the training and validation records and what else a run resumes on alone, by name.
@@ -260,7 +260,7 @@ def fit(
                 images = (state.step - first_step) * train_loader.images_per_step
                 # A run that was stopped before a validation goes on with it: no step, no speed.
                 speed = images / max(time.perf_counter() - started, 1e-9) if images else None
-                improved = validate(state, val_loader, precision, checkpoint.select)
+                improved = validate(state, val_loader, precision, measure, checkpoint.select)
                 on_every_rank(partial(close_epoch, state, callbacks, speed, improved))
                 state.epoch += 1
                 if improved:
@@ -366,16 +366,21 @@ def log_step(state: FitState, guard: FiniteGuard, keys: list[str]) -> dict[str, 
     return values
 
 
-def validate(state: FitState, loader: Loader, precision: Precision, select: str) -> bool:
+def validate(
+    state: FitState,
+    loader: Loader,
+    precision: Precision,
+    measure: Callable[[Predictions], dict[str, float]],
+    select: str,
+) -> bool:
     """Measure raw and EMA weights apart on the validation split; True where the selected ones are the best so far."""
     state.validation = {}
     for weights, method in (("raw", state.method), ("ema", state.ema.module if state.ema else None)):
         if method is not None:
             share_buffers(method)
-            found = predict(method, loader.tracked(f"validating {weights} weights", shown=is_main()), precision)
-            summary = multilabel_summary(found.logits, found.targets, activation=method.activation)
-            loss = validation_loss(found.logits, found.targets, method.activation)
-            state.validation |= {f"val/{weights}/{name}": value for name, value in (summary | {"loss": loss}).items()}
+            predictions = predict(method, loader.tracked(f"validating {weights} weights", shown=is_main()), precision)
+            metrics = measure(predictions) | {"loss": validation_loss(predictions)}
+            state.validation |= {f"val/{weights}/{name}": value for name, value in metrics.items()}
     on_every_rank(lambda: state.log.metrics(state.step, state.epoch, state.validation))
     if select == "last":
         return True
@@ -386,14 +391,23 @@ def validate(state: FitState, loader: Loader, precision: Precision, select: str)
     return improved
 
 
-def validation_loss(logits: Float[Tensor, "N C"], targets: Float[Tensor, "N C"], activation: str) -> float:
+def validation_loss(predictions: Predictions) -> float:
     """Cross-entropy with the labels as they are, whatever the method trains: summed over classes, mean over images."""
-    loss = softmax_cross_entropy if activation == "softmax" else binary_cross_entropy
-    return float(loss(logits, targets))
+    loss = softmax_cross_entropy if predictions.activation == "softmax" else binary_cross_entropy
+    return float(loss(predictions.logits, predictions.targets))
 
 
-def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConfig, images_per_rank: int) -> None:
+def check_options(
+    method: Method,
+    optim: OptimConfig,
+    checkpoint: CheckpointConfig,
+    images_per_rank: int,
+    metrics: Sequence[str],
+) -> None:
     """Find, before anything is written, what `fit` would stumble over.
+
+    Args:
+        metrics: names of what validation gives, of those that are better the higher they are.
 
     Raises:
         InputError: an optimizer that cannot be built, a batch that cannot be divided, or a selection metric that validation
@@ -404,11 +418,10 @@ def check_options(method: Method, optim: OptimConfig, checkpoint: CheckpointConf
         raise InputError(
             f"optim.accumulate: the {images_per_rank} images of a step and process cannot be divided into {optim.accumulate}"
         )
-    metrics = multilabel_summary(torch.zeros(1, 1), torch.ones(1, 1))
-    known = [name for name in metrics if name != "threshold" and not name.startswith("num_")]  # higher is better
-    if checkpoint.select not in (*known, "last"):
+    if checkpoint.select not in ("last", *metrics):
         raise InputError(
-            f"checkpoint.select: no metric '{checkpoint.select}'; expected last or one of {', '.join(known)}"
+            f"checkpoint.select: no metric '{checkpoint.select}' by which the evaluators could choose; expected one of "
+            + ", ".join(("last", *metrics))
         )
 
 
@@ -420,6 +433,7 @@ def close_epoch(
         callback.on_epoch_end(state)
     found = {weights: state.validation.get(f"val/{weights}/mAP") for weights in ("raw", "ema")}
     measured = "  ".join(f"{weights} {value:.4f}" for weights, value in found.items() if value is not None)
+    measured = f"  val mAP (plain): {measured}" if measured else ""
     loss = "" if state.loss is None else f"  loss {state.loss:.4f}"
     pace = ""
     if images_per_second is not None:
@@ -429,6 +443,5 @@ def close_epoch(
         left = duration((state.epochs * state.steps_per_epoch - state.step) * per_step)
         pace = f"  {images_per_second:.0f} images/s  {left} left"
     state.log.line(
-        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}{loss}  val mAP (plain): {measured}{pace}"
-        f"{'  best' if improved else ''}"
+        f"epoch {state.epoch + 1}/{state.epochs}  step {state.step}{loss}{measured}{pace}{'  best' if improved else ''}"
     )

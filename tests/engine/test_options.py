@@ -74,6 +74,28 @@ def test_the_last_epoch_can_be_chosen_whatever_validation_says(smoke_arguments, 
         CheckpointConfig(select="last", patience=1)
 
 
+def test_other_evaluators_measure_each_epoch_and_choose(smoke_arguments, tmp_path, capsys):
+    """Medium objects, of which there are few, are not found better after the second epoch; all objects are."""
+    arguments = [*smoke_arguments, *PLAIN, "optim.epochs=4", "data.val_fraction=0.3"]
+    train_script.main([*arguments, f"out={tmp_path / 'plain'}"])
+    more = ["evaluators=[multilabel,calibration,by_size]", "checkpoint.select=mAP_medium"]
+    train_script.main([*arguments, *more, f"out={tmp_path / 'more'}"])
+    plain, logged = (list(csv.DictReader(open(tmp_path / name / "metrics.csv"))) for name in ("plain", "more"))
+    added = [row for row in logged if row not in plain]
+    assert [row for row in logged if row in plain] == plain
+    names = ("ECE", "mAP_small", "mAP_medium")
+    assert {row["name"] for row in added} == {f"val/raw/{name}" for name in names}
+    values = [float(row["value"]) for row in added if row["name"] == "val/raw/mAP_medium"]
+    best = load_checkpoint(tmp_path / "more/checkpoints/best.pt")
+    assert len(values) == 4
+    assert best["epoch"] == values.index(max(values)) + 1
+    assert load_checkpoint(tmp_path / "more/checkpoints/last.pt")["best"] == pytest.approx(max(values))
+    assert "val mAP (plain): raw" in capsys.readouterr().out
+    few = ["evaluators=[calibration]", "checkpoint.select=last", "optim.epochs=1"]
+    train_script.main([*arguments, *few, f"out={tmp_path / 'few'}"])
+    assert "mAP" not in capsys.readouterr().out
+
+
 def test_rates_by_layer_are_those_of_timm():
     """timm's own groups of the same network, whose last, of scale 1, is the classifier's."""
     backbone, head = build_backbone("test_vit", image_size=48), nn.Linear(64, 3)
