@@ -79,9 +79,7 @@ def main(argv: list[str]) -> dict:
     loader = eval_loader(manifest, run.view, run.config.loader, rank=rank(), world_size=world_size())
     predictions = {}
     for weights in ("raw", "ema") if run.weights == "ema" else ("raw",):
-        method = run.method
-        if weights != run.weights:
-            method = on_every_rank(partial(load_run, path, overrides=overrides, weights=weights)).method
+        method = on_every_rank(partial(run.with_weights, weights)).method
         predictions[weights] = predict(
             method, loader.tracked(f"evaluating {weights} weights", shown=is_main()), run.precision
         )

@@ -98,6 +98,7 @@ class LoadedRun:
         config: the options it was trained with.
         folder: the run folder.
         context: what its parts are built for.
+        checkpoint: the file that the weights are from.
         weights: which weights these are: raw or ema.
     """
 
@@ -108,7 +109,21 @@ class LoadedRun:
     context: Context
     precision: Precision
     view: EvalView
+    checkpoint: Path
     weights: str
+
+    def with_weights(self, weights: str) -> "LoadedRun":
+        """The run with the raw or ema weights of its checkpoint: a copy, or the run itself if it has them.
+
+        Raises:
+            InputError: the checkpoint has no such weights, or cannot be read any more.
+        """
+        if weights == self.weights:
+            return self
+        state = _state_of(load_checkpoint(self.checkpoint), weights, self.checkpoint)
+        method = copy.deepcopy(self.method)
+        _load_state(method, state, self.checkpoint)
+        return dataclasses.replace(self, method=method, weights=weights)
 
     def preprocess(self, images: Any) -> UInt8[Tensor, "B 3 H W"]:
         """PIL images, or one, as the uint8 batch that `method.predict` takes, resized as at evaluation.
@@ -472,22 +487,34 @@ def load_run(
     saved = load_checkpoint(checkpoint)
     if weights == "auto":
         weights = "raw" if saved["ema"] is None else "ema"
-    if weights not in ("raw", "ema") or (weights == "ema" and saved["ema"] is None):
-        raise InputError(
-            f"{checkpoint}: no '{weights}' weights there; expected raw" + (" or ema" if saved["ema"] else "")
-        )
+    state = _state_of(saved, weights, checkpoint)
     classes = tuple(saved["classes"])
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
     assets = config.head.load_assets(folder, classes)
     context = Context(classes, _read_statistics(folder, len(classes)))
     method, preprocessing = build_method(dataclasses.replace(config, model=untrained), context, assets)
-    try:
-        method.load_state_dict(saved["ema" if weights == "ema" else "method"])
-    except RuntimeError as error:
-        raise InputError(f"{checkpoint}: does not fit {folder / 'config.yaml'} ({first_line(error)})") from error
+    _load_state(method, state, checkpoint)
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
-    return LoadedRun(method, classes, config, folder, context, precision, view, weights)
+    return LoadedRun(method, classes, config, folder, context, precision, view, checkpoint, weights)
+
+
+def _state_of(saved: dict[str, Any], weights: str, checkpoint: Path) -> dict[str, Tensor]:
+    """The raw or ema weights that a checkpoint holds."""
+    if weights not in ("raw", "ema") or (weights == "ema" and saved["ema"] is None):
+        raise InputError(
+            f"{checkpoint}: no '{weights}' weights there; expected raw" + (" or ema" if saved["ema"] else "")
+        )
+    return saved["ema" if weights == "ema" else "method"]
+
+
+def _load_state(method: Method, state: dict[str, Tensor], checkpoint: Path) -> None:
+    """Put the weights of a run's checkpoint into its method."""
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        config = checkpoint.parent.parent / "config.yaml"
+        raise InputError(f"{checkpoint}: does not fit {config} ({first_line(error)})") from error
 
 
 def _read_statistics(folder: Path, num_classes: int) -> LabelStatistics | None:

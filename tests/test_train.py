@@ -200,6 +200,22 @@ def test_a_run_on_other_bands_than_red_green_and_blue(smoke_arguments, tmp_path)
         explain_tool.main([str(tmp_path / "run")])
 
 
+def test_a_loaded_run_gives_the_other_weights_of_its_checkpoint(trained):
+    for path in (trained[0], trained[0] / LAST):
+        run = load_run(path, device="cpu")
+        before = {name: value.clone() for name, value in run.method.state_dict().items()}
+        other, expected = run.with_weights("raw"), load_run(path, device="cpu", weights="raw")
+        assert (other.weights, run.weights, other.checkpoint) == ("raw", "ema", expected.checkpoint)
+        assert not other.method.training
+        assert run.with_weights("ema") is run
+        for name, value in expected.method.state_dict().items():
+            assert torch.equal(other.method.state_dict()[name], value), name
+        assert all(torch.equal(value, before[name]) for name, value in run.method.state_dict().items())
+        assert any(not torch.equal(value, before[name]) for name, value in other.method.state_dict().items())
+    with pytest.raises(InputError, match="no 'best' weights there; expected raw or ema"):
+        run.with_weights("best")
+
+
 def test_the_validation_loss_is_that_of_the_labels(trained):
     folder, _ = trained
     logged = metric_rows(folder)
