@@ -59,7 +59,7 @@ CONTROLS: dict[str, type[Explainer]] = {
 }
 
 
-def build_explainer(method: Any, **options: Any) -> Any:
+def build_explainer(method: Any, /, **options: Any) -> Any:
     """An explainer by its name in EXPLAINERS and the fields of its dataclass; objects pass through.
 
     Raises:

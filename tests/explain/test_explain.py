@@ -305,6 +305,8 @@ def test_unknown_methods_and_options_are_named(linear_model):
         explain(linear_model, torch.rand(1, 3, 12, 18), "centre", radius=3)
     with pytest.raises(InputError, match="dense_head.radius: no such option; expected one of none$"):
         explain(linear_model, torch.rand(1, 3, 12, 18), "dense_head", radius=3)
+    with pytest.raises(InputError, match="centre.method: no such option; expected one of cells$"):
+        build_explainer("centre", **{"method": "edges"})
     with pytest.raises(InputError, match="maps\\(model, images, indices\\)"):
         explain(linear_model, torch.rand(1, 3, 12, 18), object())
 
