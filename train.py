@@ -84,8 +84,7 @@ def left_out(run: Run) -> Iterator[str]:
             f"note: each epoch drops {num_dropped} of {batches.num_images:,} images (incomplete last batch of "
             f"{batches.batch_size}); which ones varies by epoch"
         )
-    num_present, _ = run.train.label_counts()
-    absent = [name for name, number in zip(run.train.classes, num_present, strict=True) if not number]
+    absent = [name for name, number in zip(run.train.classes, run.statistics.positives, strict=True) if not number]
     if absent:
         yield f"note: no training image shows {len(absent)} of the classes: {listed(absent, most=10)}"
 

@@ -73,6 +73,7 @@ class Run:
     train_loader: Loader
     val_loader: Loader
     evaluators: list[Evaluator]
+    statistics: LabelStatistics
     precision: Precision
     bad_images: list[tuple[str, str, str]]
     label_maps: LabelMapStore | None
@@ -215,6 +216,7 @@ def build_run(config: Config) -> Run:
         ),
         val_loader=eval_loader(val, _eval_view(view), config.loader, rank=rank, world_size=world_size),
         evaluators=evaluators,
+        statistics=statistics,
         precision=precision,
         bad_images=bad,
         label_maps=label_maps,
@@ -627,7 +629,7 @@ def start_folder(run: Run, folder: Path) -> None:
             csv.writer(file).writerows([("split", "key", "reason"), *run.bad_images])
     with whole_file(folder / "images.csv", newline="") as file:
         csv.writer(file).writerows([_IMAGE_COLUMNS, *_image_rows(run)])
-    write_json(folder / _STATISTICS, dataclasses.asdict(run.train.statistics()))
+    write_json(folder / _STATISTICS, dataclasses.asdict(run.statistics))
     environment = describe_environment(run.precision.device)
     if run.label_maps:
         environment["label_maps"] = run.label_maps.meta.to_json()
