@@ -173,6 +173,29 @@ class Manifest:
         return row
 
     @cached_property
+    def object_areas(self) -> Float32[np.ndarray, "N C"] | None:
+        """`[N, C]`, in pixels of the annotated image: of each class's largest box that is no crowd; NaN where there is none.
+
+        None where the data set has no boxes, or does not state how large its images are.
+
+        DEVIATION: COCO measures segments, which not every data set has; a box is larger.
+        """
+        if not any(record.boxes is not None and record.size is not None for record in self.records):
+            return None
+        areas = np.full((len(self), len(self.classes)), np.nan, dtype=np.float32)
+        for row, record in enumerate(self.records):
+            if record.boxes is None or record.size is None:
+                continue
+            x1, y1, x2, y2 = record.boxes.xyxy.T
+            pixels = (x2 - x1) * (y2 - y1) * record.size[0] * record.size[1]
+            for label, area, crowd in zip(
+                record.boxes.labels.tolist(), pixels.tolist(), record.boxes.crowd, strict=True
+            ):
+                if not crowd:
+                    areas[row, label] = np.fmax(areas[row, label], area)
+        return areas
+
+    @cached_property
     def hash(self) -> str:
         """sha256 of the record list (keys, labels, unknowns): the same images, labels and order."""
         digest = hashlib.sha256()
@@ -188,27 +211,6 @@ class Manifest:
     def select(self, indices: Iterable[int], split: str | None = None) -> "Manifest":
         """The records at `indices`, in that order."""
         return replace(self, records=self._columns.take(indices), split=self.split if split is None else split)
-
-
-def object_areas(manifest: Manifest) -> Float32[np.ndarray, "N C"] | None:
-    """`[N, C]`, in pixels of the annotated image: of each class's largest box that is no crowd; NaN where there is none.
-
-    None where the data set has no boxes, or does not state how large its images are.
-
-    DEVIATION: COCO measures segments, which not every data set has; a box is larger.
-    """
-    if not any(record.boxes is not None and record.size is not None for record in manifest.records):
-        return None
-    areas = np.full((len(manifest), len(manifest.classes)), np.nan, dtype=np.float32)
-    for row, record in enumerate(manifest.records):
-        if record.boxes is None or record.size is None:
-            continue
-        x1, y1, x2, y2 = record.boxes.xyxy.T
-        pixels = (x2 - x1) * (y2 - y1) * record.size[0] * record.size[1]
-        for label, area, crowd in zip(record.boxes.labels.tolist(), pixels.tolist(), record.boxes.crowd, strict=True):
-            if not crowd:
-                areas[row, label] = np.fmax(areas[row, label], area)
-    return areas
 
 
 def carve_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import numpy as np
 
-from mlvision.data.manifest import Manifest, object_areas
+from mlvision.data.manifest import Manifest
 from mlvision.evaluators.base import Evaluator, EvaluatorConfig
 from mlvision.metrics import average_precision_by_size, mean_average_precision
 from mlvision.metrics.by_size import COCO_AREAS
@@ -29,14 +29,14 @@ class BySize(Evaluator):
     """`average_precision_by_size` with COCO's limits; a size that no object of the split has is not reported."""
 
     def metrics(self, manifest: Manifest) -> tuple[str, ...]:
-        areas = object_areas(manifest)
+        areas = manifest.object_areas
         if areas is None:
             return ()
         sizes = np.digitize(areas[(manifest.targets == 1) & ~np.isnan(areas)], COCO_AREAS)
         return tuple(name for size, name in enumerate(_METRICS) if (sizes == size).any())
 
     def measure(self, predictions: Predictions, manifest: Manifest) -> dict[str, float]:
-        areas = object_areas(manifest)
+        areas = manifest.object_areas
         if areas is None:
             return {}
         by_size = average_precision_by_size(

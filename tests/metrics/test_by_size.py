@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlvision.data.manifest import Manifest, object_areas
+from mlvision.data.manifest import Manifest
 from mlvision.data.records import Boxes, Record
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision_by_size
@@ -33,6 +33,6 @@ def test_areas_are_those_of_the_largest_box_in_pixels():
         segmentation=(None,) * 3,
     )
     records = (Record("a", "a", (1, 2), boxes=boxes, size=(200, 100)), Record("b", "b", ()))
-    areas = object_areas(Manifest(("x", "y", "z"), records, "test"))
+    areas = Manifest(("x", "y", "z"), records, "test").object_areas
     np.testing.assert_allclose(areas, [[NAN, 100 * 25, NAN], [NAN, NAN, NAN]])
-    assert object_areas(Manifest(("x",), records[1:], "test")) is None
+    assert Manifest(("x",), records[1:], "test").object_areas is None
