@@ -14,6 +14,7 @@ from mlvision.config import Config, parse_run_options
 from mlvision.engine.callbacks import Callback, ProgressBar
 from mlvision.engine.distributed import on_every_rank, on_main, world_size
 from mlvision.engine.fit import fit
+from mlvision.engine.trainer import Trainer
 from mlvision.errors import listed
 from mlvision.run import Run, build_callbacks, build_run, claim_folder, note_resumption, start_folder
 
@@ -23,26 +24,33 @@ def main(argv: list[str]) -> int:
     run, watching = on_every_rank(lambda: prepare(argv))
     with ExitStack() as stack:
         folder, resume = on_main(lambda: open_folder(run, stack))
-        state = fit(
+        config = run.config
+        trainer = Trainer(
             run.method,
+            config.optim,
+            run.precision,
+            steps_per_epoch=len(run.train_loader),
+            images_per_step=config.loader.batch_size,
+            keys=run.train.keys,
+            ema=config.ema,
+            log=config.log,
+        )
+        fit(
+            trainer,
             run.train_loader,
-            run.val_loader,
+            run.eval_loaders,
             run.measure,
             run_dir=folder,
-            classes=run.train.classes,
-            keys=run.train.keys,
-            data_hashes=run.data_hashes,
-            precision=run.precision,
-            optim=run.config.optim,
-            ema=run.config.ema,
-            checkpoint=run.config.checkpoint,
-            log=run.config.log,
+            identity=run.identity,
+            checkpoint=config.checkpoint,
+            seed=config.seed,
+            tensorboard=config.log.tensorboard,
             resume=resume,
             callbacks=[ProgressBar(), *watching],
         )
-    if state.epoch == run.config.optim.epochs:
+    if trainer.epoch == config.optim.epochs:
         print(f"done; python eval.py {folder} reads the test split")
-    return 130 if state.stopped_by == "SIGINT" else 0
+    return 130 if trainer.stopped_by == "SIGINT" else 0
 
 
 def prepare(argv: list[str]) -> tuple[Run, Sequence[Callback]]:

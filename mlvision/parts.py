@@ -28,10 +28,12 @@ class Context:
     Attributes:
         classes: class names; column c of every logit and target is `classes[c]`.
         statistics: of the training split; None in a run that an older version trained, which did not keep them.
+        training: whether what is built is to be trained; False: it only predicts, and needs no files of a teacher.
     """
 
     classes: tuple[str, ...]
     statistics: LabelStatistics | None = None
+    training: bool = True
 
 
 @dataclass(frozen=True)

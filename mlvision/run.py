@@ -32,7 +32,6 @@ from mlvision.data import read_split
 from mlvision.data.images import drop_unreadable, file_sizes, rgb_array
 from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
 from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
-from mlvision.data.samplers import SAMPLERS
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import Callback
@@ -64,14 +63,18 @@ _WRITTEN_FIRST = {LOCK, "images.csv", "bad_images.csv", _STATISTICS, "environmen
 
 @dataclass
 class Run:
-    """A training run, built and checked, before anything is written."""
+    """A training run, built and checked, before anything is written.
+
+    Attributes:
+        eval_loaders: of the roles train and val: their images as at evaluation.
+    """
 
     config: Config
     method: Method
     train: Manifest
     val: Manifest
     train_loader: Loader
-    val_loader: Loader
+    eval_loaders: dict[str, Loader]
     evaluators: list[Evaluator]
     statistics: LabelStatistics
     precision: Precision
@@ -79,10 +82,11 @@ class Run:
     label_maps: LabelMapStore | None
 
     @property
-    def data_hashes(self) -> dict[str, str]:
-        """What a run must find unchanged when it goes on, by name."""
+    def identity(self) -> dict[str, Any]:
+        """What a run must find unchanged when it goes on: its classes and, by name, hashes of its data."""
         hashes = {"training records": self.train.hash, "validation records": self.val.hash}
-        return hashes | ({"label maps": self.label_maps.meta.hash} if self.label_maps else {})
+        hashes |= {"label maps": self.label_maps.meta.hash} if self.label_maps else {}
+        return {"classes": list(self.train.classes), "data_hashes": hashes}
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
         """What the evaluators give of predictions of the validation images."""
@@ -186,12 +190,10 @@ def build_run(config: Config) -> Run:
     if config.compile:
         compile_backbone(method, config.compile)
     sampling = config.loader.sampling
-    if sampling != "shuffled" and type(method).make_sampler is not Method.make_sampler:
+    if sampling != "shuffled" and method.has_order:
         raise InputError(
             f"loader.sampling: method {config.method.name} has an order of its own, expected shuffled, got {sampling}"
         )
-    sampler = method.make_sampler if sampling == "shuffled" else SAMPLERS[sampling]
-    order = sampler(train, config.seed)
     view = complete_view(config.view, preprocessing)
     label_maps = _open_label_maps(config, method, train)
     distributed.check_same({"label maps": label_maps.meta.hash if label_maps else "none"})
@@ -208,13 +210,15 @@ def build_run(config: Config) -> Run:
             TrainView(view),
             config.loader,
             config.seed,
-            order=order,
             num_views=method.num_views,
             label_maps=label_maps,
             rank=rank,
             world_size=world_size,
         ),
-        val_loader=eval_loader(val, _eval_view(view), config.loader, rank=rank, world_size=world_size),
+        eval_loaders={
+            role: eval_loader(manifest, _eval_view(view), config.loader, rank=rank, world_size=world_size)
+            for role, manifest in (("train", train), ("val", val))
+        },
         evaluators=evaluators,
         statistics=statistics,
         precision=precision,
@@ -295,7 +299,7 @@ def build_callbacks(run: Run) -> list[Callback]:
     from mlvision.explain.callback import CamGrids  # brings captum, skimage and pyplot: seconds to import
 
     rows = evenly(run.config.log.cam_images, len(run.val)).tolist()
-    samples = [run.val_loader.dataset[0, row] for row in rows]
+    samples = [run.eval_loaders["val"].dataset[0, row] for row in rows]
     images = torch.stack([sample.views[0].image for sample in samples])
     targets = torch.stack([torch.as_tensor(sample.target) for sample in samples])
     return [CamGrids(images, targets, [run.val.records[row].key for row in rows], run.val.classes)]
@@ -493,7 +497,7 @@ def load_run(
     classes = tuple(saved["classes"])
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
     assets = config.head.load_assets(folder, classes)
-    context = Context(classes, _read_statistics(folder, len(classes)))
+    context = Context(classes, _read_statistics(folder, len(classes)), training=False)
     method, preprocessing = build_method(dataclasses.replace(config, model=untrained), context, assets)
     _load_state(method, state, checkpoint)
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]

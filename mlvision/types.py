@@ -6,7 +6,7 @@ or label map (rows first).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -222,6 +222,7 @@ class Batch:
         index: `[B]` int64, the row of each image in the manifest.
         view: what part of each full image `images` shows. With several views of an image, they are adjacent.
         label_map: the full images' label maps, in the order of `images`, where the method asks for them.
+        extra: what the method's plan of the epoch adds to each row, by name: `[B, ...]`.
     """
 
     images: Shaped[Tensor, "B in_chans H W"]
@@ -229,11 +230,14 @@ class Batch:
     index: Int64[Tensor, " B"]
     view: CropBox
     label_map: LabelMap | None = None
+    extra: dict[str, Shaped[Tensor, "B ..."]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        columns = ("images", "targets", "index", "view")
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in columns}
-        return Batch(**moved, label_map=self.label_map and self.label_map.to(device, non_blocking))
+        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """What torch's DataLoader calls where a GPU is used."""
+        return self._each(lambda column: column.pin_memory())
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Equal parts, one after the other; `num_parts` divides the batch."""
@@ -241,29 +245,52 @@ class Batch:
         return [self._rows(slice(start, start + size)) for start in range(0, len(self.images), size)]
 
     def _rows(self, rows: slice) -> "Batch":
-        def part(column: Tensor) -> Tensor:
-            return column[rows]
+        return self._each(lambda column: column[rows])
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(
-            self.images[rows],
-            self.targets[rows],
-            self.index[rows],
-            self.view._each(part),
-            self.label_map and self.label_map.rows(rows),
+            change(self.images),
+            change(self.targets),
+            change(self.index),
+            self.view._each(change),
+            self.label_map and self.label_map._each(change),
+            {name: change(column) for name, column in self.extra.items()},
         )
 
-    def pin_memory(self) -> "Batch":
-        """What torch's DataLoader calls where a GPU is used."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: c.pin_memory() for name, c in columns.items() if c is not None})
+
+@dataclass
+class EpochPlan:
+    """What a method decides about an epoch before it begins; it is part of the checkpoint.
+
+    Attributes:
+        order: `[n]` int64, the rows of the training manifest that the epoch visits, over all processes; None: the order
+            of `loader.sampling`. n is the same in each epoch.
+        targets: `[N, C]` float32, what the training images show in place of the manifest's targets; None: these.
+        extra: `[n, ...]`, what `Batch.extra` gives with each row of `order`, by name.
+    """
+
+    order: Int64[Tensor, " n"] | None = None
+    targets: Float[Tensor, "N C"] | None = None
+    extra: dict[str, Shaped[Tensor, "n ..."]] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "EpochPlan":
+        order, targets = (None if column is None else column.to(device) for column in (self.order, self.targets))
+        return EpochPlan(order, targets, {name: column.to(device) for name, column in self.extra.items()})
 
 
 @dataclass
 class StepOutput:
-    """What a Method's forward gives to the loop: a scalar loss with its graph, and detached scalar tensors to log."""
+    """What a Method's forward gives to the loop.
+
+    Attributes:
+        loss: a scalar with its graph.
+        logs: detached scalars to log; a step that has nothing to log under a name leaves it out.
+        rows: `[B, ...]` detached, what the method's `after_step` needs of each row of the batch, by name.
+    """
 
     loss: Float[Tensor, ""]
     logs: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Shaped[Tensor, "B ..."]] = field(default_factory=dict)
 
 
 @dataclass

@@ -132,7 +132,7 @@ def test_evaluation_may_see_larger_images_than_training(smoke_arguments, tmp_pat
     assert "64 px" in eval_script.main([str(run.folder)])["protocol"]
     built = build_run(run.config)
     assert built.train_loader.dataset[0, 0].views[0].image.shape[1:] == (48, 48)
-    assert built.val_loader.dataset[0, 0].views[0].image.shape[1:] == (64, 64)
+    assert built.eval_loaders["val"].dataset[0, 0].views[0].image.shape[1:] == (64, 64)
 
 
 def test_evaluation_on_real_lists_reports_their_accuracy(scenes_root, smoke_arguments, tmp_path):

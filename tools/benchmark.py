@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,11 +35,9 @@ from mlvision.data.images import read_image
 from mlvision.data.loader import MOST_WORKERS, LoaderConfig, train_loader
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.transforms import BACKENDS, TrainView, ViewConfig
-from mlvision.engine.fit import FitState, log_step, optimizer_of, train_step
-from mlvision.engine.guard import FiniteGuard
-from mlvision.engine.log import LogConfig, SilentLog
-from mlvision.engine.optim import OptimConfig, learning_rate_factor
+from mlvision.engine.optim import OptimConfig
 from mlvision.engine.precision import MOST_THREADS, Precision, resolve_device, resolve_precision
+from mlvision.engine.trainer import Trainer
 from mlvision.errors import InputError, check_fields
 from mlvision.explain import Subject, explain
 from mlvision.explain.perturb import slic_segments
@@ -467,21 +466,19 @@ def training_step(method: Method, batch: Batch, options: BenchmarkOptions, backe
     Args:
         backend: of torch.compile, for the backbone; empty: none.
     """
-    precision, optim, log = options.precision(), OptimConfig(), LogConfig()
+    precision = options.precision()
     method.to(precision.device, memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
     if backend:
         compile_backbone(method, backend)
-    optimizer = optimizer_of(method, optim)
-    state = FitState(method, None, optimizer, precision.scaler(), SilentLog(), TRAIN_STEPS, epochs=1)
-    guard, rate = FiniteGuard(precision.device, len(batch.images)), learning_rate_factor(optim, TRAIN_STEPS)
-    keys = [str(row) for row in batch.index.tolist()]
-
-    def run() -> None:
-        train_step(state, method, batch, guard, precision, rate(state.step), optim)
-        if state.step % log.every_steps == 0:
-            log_step(state, guard, keys)
-
-    return run
+    trainer = Trainer(
+        method,
+        OptimConfig(epochs=1),
+        precision,
+        steps_per_epoch=TRAIN_STEPS,
+        images_per_step=len(batch.images),
+        keys=[str(row) for row in batch.index.tolist()],
+    )
+    return partial(trainer.step, batch)
 
 
 TRAIN_STEPS = 100_000  # of the schedule: more than are ever timed

@@ -4,6 +4,7 @@ Nothing here keeps a random state. The order of an epoch follows from (seed, epo
 batch from its step: a loader can be set to any step of any epoch at once.
 """
 
+import itertools
 import math
 import multiprocessing
 import multiprocessing.queues
@@ -32,13 +33,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mlvision.data.images import read_record
 from mlvision.data.manifest import Manifest
-from mlvision.data.samplers import SAMPLERS, EpochOrder, describe_samplers, shuffled
+from mlvision.data.samplers import SAMPLERS, EpochOrder, describe_samplers
 from mlvision.data.transforms import EvalView, TrainView, View
 from mlvision.errors import InputError, check_fields
 from mlvision.labels.store import LabelMapStore
 from mlvision.options import EVALUATION, INERT
 from mlvision.progress import track
-from mlvision.types import Batch, CropBox
+from mlvision.types import Batch, CropBox, EpochPlan
 
 MOST_WORKERS = 256  # of one process: each holds the whole program
 
@@ -141,6 +142,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.num_images = len(order(0))
         self.epoch = 0
         self.start_step = 0
+        self.rows: Int64[np.ndarray, " n"] | None = None
         if batch_size % world_size:
             raise InputError(f"loader.batch_size: {batch_size} images cannot be divided over {world_size} ranks")
         if drop_last and batch_size > self.num_images:
@@ -148,22 +150,31 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 f"loader.batch_size: expected at most the {self.num_images:,} images of an epoch, got {batch_size:,}"
             )
 
-    def set_position(self, epoch: int, start_step: int = 0) -> None:
-        """The next iteration is that of `epoch`, without its first `start_step` batches."""
+    def set_position(self, epoch: int, start_step: int = 0, rows: Int64[np.ndarray, " n"] | None = None) -> None:
+        """The next iteration is that of `epoch`, without its first `start_step` batches.
+
+        Args:
+            rows: the epoch's order, in place of `order(epoch)`.
+        """
         assert 0 <= start_step <= len(self), f"step {start_step} of an epoch of {len(self)}"
         self.epoch = epoch
         self.start_step = start_step
+        self.rows = rows
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return self.num_images // self.batch_size if self.drop_last else -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, rows = self.epoch, self.order(self.epoch)
+        epoch, rows = self.epoch, self.order(self.epoch) if self.rows is None else self.rows
         assert len(rows) == self.num_images, f"epoch {epoch} has {len(rows)} images, epoch 0 has {self.num_images}"
         for step in range(self.start_step, len(self)):
-            batch = rows[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(epoch, int(index)) for index in rank_slice(batch, self.rank, self.world_size)]
+            yield [(epoch, int(index)) for index in rows[self.positions(step)]]
+
+    def positions(self, step: int) -> Int64[np.ndarray, " m"]:
+        """Where in the epoch's order the rows of this rank's part of a batch stand."""
+        end = min((step + 1) * self.batch_size, self.num_images)
+        return rank_slice(np.arange(step * self.batch_size, end), self.rank, self.world_size)
 
 
 def collate(samples: list[Sample] | InputError, label_maps: LabelMapStore | None = None) -> Batch | InputError:
@@ -204,6 +215,7 @@ class Loader:
         self.dataset = dataset
         self.batches = batches
         self.images_per_step = batches.batch_size
+        self.plan = EpochPlan()
         self._num_workers = config.num_workers
         has_workers = config.num_workers > 0
         self._loader = DataLoader(
@@ -220,9 +232,16 @@ class Loader:
             generator=torch.Generator(),
         )
 
-    def set_position(self, epoch: int, start_step: int = 0) -> None:
-        """The next iteration is that of `epoch`, without its first `start_step` batches."""
-        self.batches.set_position(epoch, start_step)
+    def set_position(self, epoch: int, start_step: int = 0, plan: EpochPlan | None = None) -> None:
+        """The next iteration is that of `epoch`, without its first `start_step` batches, as the plan has it.
+
+        Raises:
+            InputError: a plan that does not fit the images.
+        """
+        self.plan = plan or EpochPlan()
+        self._check_plan(self.plan)
+        order = self.plan.order
+        self.batches.set_position(epoch, start_step, None if order is None else order.numpy())
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""
@@ -233,18 +252,48 @@ class Loader:
             iterator = self._start()
         patience = _Patience()
         with patience.started() if self._num_workers else nullcontext():
-            while True:
+            for step in itertools.count(self.batches.start_step):
                 with patience, self._one_line_for_workers():
                     batch = next(iterator, None)
                 if batch is None:
                     return
                 if isinstance(batch, InputError):
                     raise InputError(f"{batch} (data.on_bad_image=skip leaves out such images)") from batch
-                yield batch
+                yield self._planned(batch, step)
 
     def tracked(self, what: str, *, shown: bool = True) -> Iterator[Batch]:
         """One iteration, with its progress shown; arguments as of Progress."""
         return track(self, len(self), what, "batches", images=self.images_per_step, shown=shown)
+
+    def _planned(self, batch: Batch, step: int) -> Batch:
+        """The batch with what the plan says of its rows. The workers, which live through many epochs, know no plan."""
+        targets, extra = self.plan.targets, self.plan.extra
+        if targets is not None:
+            batch.targets = targets[batch.index]
+        if extra:
+            rows = torch.from_numpy(self.batches.positions(step)).repeat_interleave(self.dataset.num_views)
+            batch.extra = {name: column[rows] for name, column in extra.items()}
+        return batch
+
+    def _check_plan(self, plan: EpochPlan) -> None:
+        num_rows, num_images, classes = self.batches.num_images, len(self.dataset), self.dataset.manifest.classes
+        if plan.order is not None:
+            shape = list(plan.order.shape)
+            if plan.order.dtype != torch.int64 or shape != [num_rows]:
+                raise InputError(
+                    f"plan of an epoch: expected an order of {num_rows} rows, got {plan.order.dtype} {shape}"
+                )
+            if not 0 <= int(plan.order.min()) <= int(plan.order.max()) < num_images:
+                raise InputError(f"plan of an epoch: its order has rows beyond the {num_images} training images")
+        if plan.targets is not None and plan.targets.shape != (num_images, len(classes)):
+            raise InputError(
+                f"plan of an epoch: expected targets {[num_images, len(classes)]}, got {list(plan.targets.shape)}"
+            )
+        for name, column in plan.extra.items():
+            if plan.order is None or len(column) != num_rows:
+                raise InputError(
+                    f"plan of an epoch: expected extra '{name}' for each of the {num_rows} rows of an order"
+                )
 
     def _start(self) -> Iterator[Batch | InputError]:
         # DataLoader has a dead worker raise an error wherever the main process is just then, in the midst of a step or of
@@ -376,18 +425,16 @@ def train_loader(
     config: LoaderConfig,
     seed: int,
     *,
-    order: EpochOrder | None = None,
     num_views: int = 1,
     label_maps: LabelMapStore | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Full batches in each epoch's order, by default shuffled; several views give a batch that many times the rows.
+    """Full batches in the order of `config.sampling`; several views give a batch that many times the rows.
 
     `label_maps`: a store whose rows are those of the manifest; every batch then has the maps of its images.
     """
-    if order is None:
-        order = shuffled(manifest, seed)
+    order = SAMPLERS[config.sampling](manifest, seed)
     batches = EpochBatches(order, config.batch_size, rank, world_size)
     return Loader(ImageDataset(manifest, view, seed, num_views, label_maps), batches, config)
 

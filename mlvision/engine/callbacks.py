@@ -1,32 +1,28 @@
 """Things that watch a run: handed to `fit(..., callbacks=())` from above, called in their order."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from mlvision.engine.distributed import is_main
+from mlvision.engine.trainer import Trainer
 from mlvision.progress import Progress
-
-if TYPE_CHECKING:
-    from mlvision.engine.fit import FitState
 
 
 @runtime_checkable
 class Callback(Protocol):
     """Does nothing at each of the three moments; a callback overrides those that it wants, or has all three of its own.
 
-    `state` is the loop's own FitState: read it, write to `state.log.tensorboard` (None on ranks above 0, where callbacks are
-    called as well), leave the rest alone.
+    They may read all of the trainer, and write to `trainer.log.tensorboard` (None on ranks above 0, where callbacks are
+    called as well).
     """
 
-    def on_epoch_start(self, state: FitState) -> None:
+    def on_epoch_start(self, trainer: Trainer) -> None:
         """Before the first step of an epoch, or where a resumed run enters it."""
 
-    def on_step_end(self, state: FitState) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         """After each optimizer step; must not read tensors back to the host."""
 
-    def on_epoch_end(self, state: FitState) -> None:
-        """After validation, before the checkpoint; `state.validation` holds its summary."""
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After validation, before the checkpoint; `trainer.validation` holds its summary."""
 
 
 class ProgressBar(Callback):
@@ -35,23 +31,23 @@ class ProgressBar(Callback):
     def __init__(self):
         self._progress: Progress | None = None
 
-    def on_epoch_start(self, state: FitState) -> None:
+    def on_epoch_start(self, trainer: Trainer) -> None:
         self._progress = Progress(
-            state.steps_per_epoch,
-            f"epoch {state.epoch + 1}/{state.epochs}",
+            trainer.steps_per_epoch,
+            f"epoch {trainer.epoch + 1}/{trainer.optim.epochs}",
             "steps",
-            done=state.step - state.epoch * state.steps_per_epoch,
-            more=(state.epochs - state.epoch - 1) * state.steps_per_epoch,
-            images=state.images_per_step,
+            done=trainer.steps_done - trainer.epoch * trainer.steps_per_epoch,
+            more=(trainer.optim.epochs - trainer.epoch - 1) * trainer.steps_per_epoch,
+            images=trainer.images_per_step,
             shown=is_main(),
         )
 
-    def on_step_end(self, state: FitState) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         assert self._progress is not None
-        if state.logged:
-            self._progress.note(f"loss {state.logged['train/loss']:.4f}")
+        if trainer.logged:
+            self._progress.note(f"loss {trainer.logged['train/loss']:.4f}")
         self._progress.update()
 
-    def on_epoch_end(self, state: FitState) -> None:
+    def on_epoch_end(self, trainer: Trainer) -> None:
         assert self._progress is not None
         self._progress.close()

@@ -65,7 +65,9 @@ def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     state = read_torch(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: expected '{FORMAT}'; weights of other projects are given by model.checkpoint=")
-    for name, fits in (_ENTRIES | (_ENTRIES_TO_RESUME if to_resume else {})).items():
+    entries = _ENTRIES | (_ENTRIES_TO_RESUME if to_resume else {})
+    entries |= {name: fits for name, fits in _NEWER_ENTRIES_TO_RESUME.items() if to_resume and name in state}
+    for name, fits in entries.items():
         if name not in state or not fits(state[name]):
             what = "is not as a run writes it" if name in state else "is missing"
             raise InputError(f"{path}: its entry '{name}' {what}; expected a checkpoint that train.py wrote")
@@ -96,6 +98,15 @@ def _is_window(value: Any) -> bool:
     return _is_dict(counts) and counts.keys() == value["sums"].keys() and all(map(_is_count, counts.values()))
 
 
+def _is_plan(value: Any) -> bool:
+    """The fields of an EpochPlan."""
+    if not _is_dict(value) or value.keys() != {"order", "targets", "extra"}:
+        return False
+    return _is_state(value["extra"]) and all(
+        v is None or isinstance(v, Tensor) for v in (value["order"], value["targets"])
+    )
+
+
 # What evaluation and prediction need of a run, and what a bit-exact resume needs besides.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "method": _is_state,
@@ -112,6 +123,11 @@ _ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
     "rng": _is_dict,
     "window": _is_window,
     "log_position": _is_count,
+}
+# Checkpoints of older versions lack these.
+_NEWER_ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
+    "helpers": lambda value: _is_dict(value) and all(map(_is_state, value.values())),
+    "plan": lambda value: value is None or _is_plan(value),
 }
 
 

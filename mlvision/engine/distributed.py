@@ -9,6 +9,7 @@ Messages go through gloo on the CPU: they wait for no GPU. Gradients of models o
 
 import atexit
 import contextlib
+import hashlib
 import os
 import sys
 import traceback
@@ -243,22 +244,41 @@ def sync_batch_norm(method: nn.Module, device: torch.device) -> None:
     convert_sync_batchnorm(method)
 
 
-def parallel(method: Method) -> Callable[[Batch], StepOutput]:
+class Parallel:
     """The method's forward pass, whose backward pass gives every rank the gradients' mean over all.
 
-    From here on all ranks have rank 0's weights, and before each pass they take its buffers. Parameters that get no gradient
-    (a norm that timm has behind the map of a head that reads the map) are found in the first step, and left alone as they
-    are in a single process; a method must train the same parameters in every step.
+    From here on all ranks have rank 0's weights, and before each pass they take its buffers, but for local state.
+    Parameters that get no gradient (a norm that timm has behind the map of a head that reads the map) are found in the
+    first step, and left alone as they are in a single process; a method must train the same parameters in every step.
 
     DistributedDataParallel lays its buckets out anew after the first step of each start, and they decide in which order the
     gradients of three or more ranks are added: a resumed run of three or more differs from an undisturbed one in last bits.
+
+    Args:
+        num_parts: of each step, one after the other, which exchange their gradients once.
     """
-    if not dist.is_initialized():
-        return method
-    # Of a dimension of size 1, whose stride means nothing; and said by every rank.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    wrapped = DistributedDataParallel(_PlainOutput(method), static_graph=True)
-    return lambda batch: StepOutput(*wrapped(batch))
+
+    def __init__(self, method: Method, num_parts: int = 1):
+        self.method = method
+        self.wrapped: DistributedDataParallel | None = None
+        if dist.is_initialized():
+            # Of a dimension of size 1, whose stride means nothing; and said by every rank.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            plain = _PlainOutput(method)
+            own = [f"method.{name}" for name in method.local_state]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(plain, own)
+            if num_parts == 1:
+                self.wrapped = DistributedDataParallel(plain, static_graph=True)
+            else:  # a static graph would have to exchange the gradients of the very first part
+                plain.unused = nn.Parameter(torch.zeros((), device=method.mean.device))  # it warns where it finds none
+                self.wrapped = DistributedDataParallel(plain, find_unused_parameters=True)
+
+    def __call__(self, batch: Batch) -> StepOutput:
+        return self.method(batch) if self.wrapped is None else StepOutput(*self.wrapped(batch))
+
+    def backward_of_part(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Forward and backward pass of one part of a step; only that of the last part exchanges gradients, those of all."""
+        return contextlib.nullcontext() if self.wrapped is None or is_last else self.wrapped.no_sync()
 
 
 class _PlainOutput(nn.Module):
@@ -268,17 +288,59 @@ class _PlainOutput(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         output = self.method(batch)
-        return output.loss, output.logs
+        return output.loss, output.logs, output.rows
 
 
-def share_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, such as the running statistics of batch norm."""
+def gather_rows(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor's rows of all ranks, by rank; equally many on each."""
+    if world_size() == 1:
+        return rows
+    gathered = {}
+    for name, own in rows.items():
+        content = _bytes_of(own)
+        of_ranks = [torch.empty_like(content) for _ in range(world_size())]
+        dist.all_gather(of_ranks, content)
+        gathered[name] = torch.cat([part.view(own.dtype).view(own.shape) for part in of_ranks])
+    return gathered
+
+
+def check_local_state(method: Method) -> None:
+    """Refuse to save local state that is not the same on every rank: only one rank's would be kept.
+
+    Raises:
+        InputError: on every rank; names the state.
+    """
+    if world_size() == 1 or not method.local_state:
+        return
+    digests = {
+        name: hashlib.sha256(_bytes_of(method.get_buffer(name)).cpu().numpy().tobytes()).hexdigest()
+        for name in sorted(method.local_state)
+    }
+    of_ranks = gather(lambda: digests)
+    for name, digest in of_ranks[0].items():
+        if any(own[name] != digest for own in of_ranks):
+            error = InputError(
+                f"{type(method).__name__}: its local state '{name}' differs between processes; only after_step and "
+                "begin_epoch may change it, from the rows of all processes"
+            )
+            error.on_every_rank = True
+            raise error
+
+
+def share_buffers(method: Method) -> None:
+    """Give every rank the buffers of rank 0, such as the running statistics of batch norm, but for local state."""
     if world_size() == 1:
         return
     with torch.no_grad():
-        for buffer in module.buffers():
-            content = buffer.flatten().clone().view(torch.uint8)  # as bytes: not every backend sends every type
-            dist.broadcast(content, src=0)
-            buffer.copy_(content.view(buffer.dtype).view(buffer.shape))
+        for name, buffer in method.named_buffers():
+            if name not in method.local_state:
+                content = _bytes_of(buffer).clone()
+                dist.broadcast(content, src=0)
+                buffer.copy_(content.view(buffer.dtype).view(buffer.shape))
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Its content in a form that every backend sends: not every one sends every type."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)

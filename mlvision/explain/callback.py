@@ -46,28 +46,30 @@ class CamGrids:
         self._explainer, self._threshold = explainer or GradCam(), threshold
         self._has_failed = False
 
-    def on_epoch_start(self, state: Any) -> None:
+    def on_epoch_start(self, trainer: Any) -> None:
         """Nothing."""
 
-    def on_step_end(self, state: Any) -> None:
+    def on_step_end(self, trainer: Any) -> None:
         """Nothing."""
 
-    def on_epoch_end(self, state: Any) -> None:
-        if state.log.tensorboard is None:
+    def on_epoch_end(self, trainer: Any) -> None:
+        if trainer.log.tensorboard is None:
             return
-        model = state.method if state.ema is None else state.ema.module
+        model = trainer.method if trainer.ema is None else trainer.ema.module
         name = type(self._explainer).__name__
         try:
-            state.log.tensorboard.add_image(f"explain/{name}", self.draw(model), state.step, dataformats="HWC")
+            trainer.log.tensorboard.add_image(
+                f"explain/{name}", self.draw(model), trainer.steps_done, dataformats="HWC"
+            )
         except InputError as error:
-            _log.info("no CAM grid after epoch %d: %s", state.epoch, error)
+            _log.info("no CAM grid after epoch %d: %s", trainer.epoch, error)
         except (
             Exception
         ) as error:  # the weights of hours are worth more than a picture; the traceback shows a bug of ours
             if not self._has_failed:
                 _log.warning(
                     "no CAM grid after epoch %d (%s: %s); training goes on, further failures are not reported",
-                    state.epoch, type(error).__name__, error, exc_info=True,
+                    trainer.epoch, type(error).__name__, error, exc_info=True,
                 )  # fmt: skip
             self._has_failed = True
 

@@ -54,7 +54,7 @@ class OwnMaps:
         """
         if not hasattr(model, "label_maps"):
             raise InputError(
-                f"own_maps: {type(model).__name__} says nothing of its cells (take dense_head or grad_cam)"
+                f"own_maps: {type(model).__name__} has no label maps of its own (take dense_head or grad_cam)"
             )
         with torch.no_grad():
             return model.label_maps(images)

@@ -4,20 +4,29 @@ A method is one file: what it computes in a training step, and what it predicts.
 only what stands here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mlvision.data.manifest import Manifest
-from mlvision.data.samplers import EpochOrder, shuffled
-from mlvision.errors import check_fields
+from mlvision.errors import InputError, check_fields
 from mlvision.models import Classifier
 from mlvision.options import Selectable
 from mlvision.parts import Context, LabelStatistics
-from mlvision.types import Batch, HeadOutput, LabelMap, StepOutput, to_scores
+from mlvision.types import (
+    Batch,
+    EpochPlan,
+    Features,
+    HeadOutput,
+    LabelMap,
+    Predictions,
+    StepOutput,
+    to_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class MethodConfig(Selectable):
         check_fields(self, "method.")
 
     def build(self, context: Context, classifier: Classifier) -> "Method":
-        """The method around a classifier.
+        """The method around a classifier; without its helpers when `context.training` is False.
 
         Raises:
             InputError: options that do not fit the classes or the classifier.
@@ -38,26 +47,61 @@ class MethodConfig(Selectable):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What a method can see and ask before it plans an epoch.
+
+    Attributes:
+        number: from 0.
+        seed: differs between runs and epochs, and is the same in all processes.
+        train: the training images, whose rows `Batch.index` counts.
+        predict: a role, train or val, to predictions of its images as at evaluation, by the weights of this moment. Of
+            several processes each has to call it.
+    """
+
+    number: int
+    seed: int
+    train: Manifest
+    predict: Callable[[str], Predictions]
+
+
+class Helpers(dict[str, nn.Module]):
+    """Frozen networks that help to train a method and are no part of it; a copy of the method has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Helpers":
+        return Helpers()
+
+
 class Method(nn.Module):
     """A classifier with the training rule of one paper.
 
     Images come as uint8, or as float in [0, 1], everywhere outside; the method owns mean and standard deviation and
-    normalises as its first step. State that must survive a resume is a buffer.
+    normalises as its first step.
 
-    Each of several processes calls `forward` with its part of the batch; the same parameters must get a gradient in every
-    step. Before each call all buffers are overwritten by rank 0's. So a buffer that collects what comes by (a counter, a
-    moving average, a bank of features) holds rank 0's part of the batches only; a method that needs all of them has to
-    exchange them itself, or to say that it runs in one process.
+    In a training step, each of several processes calls `forward` with its part of the batch; the same parameters must get a
+    gradient in every step. What else changes while a method trains is one of these, and survives a resume bit for bit:
+
+    - A plain buffer, such as the statistics of a batch norm. Before each step all processes take those of rank 0, which has
+      seen its own part of the batches only.
+    - Local state (`add_local_state`): a bank of features, a counter, pseudo-labels. Only `after_step` and `begin_epoch` may
+      change it, from what all processes have gathered, so it is the same in one process and in several.
+    - A helper (`add_helper`): a frozen network such as a teacher. It is not averaged, not a part of `best.pt`, and not
+      needed to predict. `after_step` may change it.
+    - The plan of an epoch (`begin_epoch`).
 
     Attributes:
         needs_label_map: the loader puts a label map into every batch.
         num_views: how many views of each image a batch holds, adjacent.
+        has_order: `begin_epoch` plans the order of the training images, which leaves `loader.sampling` no say.
         activation: what makes probabilities of its logits: sigmoid, or softmax where it trains them so.
+        epoch: the epoch under way, from 0.
     """
 
     needs_label_map = False
     num_views = 1
+    has_order = False
     activation = "sigmoid"
+    epoch = 0
     mean: Tensor
     std: Tensor
 
@@ -65,8 +109,25 @@ class Method(nn.Module):
         super().__init__()
         preprocessing = classifier.backbone.preprocessing
         self.classifier = classifier
+        self.helpers = Helpers()
+        self.local_state: set[str] = set()
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
+
+    def add_helper(self, name: str, module: nn.Module) -> None:
+        """Register a frozen network as `self.helpers[name]`, in eval mode, without gradients."""
+        self.helpers[name] = module.requires_grad_(False).eval()
+
+    def add_local_state(self, name: str, value: Tensor) -> None:
+        """Register a buffer as `self.<name>` whose content is the same in one process and in several."""
+        self.register_buffer(name, value)
+        self.local_state.add(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Method":
+        """What nn.Module calls to move itself; the helpers follow."""
+        for helper in self.helpers.values():
+            helper._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def normalise(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B in_chans H W"]:
         """uint8, or float in [0, 1], to what the weights expect; keeps the memory format."""
@@ -75,10 +136,15 @@ class Method(nn.Module):
         centred = images.to(self.mean.dtype).div_(255).sub_(self.mean) if raw else images - self.mean
         return centred.div_(self.std)
 
+    def features(self, images: Shaped[Tensor, "B in_chans H W"]) -> Features:
+        """What the backbone gives of raw images, in at least float32 also under autocast."""
+        features = self.classifier.backbone(self.normalise(images))
+        return Features(_at_least_float32(features.map), _at_least_float32(features.pooled))
+
     def classify(self, images: Shaped[Tensor, "B in_chans H W"]) -> HeadOutput:
         """All that the head gives for raw images; logits in at least float32 also under autocast."""
         output = self.classifier(self.normalise(images))
-        output.logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        output.logits = _at_least_float32(output.logits)
         return output
 
     def predict(self, images: Shaped[Tensor, "B in_chans H W"]) -> Float[Tensor, "B C"]:
@@ -89,8 +155,16 @@ class Method(nn.Module):
         """Logits to what the method takes for probabilities."""
         return to_scores(logits, self.activation)
 
+    def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
+        """How much the method sees of each label in each cell of raw images, if it is a method that makes maps.
+
+        Raises:
+            InputError: it has no maps of its own.
+        """
+        raise InputError(f"own_maps: {type(self).__name__} has no label maps of its own (take dense_head or grad_cam)")
+
     def forward(self, batch: Batch) -> StepOutput:
-        """One training step's loss, and detached scalars to log."""
+        """One training step's loss, detached scalars to log, and rows for `after_step`."""
         raise NotImplementedError
 
     def prepare(self, statistics: LabelStatistics) -> None:
@@ -108,10 +182,6 @@ class Method(nn.Module):
             InputError: maps of a kind that the method cannot learn from.
         """
 
-    def make_sampler(self, manifest: Manifest, seed: int) -> EpochOrder:
-        """The order of the training images in each epoch: a function of (seed, epoch)."""
-        return shuffled(manifest, seed)
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups, to which `optim.lr_scales` refers."""
         backbone = list(self.classifier.backbone.parameters())
@@ -122,11 +192,19 @@ class Method(nn.Module):
         """From the first to the last, the layers whose learning rates `optim.layer_decay` sets apart."""
         return self.classifier.backbone.layers()
 
-    def on_epoch_start(self, epoch: int) -> None:
-        """Called before the first step of an epoch, and again where a run resumes within it."""
+    def begin_epoch(self, epoch: Epoch) -> EpochPlan:
+        """Decide what the epoch visits and what its images show; called once, before its first step.
 
-    def after_step(self, output: StepOutput) -> None:
-        """Called after each optimizer step."""
+        A run that resumes within an epoch goes on with the plan that it had.
+        """
+        return EpochPlan()
+
+    def after_step(self, rows: dict[str, Shaped[Tensor, "B ..."]]) -> None:
+        """Called after each optimizer step, with the rows that `forward` gave for the whole batch, of all processes."""
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def starting_logits(statistics: LabelStatistics, activation: str) -> Float[Tensor, " C"]:

@@ -113,18 +113,13 @@ class Relabel(Method):
     def __init__(self, config: RelabelConfig, context: Context, classifier: Classifier):
         super().__init__(classifier)
         self.config = config
-        self.mixes = True
         self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.pooling = config.pooling()
         self.loss = softmax_cross_entropy if config.target == "softmax" else config.loss.build(context)
 
-    def on_epoch_start(self, epoch: int) -> None:
-        mix = self.config.mix
-        self.mixes = mix.until_epoch == 0 or epoch < mix.until_epoch
-
     def forward(self, batch: Batch) -> StepOutput:
-        size = (batch.images.shape[2], batch.images.shape[3])
-        mix = draw_mix(self.config.mix, size) if self.mixes else None
+        config, size = self.config.mix, (batch.images.shape[2], batch.images.shape[3])
+        mix = draw_mix(config, size) if config.until_epoch == 0 or self.epoch < config.until_epoch else None
         targets = self.targets(batch, mix)
         known = targets.isfinite()
         logs = {"target_sum": targets.where(known, 0).sum(1).mean(), "unknown_share": 1 - known.float().mean()}

@@ -149,11 +149,11 @@ class TokenLabeling(Method):
 
     def _both(self, images: Shaped[Tensor, "B in_chans H W"]) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C h w"]]:
         """Logits of the image and of its cells, in at least float32 also under autocast."""
-        features = self.classifier.backbone(self.normalise(images))
+        features = self.features(images)
         logits = self.classifier.head(features).logits
         with torch.autocast(features.map.device.type, enabled=False):
-            cells = self.tokens(features.map.to(self.tokens.weight.dtype))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), cells
+            cells = self.tokens(features.map)
+        return logits.to(cells.dtype), cells
 
     def _pasted(self, mix: Mix, images: Shaped[Tensor, "B in_chans H W"]) -> Shaped[Tensor, "B in_chans H W"]:
         """The images mixed as the grid is: a patch of cells, in pixels."""

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from toys import TOYS
+
 import eval as eval_script
 import train as train_script
 from mlvision.cli import run_command
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import ProgressBar
-from mlvision.methods import Baseline
+from mlvision.methods import METHODS, Baseline
 from mlvision.types import StepOutput
 
 MAINS = {"train": train_script.main, "eval": eval_script.main}
@@ -69,9 +71,9 @@ def run(case: Case) -> Outcome:
         return StepOutput(output.loss * (math.nan if spoilt else 1.0), output.logs)
 
     class Fault(ProgressBar):
-        def on_step_end(self, state):
-            super().on_step_end(state)
-            if mine and case.fault in ("KILL", "TERM") and state.step == case.step:
+        def on_step_end(self, trainer):
+            super().on_step_end(trainer)
+            if mine and case.fault in ("KILL", "TERM") and trainer.steps_done == case.step:
                 os.kill(os.getpid(), signal.Signals[f"SIG{case.fault}"])
 
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
@@ -93,6 +95,7 @@ def run(case: Case) -> Outcome:
 
 
 def main(cases: Path, results: Path) -> None:
+    METHODS.update(TOYS)
     with distributed.session():
         outcomes = [asdict(run(Case(**case))) for case in json.loads(cases.read_text())]
         (results / f"{distributed.rank()}.json").write_text(json.dumps(outcomes))

@@ -7,8 +7,8 @@ import torch
 from faults import damaged
 
 from mlvision.engine.checkpoint import FORMAT, check_classes, load_checkpoint, save_checkpoint
-from mlvision.engine.fit import LossWindow
 from mlvision.engine.seed import rng_state
+from mlvision.engine.trainer import LossWindow
 from mlvision.errors import InputError
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mlvision.engine import fit
-from mlvision.engine.fit import LossWindow, mean_output
+from mlvision.engine import trainer
+from mlvision.engine.trainer import LossWindow, whole_output
 from mlvision.types import StepOutput
 
 
@@ -26,7 +26,7 @@ def test_a_scalar_that_some_steps_log_is_averaged_over_those_steps():
 
 def test_ranks_that_log_other_scalars_count_by_their_steps(monkeypatch):
     """A rank that saw a scalar in three steps weighs three times one that saw it once; one that never did, not at all."""
-    monkeypatch.setattr(fit, "gather", lambda function: [function(), {"loss": (3.0, 2), "there": (9.0, 3)}, {}])
+    monkeypatch.setattr(trainer, "gather", lambda function: [function(), {"loss": (3.0, 2), "there": (9.0, 3)}, {}])
     window = LossWindow()
     window.add(scalars(loss=1.0, here=5.0))
     window.add(scalars(loss=2.0, there=1.0))
@@ -56,6 +56,6 @@ def test_a_window_of_an_earlier_checkpoint_has_one_count():
 
 def test_parts_of_a_step_that_log_other_scalars():
     parts = [scalars(share=0.2), scalars(share=0.4, rare=3.0)]
-    output = mean_output([StepOutput(torch.tensor(loss), logs) for loss, logs in zip((1.0, 2.0), parts, strict=True)])
+    output = whole_output([StepOutput(torch.tensor(loss), logs) for loss, logs in zip((1.0, 2.0), parts, strict=True)])
     assert output.loss.item() == 1.5
     assert {name: value.item() for name, value in output.logs.items()} == pytest.approx({"share": 0.3, "rare": 3.0})

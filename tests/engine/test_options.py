@@ -4,7 +4,6 @@ import contextlib
 import csv
 import os
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -21,7 +20,6 @@ from mlvision.engine.checkpoint import CheckpointConfig, load_checkpoint
 from mlvision.engine.optim import OptimConfig, parameter_groups
 from mlvision.errors import InputError
 from mlvision.losses import asymmetric_loss, binary_cross_entropy, focal_loss
-from mlvision.methods import Baseline
 from mlvision.models import build_backbone
 from mlvision.options import parse_options
 from mlvision.run import build_run
@@ -138,15 +136,6 @@ def test_the_option_chooses_the_order(smoke_arguments):
     assert balanced == class_balanced(manifest, 0)(0)[: len(balanced)].tolist()
     with pytest.raises(InputError, match="loader.sampling: expected one of shuffled, class_balanced"):
         rows("loader.sampling=balanced")
-
-
-def test_an_order_of_the_methods_own_is_not_replaced(smoke_arguments, monkeypatch):
-    monkeypatch.setattr(Baseline, "make_sampler", lambda self, manifest, seed: lambda epoch: np.arange(16))
-    asked = [*smoke_arguments, *PLAIN]
-    run = build_run(parse_options(Config, asked, prog="", description=""))
-    assert [row for batch in run.train_loader.batches for _, row in batch] == list(range(16))
-    with pytest.raises(InputError, match=r"loader.sampling: method baseline has an order of its own"):
-        build_run(parse_options(Config, [*asked, "loader.sampling=class_balanced"], prog="", description=""))
 
 
 def test_one_cell_of_one_image_has_no_batch_statistics(smoke_arguments):

@@ -8,11 +8,9 @@ from factories import build_method
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlvision.engine.fit import FitState, optimizer_of, train_step
-from mlvision.engine.guard import FiniteGuard
-from mlvision.engine.log import SilentLog
 from mlvision.engine.optim import OptimConfig
 from mlvision.engine.precision import Precision
+from mlvision.engine.trainer import Trainer
 from mlvision.labels.mix import Mix, MixConfig
 from mlvision.losses import AslConfig, SoftmaxConfig, SoftTopKConfig
 from mlvision.methods import METHODS, relabel, token_labeling
@@ -92,9 +90,8 @@ def test_a_training_step_does_not_wait(name, options, fill, monkeypatch):
         warnings.simplefilter("ignore")  # autocast: there is no GPU
         move_to_gpu(method)
         batch = batch_on_gpu(torch.zeros(B, 5, 5) if fill == "of each cell" else 0.0)
-        precision, guard = Precision("bf16", torch.device("cuda")), FiniteGuard(torch.device("cuda"), B)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        state = FitState(method, None, optimizer_of(method, optim), scaler, SilentLog(), 1, 1)
+        precision = Precision("bf16", torch.device("cuda"))
+        trainer = Trainer(method, optim, precision, steps_per_epoch=1000, images_per_step=B, keys=list("abcd"))
         with Copies() as copies:
-            train_step(state, method, batch, guard, precision, 1.0, optim)
+            trainer.step(batch)
     assert not copies.found

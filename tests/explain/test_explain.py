@@ -371,13 +371,13 @@ UNFIT = {
     "resnet10t": {
         "attention_rollout": "resnet10t is no plain ViT",
         "attention_relevance": "resnet10t is no plain ViT",
-        "own_maps": "ResNet says nothing of its cells",
+        "own_maps": "ResNet has no label maps of its own",
     },
     "vit_tiny_patch16_224": {
         "guided_backprop": "made for networks of nn.ReLU modules .* and gelu in blocks.0.mlp.act",
         "guided_grad_cam": "made for networks of nn.ReLU modules .* and gelu in blocks.0.mlp.act",
         "deep_lift": "native_layer_norm in blocks.0.norm1 .* no rule for",
-        "own_maps": "VisionTransformer says nothing of its cells",
+        "own_maps": "VisionTransformer has no label maps of its own",
     },
 }
 

@@ -301,7 +301,7 @@ def test_a_forward_pass_without_gradients_is_named(name, context, linear_model):
         else "torch.no_grad"
     )
     if name in ("attention_rollout", "attention_relevance", "dense_head", "own_maps"):
-        reason = "neither a method nor a timm model|says nothing of its cells"
+        reason = "neither a method nor a timm model|has no label maps of its own"
     with pytest.raises(InputError, match=reason):
         explain(model, images, name, labels=[0], **options)
 

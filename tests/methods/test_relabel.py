@@ -234,7 +234,7 @@ def test_mixing_stops_at_its_epoch():
     method, batch = build(mix=MixConfig(mixup=1.0, until_epoch=2)), make_batch(logit_map())
     losses = []
     for epoch in (1, 2):
-        method.on_epoch_start(epoch)
+        method.epoch = epoch
         method.eval()
         torch.manual_seed(1)
         losses.append(method(batch).loss.item())

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlvision.data.loader import Loader
 from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.fit import fit
-from mlvision.engine.log import LogConfig
-from mlvision.engine.optim import EmaConfig, OptimConfig
+from mlvision.engine.optim import OptimConfig
+from mlvision.engine.trainer import Trainer
 from mlvision.errors import InputError
 from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
@@ -116,9 +117,9 @@ def test_the_step_that_is_timed_is_that_of_a_run(tmp_path):
         images_per_step = setting.num_images
 
         def __init__(self, times):
-            self.times = times
+            self.times, self.dataset = times, SimpleNamespace(manifest=None)
 
-        def set_position(self, epoch, start_step=0):
+        def set_position(self, epoch, start_step=0, plan=None):
             pass
 
         def __len__(self):
@@ -133,20 +134,18 @@ def test_the_step_that_is_timed_is_that_of_a_run(tmp_path):
     for _ in range(steps):
         step()
     run.to(memory_format=torch.channels_last)
+    precision, keys = options.precision(), list("abcd")
+    optim, size = OptimConfig(epochs=1), setting.num_images
+    trainer = Trainer(run, optim, precision, steps_per_epoch=benchmark.TRAIN_STEPS, images_per_step=size, keys=keys)
     fit(
-        run,
+        trainer,
         SameBatch(steps),
-        SameBatch(1),
+        {"val": SameBatch(1)},
         lambda predictions: {"mAP": 0.0},
         run_dir=tmp_path,
-        classes=list("abcde"),
-        keys=list("abcd"),
-        data_hashes={},
-        precision=options.precision(),
-        optim=OptimConfig(epochs=1),
-        ema=EmaConfig(),
+        identity={"classes": list("abcde"), "data_hashes": {}},
         checkpoint=CheckpointConfig(),
-        log=LogConfig(tensorboard=False),
+        tensorboard=False,
     )
     ours, its = timed.state_dict(), run.state_dict()
     assert all(torch.equal(ours[name], its[name]) for name in its)
