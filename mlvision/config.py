@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from mlvision.data import CocoConfig
+from mlvision.data.base import DataConfig
 from mlvision.data.loader import LoaderConfig
-from mlvision.data.manifest import DataConfig
 from mlvision.data.transforms import ViewConfig
 from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.distributed import DdpConfig

@@ -5,11 +5,12 @@ import difflib
 import gc
 from typing import Any
 
+from mlvision.data.base import DataConfig, check_inside
 from mlvision.data.bigearthnet import BigEarthNetConfig
 from mlvision.data.coco import CocoConfig
 from mlvision.data.csv_table import CsvConfig
 from mlvision.data.imagenet import ImagenetConfig
-from mlvision.data.manifest import DataConfig, Manifest, check_distinct_images, check_inside
+from mlvision.data.manifest import Manifest, check_distinct_images
 from mlvision.data.matrix import MatrixConfig
 from mlvision.data.nuswide import NuswideConfig
 from mlvision.data.records import Boxes, Record

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
+from mlvision.data.base import DataConfig, check_files, check_root
+from mlvision.data.manifest import Manifest
 from mlvision.data.records import Record, Records
 from mlvision.errors import InputError, first_line, listed, shown
 from mlvision.progress import track

@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeGuard
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from mlvision.data.base import DataConfig, check_files, check_root
 from mlvision.data.images import read_size
-from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.manifest import LONGEST_SIDE, Manifest, image_key
 from mlvision.data.records import LabelLists, Objects, Outlines, Records
 from mlvision.errors import InputError, listed, shown
 from mlvision.text_files import find_split_file, read_json

@@ -15,8 +15,9 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Int64
 
+from mlvision.data.base import DataConfig, check_files, check_root
 from mlvision.data.images import SUFFIXES
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.manifest import Manifest, image_key
 from mlvision.data.records import LabelLists, Records
 from mlvision.errors import InputError, listed, shown
 from mlvision.text_files import read_text

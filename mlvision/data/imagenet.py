@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from mlvision.data.base import DataConfig, check_root
 from mlvision.data.folder import FolderSearch, find_images, kind_of, list_folder
 from mlvision.data.images import SUFFIXES
-from mlvision.data.manifest import DataConfig, Manifest, check_root
+from mlvision.data.manifest import Manifest
 from mlvision.data.records import LabelLists, Records
 from mlvision.errors import InputError, printable, shown
 from mlvision.text_files import read_json, read_names

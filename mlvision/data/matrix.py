@@ -9,7 +9,8 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.base import DataConfig, check_files, check_root
+from mlvision.data.manifest import Manifest, image_key
 from mlvision.data.records import LabelLists, Records
 from mlvision.errors import InputError, listed, shown
 from mlvision.files import one_line, open_arrays

@@ -8,7 +8,8 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Bool
 
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key, on_disk
+from mlvision.data.base import DataConfig, check_files, check_root, on_disk
+from mlvision.data.manifest import Manifest, image_key
 from mlvision.data.records import LabelLists, Records
 from mlvision.errors import InputError, shown
 from mlvision.text_files import check_distinct, find_split_file, read_names, read_text

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from mlvision.data.bands import Band, BandStack, check_bands, rgb_channels
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root
+from mlvision.data.base import DataConfig, check_files, check_root
+from mlvision.data.manifest import Manifest
 from mlvision.data.records import Record, Records
 from mlvision.errors import InputError, shown
 from mlvision.text_files import find_split_file, read_names

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from mlvision.data.manifest import DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.base import DataConfig, check_files, check_root
+from mlvision.data.manifest import Manifest, image_key
 from mlvision.data.records import LabelLists, Records
 from mlvision.errors import InputError, shown
 from mlvision.text_files import check_distinct, find_split_file, read_json, read_names

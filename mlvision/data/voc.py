@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from mlvision.data.manifest import LONGEST_SIDE, DataConfig, Manifest, check_files, check_root, image_key
+from mlvision.data.base import DataConfig, check_files, check_root
+from mlvision.data.manifest import LONGEST_SIDE, Manifest, image_key
 from mlvision.data.records import LabelLists, Objects, Outlines, Records
 from mlvision.errors import InputError, listed, shown
 from mlvision.text_files import check_distinct, find_split_file, read_names, read_text

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlvision.data import DataConfig
+from mlvision.data.base import check_files, check_root
 from mlvision.data.manifest import (
     Manifest,
     carve_validation,
     check_disjoint,
-    check_files,
-    check_root,
     check_same_classes,
     hide_labels,
     true_paths,
