@@ -21,7 +21,7 @@ class RealConfig(EvaluatorConfig):
 
 
 class Real(Evaluator):
-    """`real_accuracy`."""
+    """`real_accuracy`; an image whose highest class is unknown cannot be judged and is left out."""
 
     def metrics(self, manifest: Manifest) -> tuple[str, ...]:
         return ("real_accuracy",) if manifest.real_lists else ()
@@ -29,5 +29,8 @@ class Real(Evaluator):
     def measure(self, predictions: Predictions, manifest: Manifest) -> dict[str, float]:
         if not manifest.real_lists:
             return {}
-        lists = [manifest.records[row].labels for row in predictions.index.tolist()]
-        return {"real_accuracy": real_accuracy(predictions.logits, lists)}
+        logits = predictions.logits
+        is_highest = logits == logits.amax(dim=1, keepdim=True)
+        is_judged = ~(is_highest & predictions.targets.isnan()).any(dim=1)
+        lists = [manifest.records[row].labels for row in predictions.index[is_judged].tolist()]
+        return {"real_accuracy": real_accuracy(logits[is_judged], lists)}

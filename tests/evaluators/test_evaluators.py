@@ -129,6 +129,16 @@ def test_real_accuracy_looks_up_the_rows_of_the_predictions():
     assert evaluator.measure(predictions(PLAIN), PLAIN) == {}
 
 
+def test_an_image_whose_highest_class_is_unknown_is_left_out_of_real_accuracy():
+    """Of four images the first two hit and miss; the highest class of the others is unknown, in the last one of two."""
+    evaluator = RealConfig().build(context(3))
+    records = [Record("a", "a", (0, 2)), Record("b", "b", (1,), unknown=(2,)), Record("c", "c", (0,), unknown=(1,))]
+    partial = Manifest(CLASSES, [*records, Record("d", "d", (0,), unknown=(2,))], "val", real_lists=True)
+    logits = torch.tensor([[1.0, 0.0, 9.0], [9.0, 0.0, 1.0], [0.0, 9.0, 0.0], [3.0, 0.0, 3.0]])
+    given = Predictions(logits, torch.from_numpy(partial.targets), torch.arange(4))
+    assert evaluator.measure(given, partial) == {"real_accuracy": 0.5}
+
+
 def test_the_interval_is_that_of_mean_average_precision():
     given = predictions(PLAIN)
     found = BUILT["bootstrap"].measure(given, PLAIN)
