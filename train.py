@@ -84,7 +84,7 @@ def open_folder(run: Run, stack: ExitStack) -> tuple[Path, bool]:
 
 
 def left_out(run: Run) -> Iterator[str]:
-    """What of the training images an epoch does not see, in words."""
+    """What of the training images an epoch does not see, and what their labels do not show, in words."""
     batches = run.train_loader.batches
     num_dropped = batches.num_images % batches.batch_size
     if num_dropped:
@@ -95,6 +95,9 @@ def left_out(run: Run) -> Iterator[str]:
     absent = [name for name, number in zip(run.train.classes, run.statistics.positives, strict=True) if not number]
     if absent:
         yield f"note: no training image shows {len(absent)} of the classes: {listed(absent, most=10)}"
+    num_empty = int((run.train.labels_per_image() == 0).sum())
+    if run.config.data.edits and num_empty:
+        yield f"note: no class is known to be present in {num_empty:,} of {len(run.train):,} training images"
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from mlvision.config import Config, load_config
 from mlvision.data import read_split
+from mlvision.data.edits import apply_edits
 from mlvision.data.images import drop_unreadable, file_sizes, rgb_array
 from mlvision.data.loader import Loader, eval_loader, evenly, train_loader
-from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes, hide_labels
+from mlvision.data.manifest import Manifest, carve_validation, check_disjoint, check_same_classes
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig, check_channels
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import Callback
@@ -336,7 +337,7 @@ def _open_label_maps(config: Config, method: Method, train: Manifest) -> LabelMa
     except InputError as error:
         raise InputError(
             f"label_maps: {error}. Maps belong to the training records as data.* gives them (root, train, val_fraction, "
-            "val_seed, ...): give those that the maps were made with, or make others with tools/make_label_maps.py"
+            "val_seed, edits, ...): give those that the maps were made with, or make others with tools/make_label_maps.py"
         ) from None
     try:
         store.check_rows()
@@ -387,9 +388,10 @@ def build_method(config: Config, context: Context, assets: Assets | None = None)
 
 
 def read_training_manifests(config: Config) -> tuple[Manifest, Manifest, list[tuple[str, str, str]]]:
-    """The training and validation manifests, and (split, key, reason) of each image that was skipped.
+    """The training and validation manifests, edited, and (split, key, reason) of each image that was skipped.
 
-    The test split is read as well, to refuse data in which it shares images with the others; nothing else is done with it.
+    The test split is read as well, to refuse data in which it shares images with the others; nothing else is done with it,
+    and no edit ever changes it.
     """
     data = config.data
     if not data.train:
@@ -411,7 +413,12 @@ def read_training_manifests(config: Config) -> tuple[Manifest, Manifest, list[tu
         check_same_classes(train, test)
         check_disjoint(train, test)
         check_disjoint(val, test)
-    train = hide_labels(train, data.known_labels, data.known_seed)
+    if data.edits:
+        train = apply_edits(data.edits, train)
+        if data.val_labels == "as_train":
+            val = apply_edits(data.edits, val).noted("edited like the training images")
+        else:
+            val = val.noted("without the edits of the training images")
     (train, bad_train), (val, bad_val) = (_readable(config, m) for m in (train, val))
     return train, val, bad_train + bad_val
 

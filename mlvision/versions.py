@@ -30,7 +30,16 @@ def _nest_losses(config: dict[str, Any]) -> None:
     method["loss"] = {"name": loss, **{key: stood[key] for key in losses.get(loss, ()) if key in stood}}
 
 
-STEPS = (_drop_evaluation, _nest_losses)  # step i makes version i + 2 of version i + 1
+def _list_edits(config: dict[str, Any]) -> None:
+    """`data.known_labels` and `data.known_seed` became an edit of `data.edits`, which changed the training images only."""
+    data = config.get("data", {})
+    share, seed = data.pop("known_labels", 1.0), data.pop("known_seed", 0)
+    data["edits"] = []
+    if float(share) != 1:
+        data |= {"edits": [{"name": "known_labels", "share": share, "seed": seed}], "val_labels": "full"}
+
+
+STEPS = (_drop_evaluation, _nest_losses, _list_edits)  # step i makes version i + 2 of version i + 1
 CONFIG_VERSION = len(STEPS) + 1
 
 
@@ -60,7 +69,7 @@ def upgrade(config: Any, source: str) -> dict[str, Any]:
     for step in STEPS[version - 1 :]:
         try:
             step(config)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source}: cannot be upgraded from config_version {version} ({error!r})") from error
     config.pop("config_version", None)
     return {"config_version": CONFIG_VERSION, **config}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlvision.config import Config, load_config, parse_run_options, saved_config
 from mlvision.errors import InputError
@@ -86,7 +87,9 @@ def test_a_config_that_was_saved_before_there_were_evaluators(tmp_path):
 def as_version_1(config):
     """What the first version would have saved."""
     old = to_plain(config) | {"bootstrap": 100}
-    del old["config_version"]
+    del old["config_version"], old["data"]["val_labels"]
+    edits = old["data"].pop("edits")
+    old["data"] |= {"known_labels": edits[0]["share"], "known_seed": edits[0]["seed"]} if edits else {"known_labels": 1}
     old["data"]["split"] = "val"
     loss = old["method"].pop("loss", None)
     if loss:
@@ -98,9 +101,10 @@ def as_version_1(config):
 
 
 @pytest.mark.parametrize(
-    "method",
+    "options",
     [
         [],
+        ["data.edits=[{name: known_labels, share: 0.3, seed: 5}]", "data.val_labels=full"],
         ["method.loss=asl", "method.loss.gamma_neg=3", "method.loss.clip=0"],
         ["method.loss=soft_top_k", "method.loss.k=2", "method.loss.alpha=0.5"],
         ["method.loss=focal", "method.loss.gamma=1", "method.smoothing=0.1"],
@@ -111,12 +115,14 @@ def as_version_1(config):
     ],
     ids=" ".join,
 )
-def test_a_config_of_the_first_version_is_upgraded(method):
-    config = parse("seed=3", "head=csra", "data=csv", *method)
+def test_a_config_of_the_first_version_is_upgraded(options, tmp_path):
+    config = parse("seed=3", "head=csra", "data=csv", *options)
     old = as_version_1(config)
     before = json.dumps(old)
     assert saved_config(old, "old.yaml") == config
     assert json.dumps(old) == before
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))  # whose values are what they are written as
+    assert load_config(tmp_path / "config.yaml") == config
     assert saved_config({}, "old.yaml") == Config()
     assert upgrade(to_plain(config), "new.yaml") == to_plain(config)
     assert len(STEPS) == CONFIG_VERSION - 1
@@ -131,6 +137,7 @@ def test_a_config_of_the_first_version_is_upgraded(method):
         (f"config_version: {'9' * 5000}", "config_version: expected a number from 1 to"),
         ("config_version: [1]", "config_version: expected a number from 1 to"),
         ("data: x", "cannot be upgraded from config_version 1"),
+        ("config_version: 3\ndata: {known_labels: some}", "cannot be upgraded from config_version 3"),
     ],
 )
 def test_what_cannot_be_upgraded_is_one_line(content, message, tmp_path):

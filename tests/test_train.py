@@ -34,7 +34,8 @@ from mlvision.engine.lock import locked
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision
 from mlvision.options import load_options, parse_options
-from mlvision.run import build_run, choose_folder, read_for
+from mlvision.run import build_run, choose_folder, read_for, read_role
+from mlvision.versions import CONFIG_VERSION
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,13 +250,46 @@ def test_training_on_a_few_images_learns_them(smoke_arguments, tmp_path):
     assert eval_script.main([str(folder / "checkpoints/last.pt"), "split=train"])["raw"]["mAP"] > 0.9
 
 
-def test_partial_labels_are_hidden_from_training_alone(smoke_arguments, tmp_path):
-    folder = tmp_path / "r"
-    train_script.main([*smoke_arguments, "data.known_labels=0.5", "optim.epochs=1", f"out={folder}"])
+def test_validation_is_as_poor_as_training_unless_it_is_full(smoke_arguments, tmp_path, capsys):
+    folder, phrase = tmp_path / "r", "each label known with probability 0.5 (seed 0)"
+    edits = ["data.edits=[known_labels]", "data.edits.0.share=0.5"]
+    train_script.main([*smoke_arguments, *edits, "data.val_fraction=0.3", "optim.epochs=1", f"out={folder}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("training: ") and line.endswith(f"; {phrase}") for line in lines)
+    as_train = f"; {phrase}; edited like the training images"
+    assert any(line.startswith("validation: ") and as_train in line for line in lines)
+    train = read_role(load_run(folder, device="cpu").config, "train")[0]
+    num_empty = sum(not record.labels for record in train.records)
+    assert num_empty
+    assert f"note: no class is known to be present in {num_empty} of {len(train)} training images" in lines
+
     rows = {split: eval_script.main([str(folder), f"split={split}"]) for split in ("train", "val", "test")}
-    unknown = {split: row["raw"]["num_unknown"] for split, row in rows.items()}
-    assert unknown["val"] == unknown["test"] == 0 < unknown["train"]
-    assert "each label known with probability 0.5" in rows["train"]["protocol"]
+    full = eval_script.main([str(folder), "split=val", "data.val_labels=full"])
+    unknown = {split: row["raw"]["num_unknown"] for split, row in (rows | {"full": full}).items()}
+    assert unknown["test"] == unknown["full"] == 0
+    assert unknown["train"] / (20 * len(train)) == pytest.approx(0.5, abs=0.1)
+    assert unknown["val"] / (20 * rows["val"]["raw"]["num_images"]) == pytest.approx(0.5, abs=0.1)
+    assert as_train in rows["val"]["protocol"]
+    assert "; without the edits of the training images; " in full["protocol"]
+    assert phrase not in full["protocol"] + rows["test"]["protocol"]
+    logged = metric_rows(folder)
+    assert logged[max(step for step, _ in logged), "val/raw/mAP"] == pytest.approx(rows["val"]["raw"]["mAP"], abs=1e-6)
+
+
+def test_a_run_with_known_labels_of_an_older_version_goes_on(smoke_arguments, tmp_path):
+    """Its options were two of `data`, and its validation images had all their labels."""
+    edits = ["data.edits=[{name: known_labels, share: 0.4, seed: 3}]", "data.val_labels=full", "loader.num_workers=0"]
+    folder = tmp_path / "r"
+    train_script.main([*smoke_arguments, *edits, "optim.epochs=1", f"out={folder}"])
+    saved = (folder / "config.yaml").read_text()
+    today = "  edits:\n  - name: known_labels\n    share: 0.4\n    seed: 3\n  val_labels: full\n"
+    assert today in saved
+    old = saved.replace(today, "  known_labels: 0.4\n  known_seed: 3\n")
+    (folder / "config.yaml").write_text(old.replace(f"config_version: {CONFIG_VERSION}\n", "config_version: 3\n"))
+    with pytest.raises(InputError, match="another config: data.val_labels is 'full' there, 'as_train' was asked for"):
+        train_script.main([*smoke_arguments, edits[0], "optim.epochs=1", f"out={folder}", "resume=auto"])
+    assert train_script.main([*smoke_arguments, *edits, "optim.epochs=1", f"out={folder}", "resume=auto"]) == 0
+    assert eval_script.main([str(folder), "split=val"])["raw"]["num_unknown"] == 0
 
 
 def test_eval_says_how_sure_and_how_calibrated(trained, tmp_path, capsys):
@@ -368,7 +402,16 @@ def truncate_image(root):
             "view.eval_size: test_vit takes images of the size it was built for, view.size=48",
         ),
         (None, ["data.val_fraction=1.5"], "data.val_fraction: 1.5 of the 96 images of split 'train' gives 144 images"),
-        (None, ["data.known_labels=0"], "data.known_labels: expected a share above 0"),
+        (
+            None,
+            ["data.edits=[{name: known_labels, share: 0}]"],
+            "data.edits.known_labels.share: expected a share above 0, at most 1, got 0.0",
+        ),
+        (
+            None,
+            ["data.edits=[known_label]"],
+            "expected one of known_labels, got 'known_label'; did you mean known_labels?",
+        ),
         (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
         (None, ["checkpoint.select=map"], "checkpoint.select: no metric 'map'"),

@@ -3,9 +3,10 @@
 import os
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
+from mlvision.data.edits import EditConfig
 from mlvision.data.limits import MAX_PIXELS, MOST_PIXELS
 from mlvision.data.manifest import Manifest
 from mlvision.data.records import Records
@@ -24,10 +25,12 @@ class DataConfig(Selectable):
     test: Annotated[str, "name of the split that only eval.py reads"] = "test"
     val_fraction: Annotated[float, "share of the training images carved out where `val` is empty"] = 0.1
     val_seed: Annotated[int, "seed of that carving: apart from `seed`, so that all seeds of a sweep share it"] = 0
-    known_labels: Annotated[
-        float, "partial labels: share of the training images' labels, present and absent alike, that stay known"
-    ] = 1.0
-    known_seed: Annotated[int, "seed of which they are: apart from `seed`, so that all seeds of a sweep share them"] = 0
+    edits: Annotated[list[EditConfig], "what changes the labels of the training images, one edit after the other"] = (
+        field(default_factory=list)
+    )
+    val_labels: Annotated[
+        str, "as_train: the edits change the validation images too, whose labels are then as poor; full: they do not"
+    ] = "as_train"
     on_bad_image: Annotated[str, "error: stop at a file that cannot be decoded; skip: leave it out and list it"] = (
         "error"
     )
@@ -39,7 +42,7 @@ class DataConfig(Selectable):
         rules = (
             ("on_bad_image", self.on_bad_image in ("error", "skip"), "error or skip"),
             ("val_seed", self.val_seed >= 0, "0 or more"),
-            ("known_seed", self.known_seed >= 0, "0 or more"),
+            ("val_labels", self.val_labels in ("as_train", "full"), "as_train or full"),
             ("max_pixels", 1 <= self.max_pixels <= MOST_PIXELS, f"1 to {MOST_PIXELS}"),
         )
         check_fields(self, "data.", rules)

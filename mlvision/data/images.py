@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import TypeVar
 
@@ -247,8 +246,7 @@ def drop_unreadable(manifest: Manifest, num_workers: int = 0) -> tuple[Manifest,
         return manifest, []
     if len(bad) == len(manifest):
         raise InputError(f"split {manifest.split!r}: none of its {len(manifest):,} images can be read; {bad[0][1]}")
-    note = f"{len(bad):,} unreadable images left out"
-    manifest = replace(manifest, protocol=f"{manifest.protocol}; {note}" if manifest.protocol else note)
+    manifest = manifest.noted(f"{len(bad):,} unreadable images left out")
     return manifest.select(i for i, why in enumerate(reasons) if why is None), bad
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -154,6 +154,23 @@ class Manifest:
                     areas[row, label] = np.fmax(areas[row, label], area)
         return areas
 
+    def label_lists(self) -> Iterator[tuple[list[int], list[int]]]:
+        """The classes that are present, and those that are unknown, of one image after the other; both ascending."""
+        return self._columns.lists()
+
+    def relabel(self, labels: Sequence[tuple[int, ...]], unknown: Sequence[tuple[int, ...]], note: str) -> "Manifest":
+        """The same images with other labels, and why in the protocol.
+
+        Args:
+            labels: the classes that are present, for each image, ascending.
+            unknown: the classes of which nothing is known, for each image, ascending; none of `labels`.
+        """
+        return replace(self, records=self._columns.relabel(labels, unknown)).noted(note)
+
+    def noted(self, note: str) -> "Manifest":
+        """The same images and labels, with a phrase more in the protocol."""
+        return replace(self, protocol=f"{self.protocol}; {note}" if self.protocol else note)
+
     @cached_property
     def hash(self) -> str:
         """sha256 of the record list (keys, labels, unknowns): the same images, labels and order."""
@@ -189,40 +206,10 @@ def carve_validation(manifest: Manifest, fraction: float, seed: int) -> tuple[Ma
         )
     draw = [hashlib.sha256(f"{seed} {key}".encode()).digest() for key in manifest.keys]
     permutation = sorted(range(len(manifest)), key=draw.__getitem__)
-    note = f"{num_val:,} of {len(manifest):,} images carved out for validation (seed {seed})"
-    manifest = replace(manifest, protocol=f"{manifest.protocol}; {note}" if manifest.protocol else note)
+    manifest = manifest.noted(f"{num_val:,} of {len(manifest):,} images carved out for validation (seed {seed})")
     train = manifest.select(sorted(permutation[num_val:]))
     val = manifest.select(sorted(permutation[:num_val]), split=f"{manifest.split}-val")
     return train, val
-
-
-def hide_labels(manifest: Manifest, known: float, seed: int) -> Manifest:
-    """The same images of which less is known: each label, present or absent, stays known with probability `known`.
-
-    What stays is drawn by seed and key, so that it depends neither on the order of the records nor on their number, and
-    what stays at a smaller share stays at a larger one.
-
-    Source: the protocol of Durand et al., "Learning a Deep ConvNet for Multi-label Classification with Partial Labels",
-    CVPR 2019, and of the papers after it.
-
-    Raises:
-        InputError: a share of 0, or above 1.
-    """
-    if not 0 < known <= 1:
-        raise InputError(f"data.known_labels: expected a share above 0, at most 1, got {known}")
-    if known == 1:
-        return manifest
-    labels, unknown = [], []
-    columns = manifest._columns
-    for key, (present, not_known) in zip(manifest.keys, columns.lists(), strict=True):
-        digest = hashlib.shake_256(f"{seed} {key}".encode()).digest(4 * len(manifest.classes))
-        draw = np.frombuffer(digest, dtype="<u4") / 2**32
-        hidden = set(np.flatnonzero(draw >= known).tolist())
-        labels.append(tuple(label for label in present if label not in hidden))
-        unknown.append(tuple(sorted(hidden.union(not_known))))
-    note = f"each label known with probability {known:g} (seed {seed})"
-    protocol = f"{manifest.protocol}; {note}" if manifest.protocol else note
-    return replace(manifest, records=columns.relabel(labels, unknown), protocol=protocol)
 
 
 def check_disjoint(a: Manifest, b: Manifest) -> None:

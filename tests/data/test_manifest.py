@@ -15,7 +15,6 @@ from mlvision.data.manifest import (
     carve_validation,
     check_disjoint,
     check_same_classes,
-    hide_labels,
     true_paths,
 )
 from mlvision.data.records import Record, Records
@@ -66,40 +65,15 @@ def test_hash_tells_keys_labels_and_order_apart():
     assert Manifest(("cat", "dog"), elsewhere, "test").hash == Manifest(("cat", "dog"), tuple(records), "train").hash
 
 
-def test_hidden_labels_are_unknown_and_the_others_as_they_were():
-    classes = tuple(f"class {c}" for c in range(30))
-    records = tuple(Record(key, key, (3, 7, 20), unknown=(5,)) for key in numbered(200))
-    whole = Manifest(classes, records, "train", "made up")
-
-    partial = hide_labels(whole, 0.25, seed=4)
-
-    known = ~np.isnan(partial.targets)
-    np.testing.assert_array_equal(partial.targets[known], whole.targets[known])
-    others = np.delete(known, 5, axis=1)
-    assert not known[:, 5].any()  # unknown before
-    assert others.mean() == pytest.approx(0.25, abs=0.02)  # 5,800 draws: 3.5 standard deviations
-    assert others[:, [3, 7, 19]].mean() == pytest.approx(0.25, abs=0.06)  # the present ones are hidden as often
-    assert "probability 0.25 (seed 4)" in partial.protocol
-    assert [record.labels for record in partial.records] == [tuple(np.flatnonzero(row == 1)) for row in partial.targets]
-
-
-def test_what_stays_known_depends_on_seed_and_key_alone():
-    whole = manifest(numbered(100))
-    of_key = {r.key: r.unknown for r in hide_labels(whole, 0.5, seed=1).records}
-
-    reversed_half = hide_labels(whole.select(range(99, 49, -1)), 0.5, seed=1)
-    more = hide_labels(whole, 0.7, seed=1)
-
-    assert all(of_key[record.key] == record.unknown for record in reversed_half.records)
-    assert all(set(record.unknown) <= set(of_key[record.key]) for record in more.records)
-    assert of_key != {r.key: r.unknown for r in hide_labels(whole, 0.5, seed=2).records}
-    assert hide_labels(whole, 1.0, seed=1) == whole
-
-
-@pytest.mark.parametrize("known", [0.0, -0.1, 1.01, float("nan")])
-def test_a_share_of_known_labels_that_is_none_is_refused(known):
-    with pytest.raises(InputError, match="data.known_labels: expected a share above 0, at most 1"):
-        hide_labels(manifest(numbered(3)), known, seed=0)
+def test_other_labels_are_of_the_same_images_and_say_why():
+    records = (Record("a", "x/a", (0,), difficult=(2,)), Record("b", "x/b", (1,)), Record("c", "x/c", (), (0,)))
+    before = Manifest(("cat", "dog", "owl"), records, "train", "made up").select([2, 0])
+    after = before.relabel([(1, 2), ()], [(), (0, 2)], "shuffled")
+    assert list(after.records) == [Record("c", "x/c", (1, 2)), Record("a", "x/a", (), (0, 2), difficult=(2,))]
+    assert list(after.label_lists()) == [([1, 2], []), ([], [0, 2])]
+    assert list(before.label_lists()) == [([], [0]), ([0], [])]
+    assert (after.protocol, before.protocol) == ("made up; shuffled", "made up")
+    assert Manifest(("cat",), (), "train").noted("nothing there").protocol == "nothing there"
 
 
 def test_class_names_must_differ():
