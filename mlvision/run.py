@@ -213,6 +213,7 @@ def build_run(config: Config) -> Run:
             config.seed,
             num_views=method.num_views,
             label_maps=label_maps,
+            sparse_targets=method.sparse_targets,
             rank=rank,
             world_size=world_size,
         ),

@@ -218,10 +218,11 @@ class Batch:
 
     Attributes:
         images: `[B, in_chans, H, W]` uint8, or float32 in [0, 1]; never normalised (a Method does that itself).
-        targets: `[B, C]` float32: 1 present, 0 absent, NaN unknown.
+        targets: `[B, C]` float32: 1 present, 0 absent, NaN unknown; `[B, 0]` where the method asks for `labels`.
         index: `[B]` int64, the row of each image in the manifest.
         view: what part of each full image `images` shows. With several views of an image, they are adjacent.
         label_map: the full images' label maps, in the order of `images`, where the method asks for them.
+        labels: `[B, L]` int64, the classes that are present, ascending, then -1; in place of a table of very many classes.
         extra: what the method's plan of the epoch adds to each row, by name: `[B, ...]`.
     """
 
@@ -230,6 +231,7 @@ class Batch:
     index: Int64[Tensor, " B"]
     view: CropBox
     label_map: LabelMap | None = None
+    labels: Int64[Tensor, "B L"] | None = None
     extra: dict[str, Shaped[Tensor, "B ..."]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
@@ -254,6 +256,7 @@ class Batch:
             change(self.index),
             self.view._each(change),
             self.label_map and self.label_map._each(change),
+            None if self.labels is None else change(self.labels),
             {name: change(column) for name, column in self.extra.items()},
         )
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mlvision.data.images import read_record
@@ -67,11 +68,12 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """The views of one image, and what is known of it: `target` is its row of `Manifest.targets`."""
+    """The views of one image, and what is known of it: `target` is its row of `Manifest.targets`, or else its `labels`."""
 
     views: list[View]
     target: Float32[Tensor, " C"]
     index: int
+    labels: Int64[Tensor, " l"] | None = None
 
 
 class ImageDataset(Dataset):
@@ -87,12 +89,14 @@ class ImageDataset(Dataset):
         seed: int = 0,
         num_views: int = 1,
         label_maps: LabelMapStore | None = None,
+        sparse_targets: bool = False,
     ) -> None:
         self.manifest = manifest
         self.view = view
         self.seed = seed
         self.num_views = num_views
         self.label_maps = label_maps
+        self.sparse_targets = sparse_targets
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -101,6 +105,10 @@ class ImageDataset(Dataset):
         epoch, index = item
         image = read_record(self.manifest.records[index], self.manifest.max_pixels)
         views = [self.view(image, _view_seed(self.seed, epoch, index, number)) for number in range(self.num_views)]
+        if self.sparse_targets:
+            return Sample(
+                views, torch.empty(0), index, torch.tensor(self.manifest.records[index].labels, dtype=torch.int64)
+            )
         return Sample(views, torch.from_numpy(self.manifest.target(index)), index)
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Sample] | InputError:
@@ -195,7 +203,14 @@ def collate(samples: list[Sample] | InputError, label_maps: LabelMapStore | None
             quarter_turns=torch.tensor([view.quarter_turns for view, _ in rows]),
         ),
         label_map=label_maps.read(index.numpy()) if label_maps else None,
+        labels=_padded([sample.labels for _, sample in rows]),
     )
+
+
+def _padded(labels: Sequence[Int64[Tensor, " _"] | None]) -> Int64[Tensor, "B L"] | None:
+    """A row per sample, filled up with -1; None where samples have targets in place of labels."""
+    some = [row for row in labels if row is not None]
+    return pad_sequence(some, batch_first=True, padding_value=-1) if some else None
 
 
 class Loader:
@@ -285,6 +300,8 @@ class Loader:
                 )
             if not 0 <= int(plan.order.min()) <= int(plan.order.max()) < num_images:
                 raise InputError(f"plan of an epoch: its order has rows beyond the {num_images} training images")
+        if plan.targets is not None and self.dataset.sparse_targets:
+            raise InputError("plan of an epoch: expected no targets for a method that asks for labels in place of them")
         if plan.targets is not None and plan.targets.shape != (num_images, len(classes)):
             raise InputError(
                 f"plan of an epoch: expected targets {[num_images, len(classes)]}, got {list(plan.targets.shape)}"
@@ -427,16 +444,28 @@ def train_loader(
     *,
     num_views: int = 1,
     label_maps: LabelMapStore | None = None,
+    sparse_targets: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
     """Full batches in the order of `config.sampling`; several views give a batch that many times the rows.
 
-    `label_maps`: a store whose rows are those of the manifest; every batch then has the maps of its images.
+    Args:
+        label_maps: a store whose rows are those of the manifest; every batch then has the maps of its images.
+        sparse_targets: every batch has `labels` in place of `targets`.
+
+    Raises:
+        InputError: `sparse_targets` of images of which some labels are unknown.
     """
+    if sparse_targets and manifest.num_unknown:
+        raise InputError(
+            f"split {manifest.split!r}: expected every label to be known, {manifest.num_unknown:,} are not: a list of the "
+            "present ones cannot say so"
+        )
     order = SAMPLERS[config.sampling](manifest, seed)
     batches = EpochBatches(order, config.batch_size, rank, world_size)
-    return Loader(ImageDataset(manifest, view, seed, num_views, label_maps), batches, config)
+    dataset = ImageDataset(manifest, view, seed, num_views, label_maps, sparse_targets)
+    return Loader(dataset, batches, config)
 
 
 def eval_loader(

@@ -118,6 +118,11 @@ class Manifest:
         """The objects of all images, without their segmentation; and the index of each one's image."""
         return self._columns.boxes()
 
+    @property
+    def num_unknown(self) -> int:
+        """How many labels are unknown."""
+        return int(self._count("unknown").sum())
+
     def _count(self, column: Literal["labels", "unknown", "difficult"]) -> Int64[np.ndarray, " C"]:
         counts = np.zeros(len(self.classes), dtype=np.int64)
         for _, labels in self._columns.pairs(column):

@@ -91,6 +91,7 @@ class Method(nn.Module):
 
     Attributes:
         needs_label_map: the loader puts a label map into every batch.
+        sparse_targets: batches have `labels`, a list per image, in place of `targets`: for very many classes.
         num_views: how many views of each image a batch holds, adjacent.
         has_order: `begin_epoch` plans the order of the training images, which leaves `loader.sampling` no say.
         activation: what makes probabilities of its logits: sigmoid, or softmax where it trains them so.
@@ -98,6 +99,7 @@ class Method(nn.Module):
     """
 
     needs_label_map = False
+    sparse_targets = False
     num_views = 1
     has_order = False
     activation = "sigmoid"

@@ -120,6 +120,35 @@ def test_a_batch_holds_the_label_maps_of_its_images(manifest, tmp_path, num_work
     assert seen == 24
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_labels_as_lists_are_those_of_the_table(manifest, num_workers):
+    """Two, one, no and three labels, of two views each; what is left of a row is -1."""
+    lists = [(0, 2), (1,), (), (0, 1, 3)]
+    records = [replace(record, labels=lists[i % 4], unknown=()) for i, record in enumerate(manifest.records)]
+    known = replace(manifest, records=tuple(records))
+    loader = train_loader(known, VIEW, config(num_workers), seed=5, num_views=2, sparse_targets=True)
+    for batch in loader:
+        assert batch.targets.shape == (8, 0)
+        longest = max(len(lists[i % 4]) for i in batch.index.tolist())
+        for row, index in zip(batch.labels.tolist(), batch.index.tolist(), strict=True):
+            assert row == [*lists[index % 4], *[-1] * (longest - len(lists[index % 4]))]
+        assert torch.equal(batch.split(4)[1].labels, batch.labels[2:4])
+
+
+def test_lists_of_labels_cannot_say_what_is_unknown(manifest):
+    with pytest.raises(InputError, match="split 'train': expected every label to be known, 4 are not"):
+        train_loader(manifest, VIEW, config(), seed=5, sparse_targets=True)
+
+
+def test_a_batch_of_very_many_classes_stays_small(manifest):
+    """A million classes: a table of 4 images would have 16 MB."""
+    classes = tuple(map(str, range(1_000_000)))
+    records = [replace(record, labels=(999_999,), unknown=()) for record in manifest.records]
+    known = Manifest(classes, tuple(records), "train")
+    batch = next(iter(train_loader(known, VIEW, config(), seed=5, sparse_targets=True)))
+    assert batch.labels.tolist() == [[999_999]] * 4
+
+
 # Reproducibility
 
 
