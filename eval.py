@@ -39,7 +39,8 @@ from mlvision.metrics import per_class_table
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.options import EVALUATION, build_options, describe_options, marked, take_path
 from mlvision.run import ROLES, LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
-from mlvision.types import Predictions, reaches
+from mlvision.space import reaches
+from mlvision.types import Predictions
 
 
 @dataclass(frozen=True)

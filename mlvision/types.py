@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Integer, Shaped
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch import Tensor
 from mlvision.errors import InputError
 
 _Record = TypeVar("_Record", bound="_Columns")
-ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
 
 
 @dataclass
@@ -56,21 +54,6 @@ ACTIVATIONS = ("softmax", "sigmoid")
 def to_scores(logits: Float[Tensor, "B C"], activation: str) -> Float[Tensor, "B C"]:
     """Logits to what is taken for probabilities: by a softmax over the classes, or a sigmoid of each."""
     return logits.softmax(dim=1) if activation == "softmax" else logits.sigmoid()
-
-
-def reaches(
-    scores: Shaped[ArrayT, "... C"], threshold: float | Shaped[np.ndarray | Tensor, "..."]
-) -> Bool[ArrayT, "... C"]:
-    """Whether each score is at least its threshold, one or one per class.
-
-    The threshold acts in the dtype of the scores: a score that was computed as 0.7 and rounded to half precision, or to
-    float32, is below the double 0.7, and still reaches it.
-    """
-    if isinstance(scores, Tensor):
-        dtype = scores.dtype if scores.is_floating_point() else None
-        return scores >= torch.as_tensor(threshold, dtype=dtype, device=scores.device)
-    dtype = scores.dtype if np.issubdtype(scores.dtype, np.floating) else None
-    return scores >= np.asarray(threshold, dtype=dtype)
 
 
 # How attributions and transport plans become targets: by name, because neither says how probable a label is.

@@ -33,7 +33,7 @@ from mlvision.files import check_out, spreadsheet_text, whole_file
 from mlvision.options import describe_options, parse_options, take_path
 from mlvision.progress import track
 from mlvision.run import LoadedRun, add_classes, check_images, load_run, read_for
-from mlvision.types import reaches
+from mlvision.space import reaches
 
 SEPARATOR = ";"  # of labels in one cell
 OWN_COLUMNS = ("image", "labels")

@@ -15,7 +15,7 @@ from mlvision.explain.cam import GradCam
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.selection import from_mask
 from mlvision.explain.subject import undisturbed
-from mlvision.types import reaches
+from mlvision.space import reaches
 
 _log = logging.getLogger(__name__)
 

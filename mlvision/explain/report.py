@@ -25,7 +25,7 @@ from PIL import Image
 from mlvision.errors import InputError
 from mlvision.explain.render import ORDER, ExplainedImage, ShownMethod, colour_table, shared_limit, shown_part
 from mlvision.files import whole_folder
-from mlvision.types import reaches
+from mlvision.space import reaches
 
 MAX_SIDE = 64  # cells; an input-gradient map of 224 x 224 would make 50 kB a label
 _FILES = {"index.html", "assets", "data", "photos"}

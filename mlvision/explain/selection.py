@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.types import reaches, to_scores
+from mlvision.space import reaches
+from mlvision.types import to_scores
 
 SELECTIONS = ("all", "predicted", "ground_truth", "errors", "relevant")
 OUTCOMES = ("TP", "FP", "FN", "TN")

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Shaped
 
 from mlvision.errors import InputError
 from mlvision.metrics.inputs import ArrayT, check_scores, check_targets, same_kind, to_array
-from mlvision.types import reaches
+from mlvision.space import reaches
 
 
 class FMeasures(NamedTuple):

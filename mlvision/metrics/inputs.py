@@ -8,7 +8,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.types import ArrayT
+from mlvision.space import ArrayT
 
 
 def to_array(values: Shaped[np.ndarray | Tensor, "..."]) -> Shaped[np.ndarray, "..."]:

@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multilabel_f1_score
 
 from mlvision.errors import InputError
 from mlvision.metrics import class_measures, decide, f_measures, multilabel_summary
-from mlvision.types import reaches
+from mlvision.space import reaches
 
 NAN = math.nan
 RULES = [(0.5, None), (0.5, 2), (None, 2), (None, 1), (0.25, 9)]
