@@ -39,7 +39,6 @@ from mlvision.metrics import per_class_table
 from mlvision.metrics.figures import draw_precision_recall
 from mlvision.options import EVALUATION, build_options, describe_options, marked, take_path
 from mlvision.run import ROLES, LoadedRun, is_trained, load_run, read_for, read_written, write_metrics, write_record
-from mlvision.space import reaches
 from mlvision.types import Predictions
 
 
@@ -124,7 +123,7 @@ def report(
     """Write and print what the predictions of each weights are worth; the metrics."""
     role, chosen = options.split, predictions[run.weights]
     results = {weights: measure(evaluators, of_weights, manifest) for weights, of_weights in predictions.items()}
-    table = per_class_table(chosen.logits, chosen.targets, manifest.classes, activation=chosen.activation)
+    table = per_class_table(chosen.logits, chosen.targets, manifest.classes, space=chosen.space)
 
     # What is said of another checkpoint than the chosen one stands beside the run's own, under its name.
     of_checkpoint = Path(path).is_file()
@@ -161,7 +160,8 @@ def report(
         shown += f"  ReaL accuracy {summary['real_accuracy']:.4f}" if "real_accuracy" in summary else ""
         mark = "*" if weights == run.weights else " "
         print(f"{weights:>4} {mark}  {shown}  ({summary['num_skipped_classes']} classes without positives)")
-        if not reaches(predictions[weights].scores(), 0.5).any():
+        logits, space = predictions[weights].logits, predictions[weights].space
+        if not space.decide(space.scores(logits), 0.5).any():
             print("        no score reaches 0.5, so nothing is predicted, and CF1 and OF1 are 0")
     print(f"written to {run.folder}: {', '.join(written)}")
     return metrics
@@ -179,7 +179,8 @@ def save_predictions(path: Path, predictions: Predictions, manifest: Manifest) -
     | index | `[N]` int64: rows of the manifest |
     | keys | `[N]` text: the images |
     | classes | `[C]` text: the columns |
-    | activation | text: what makes scores of logits, softmax over the classes or sigmoid of each |
+    | groups | `[G]` int64: sizes of groups of consecutive classes that share a softmax, 1: a class that has a sigmoid |
+    | exclusive | `[E]` int64: sizes of groups of which each image shows exactly one class, 1: a class for itself |
     """
     arrays = {
         "logits": predictions.logits.numpy(),
@@ -187,7 +188,8 @@ def save_predictions(path: Path, predictions: Predictions, manifest: Manifest) -
         "index": predictions.index.numpy(),
         "keys": np.array([manifest.records[row].key for row in predictions.index.tolist()]),
         "classes": np.array(manifest.classes),
-        "activation": np.array(predictions.activation),
+        "groups": np.array(predictions.space.groups),
+        "exclusive": np.array(predictions.space.exclusive),
     }
     write_arrays(path, arrays)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlvision.options import Selectable
+from mlvision.space import LabelSpace
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Context:
     """What a part can know of the run that it is built for. What only one part needs, it computes of these.
 
     Attributes:
-        classes: class names; column c of every logit and target is `classes[c]`.
+        space: the classes, and which of them exclude each other by the data; what makes scores of logits is up to a loss.
         statistics: of the training split; None in a run that an older version trained, which did not keep them.
         training: whether what is built is to be trained; False: it only predicts, and needs no files of a teacher.
     """
 
-    classes: tuple[str, ...]
+    space: LabelSpace
     statistics: LabelStatistics | None = None
     training: bool = True
 

@@ -50,6 +50,7 @@ from mlvision.models import HEADS, Preprocessing, build_classifier
 from mlvision.models.heads.base import Assets
 from mlvision.options import INERT, build_options, flatten, save_options, to_plain
 from mlvision.parts import Context, LabelStatistics
+from mlvision.space import LabelSpace
 from mlvision.text_files import read_json, read_text
 from mlvision.types import Predictions
 from mlvision.versions import upgrade
@@ -87,7 +88,9 @@ class Run:
         """What a run must find unchanged when it goes on: its classes and, by name, hashes of its data."""
         hashes = {"training records": self.train.hash, "validation records": self.val.hash}
         hashes |= {"label maps": self.label_maps.meta.hash} if self.label_maps else {}
-        return {"classes": list(self.train.classes), "data_hashes": hashes}
+        hashes |= {"groups of classes": self.train.class_hash} if self.train.groups else {}
+        space = self.train.space
+        return {"classes": list(space.classes), "groups": list(space.exclusive), "data_hashes": hashes}
 
     def measure(self, predictions: Predictions) -> dict[str, float]:
         """What the evaluators give of predictions of the validation images."""
@@ -100,7 +103,6 @@ class LoadedRun:
 
     Attributes:
         method: in eval mode, on its device.
-        classes: class names; column c of every logit is `classes[c]`.
         config: the options it was trained with.
         folder: the run folder.
         context: what its parts are built for.
@@ -109,7 +111,6 @@ class LoadedRun:
     """
 
     method: Method
-    classes: tuple[str, ...]
     config: Config
     folder: Path
     context: Context
@@ -117,6 +118,16 @@ class LoadedRun:
     view: EvalView
     checkpoint: Path
     weights: str
+
+    @property
+    def space(self) -> LabelSpace:
+        """What makes scores of its logits, and how the scores decide."""
+        return self.method.space
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; column c of every logit is `classes[c]`."""
+        return self.space.classes
 
     def with_weights(self, weights: str) -> "LoadedRun":
         """The run with the raw or ema weights of its checkpoint: a copy, or the run itself if it has them.
@@ -177,7 +188,7 @@ def build_run(config: Config) -> Run:
     seed_everything(config.seed)
     set_deterministic(config.deterministic)
     statistics = train.statistics()
-    context = Context(train.classes, statistics)
+    context = Context(train.space, statistics)
     method, preprocessing = build_method(config, context)
     method.prepare(statistics)
     method.to(precision.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -377,10 +388,9 @@ def build_method(config: Config, context: Context, assets: Assets | None = None)
     Raises:
         InputError: an option of model, head or method that cannot be used.
     """
-    assets = config.head.make_assets(context.classes) if assets is None else assets
-    classifier = build_classifier(
-        config.model, config.head, len(context.classes), image_size=config.view.size, assets=assets
-    )
+    assets = config.head.make_assets(context.space.classes) if assets is None else assets
+    num_classes = len(context.space.classes)
+    classifier = build_classifier(config.model, config.head, num_classes, image_size=config.view.size, assets=assets)
     if config.view.eval_side != config.view.size and classifier.backbone.fixed_size:
         raise InputError(
             f"view.eval_size: {config.model.name} takes images of the size it was built for, view.size={config.view.size}"
@@ -502,15 +512,15 @@ def load_run(
     if weights == "auto":
         weights = "raw" if saved["ema"] is None else "ema"
     state = _state_of(saved, weights, checkpoint)
-    classes = tuple(saved["classes"])
+    space = LabelSpace(tuple(saved["classes"]), exclusive=tuple(saved["groups"]))
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
-    assets = config.head.load_assets(folder, classes)
-    context = Context(classes, _read_statistics(folder, len(classes)), training=False)
+    assets = config.head.load_assets(folder, space.classes)
+    context = Context(space, _read_statistics(folder, len(space.classes)), training=False)
     method, preprocessing = build_method(dataclasses.replace(config, model=untrained), context, assets)
     _load_state(method, state, checkpoint)
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
-    return LoadedRun(method, classes, config, folder, context, precision, view, checkpoint, weights)
+    return LoadedRun(method, config, folder, context, precision, view, checkpoint, weights)
 
 
 def _state_of(saved: dict[str, Any], weights: str, checkpoint: Path) -> dict[str, Tensor]:
@@ -554,7 +564,8 @@ def add_classes(run: LoadedRun, names: Sequence[str]) -> LoadedRun:
     classifier = method.classifier
     classifier.head.add_classes(run.classes, names)
     classifier.num_classes = classifier.head.num_classes
-    return dataclasses.replace(run, method=method, classes=(*run.classes, *names))
+    method.space = run.space.extended(names)
+    return dataclasses.replace(run, method=method)
 
 
 @contextlib.contextmanager
@@ -738,6 +749,11 @@ def read_for(run: LoadedRun, role: str) -> tuple[Manifest, list[tuple[str, str, 
     _check_same_data(manifest)
     check_images(run.config.model.in_chans, manifest)
     check_classes(run.folder, list(run.classes), manifest.classes)
+    if manifest.space.exclusive != run.space.exclusive:
+        raise InputError(
+            f"{run.folder}: trained on groups of classes {list(run.space.exclusive)}, but the data has "
+            f"{list(manifest.space.exclusive)}"
+        )
     check_never_trained_on(run, manifest, role)
     return manifest, bad
 

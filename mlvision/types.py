@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64, Integer, Shaped
 from torch import Tensor
 
 from mlvision.errors import InputError
+from mlvision.space import Groups, LabelSpace, has_groups, to_scores
 
 _Record = TypeVar("_Record", bound="_Columns")
 
@@ -48,13 +49,6 @@ class CropBox(_Columns):
 
 
 KINDS = ("logit", "probability", "mass", "attribution")
-ACTIVATIONS = ("softmax", "sigmoid")
-
-
-def to_scores(logits: Float[Tensor, "B C"], activation: str) -> Float[Tensor, "B C"]:
-    """Logits to what is taken for probabilities: by a softmax over the classes, or a sigmoid of each."""
-    return logits.softmax(dim=1) if activation == "softmax" else logits.sigmoid()
-
 
 # How attributions and transport plans become targets: by name, because neither says how probable a label is.
 CALIBRATIONS = ("relative_to_peak",)
@@ -74,7 +68,8 @@ class LabelMap(_Columns):
         fill: what one class that is not stored is worth: one number, or `[B, h, w]`. At most the least stored value of its
             cell; the maps of `labels/annotate.py` keep the mass of what the K best leave out.
         extent: `[B, 4]` x1, y1, x2, y2 in [0, 1]: the part of the full image that the grid covers; None: all of it.
-        activation: what makes probabilities of logits: softmax or sigmoid, as the teacher was trained.
+        groups: of all classes, stored or not: those that share a softmax, which makes probabilities of logits as the teacher
+            was trained; see `LabelSpace.groups`. (): a sigmoid of each.
     """
 
     values: Float[Tensor, "B n h w"]
@@ -82,11 +77,11 @@ class LabelMap(_Columns):
     kind: str = "probability"
     fill: Float[Tensor, "B h w"] | float = 0.0
     extent: Float[Tensor, "B 4"] | None = None
-    activation: str = "softmax"
+    groups: Groups = ()
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"label map: expected an activation of {', '.join(ACTIVATIONS)}, got '{self.activation}'")
+        if self.ids is None and self.groups and sum(self.groups) != self.values.shape[1]:
+            raise InputError(f"label map: {self.values.shape[1]} classes in groups of {list(self.groups)}")
         if self.kind not in KINDS:
             raise InputError(f"label map: expected a kind of {', '.join(KINDS)}, got '{self.kind}'")
         if self.ids is not None and self.ids.shape not in (self.values.shape, self.values.shape[:2]):
@@ -100,39 +95,37 @@ class LabelMap(_Columns):
         kind: str,
         *,
         temperature: float = 1.0,
-        num_classes: int | None = None,
         calibration: str = "",
     ) -> "LabelMap":
         """The same map as another kind; the only conversion between kinds.
 
-        Logits become probabilities by each cell's softmax or by sigmoids; what is not stored takes part in a softmax with
-        its fill. Mass and attribution become probabilities only by a named calibration: `relative_to_peak` divides the
-        positive part of each label's map by its highest value, so that the label is present where it is strongest.
+        Logits become probabilities by each cell's softmax of each group, or by sigmoids; what is not stored takes part in
+        a softmax with its fill. Mass and attribution become probabilities only by a named calibration: `relative_to_peak`
+        divides the positive part of each label's map by its highest value, so that the label is present where it is
+        strongest.
 
         >>> plan = LabelMap(torch.tensor([[[[0.1, 0.4, 0.2, 0.3]]]]), kind="mass")
         >>> plan.as_kind("probability", calibration="relative_to_peak").values
         tensor([[[[0.2500, 1.0000, 0.5000, 0.7500]]]])
 
         Args:
-            temperature: divides the logits before the activation.
-            num_classes: C; a softmax of a map that does not store all classes needs it.
+            temperature: divides the logits.
             calibration: one of CALIBRATIONS.
 
         Raises:
-            InputError: a conversion that does not exist, or one that misses an argument.
+            InputError: a conversion that does not exist, one that misses its calibration, or a softmax of a map that stores
+                neither all classes nor, of one group of all, the best of each cell.
         """
         if kind == self.kind:
             return self
         if self.values.dtype != torch.promote_types(self.values.dtype, torch.float32):
             return self._each(lambda c: c.float() if c.is_floating_point() else c).as_kind(
-                kind, temperature=temperature, num_classes=num_classes, calibration=calibration
+                kind, temperature=temperature, calibration=calibration
             )
         if (self.kind, kind) == ("logit", "probability"):
             if not temperature > 0:
                 raise InputError(f"temperature: expected more than 0, got {temperature}")
-            if self.activation == "sigmoid":
-                return self._sigmoid(temperature)
-            return self._softmax(temperature, num_classes)
+            return self._softmax(temperature) if has_groups(self.groups) else self._sigmoid(temperature)
         if kind == "probability" and self.kind in ("mass", "attribution"):
             if calibration not in CALIBRATIONS:
                 raise InputError(
@@ -181,14 +174,16 @@ class LabelMap(_Columns):
         values = (self.values / temperature).sigmoid()
         return replace(self, values=values, kind="probability", fill=fill if fill.ndim else fill.item())
 
-    def _softmax(self, temperature: float, num_classes: int | None) -> "LabelMap":
+    def _softmax(self, temperature: float) -> "LabelMap":
         scaled = self.values / temperature
         if self.ids is None:
-            return replace(self, values=scaled.softmax(dim=1), kind="probability", fill=0.0)
-        if num_classes is None or self.ids.ndim != 4:
-            raise InputError("label map: a softmax needs num_classes and the best classes of each cell, or all of them")
+            return replace(self, values=to_scores(scaled, self.groups), kind="probability", fill=0.0)
+        if len(self.groups) > 1 or self.ids.ndim != 4:
+            raise InputError(
+                "label map: a softmax needs all classes, or of one group of all the best classes of each cell"
+            )
         empty = self.ids < 0
-        rest = num_classes - (~empty).sum(dim=1, keepdim=True)
+        rest = sum(self.groups) - (~empty).sum(dim=1, keepdim=True)
         fill = (self.fills(scaled.dtype) / temperature).unsqueeze(1)
         stored = scaled.masked_fill(empty, -torch.inf)
         total = torch.cat([stored, (fill + rest.log())], dim=1).logsumexp(dim=1, keepdim=True)
@@ -287,17 +282,13 @@ class Predictions:
         logits: `[N, C]` float32: rankings are made on these, since probabilities in low precision saturate into ties.
         targets: `[N, C]` float32: 1 present, 0 absent, NaN unknown.
         index: `[N]` rows in the manifest, ascending, each once.
-        activation: what makes scores of the logits: softmax over the classes, or sigmoid of each.
+        space: the classes, what makes scores of the logits, and how the scores decide.
     """
 
     logits: Float[Tensor, "N C"]
     targets: Float[Tensor, "N C"]
     index: Int64[Tensor, " N"]
-    activation: str = "sigmoid"
-
-    def scores(self) -> Float[Tensor, "N C"]:
-        """What is taken for probabilities."""
-        return to_scores(self.logits, self.activation)
+    space: LabelSpace
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from mlvision.methods import Method, MethodConfig
 from mlvision.models import Classifier, Preprocessing
 from mlvision.parts import Context
+from mlvision.space import LabelSpace
 
 
 def context(num_classes: int) -> Context:
     """Of so many classes, without statistics."""
-    return Context(tuple(f"class {c}" for c in range(num_classes)))
+    return Context(LabelSpace(tuple(f"class {c}" for c in range(num_classes))))
 
 
 def build_method(config: MethodConfig, classifier: Classifier, preprocessing: Preprocessing | None = None) -> Method:

@@ -203,7 +203,7 @@ def make_label_maps(arguments: list[str], folder: Path) -> None:
         "",
         (3, 4),
         "logit",
-        "softmax",
+        (num_classes,),
         0,
         num_images,
     )

@@ -331,9 +331,7 @@ def test_values_within_json(tmp_path, write):
 
 
 def test_label_map_stores(tmp_path):
-    meta = StoreMeta(
-        "aa", 4, "cc", 3, "net", "ee", (3, 5), "probability", "sigmoid", top_k=2, block_size=2, dtype="uint8"
-    )
+    meta = StoreMeta("aa", 4, "cc", 3, "net", "ee", (3, 5), "probability", (), top_k=2, block_size=2, dtype="uint8")
     writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta)
     best = torch.tensor([[0.75], [0.5]]).expand(2, 2, 15).reshape(2, 2, 3, 5)
     for block in writer.outstanding():

@@ -86,7 +86,7 @@ def test_the_scores_of_the_split_are_kept(trained):
         kept = dict(arrays)
     assert kept["keys"].tolist() == [record.key for record in manifest.records]
     assert kept["classes"].tolist() == list(run.classes)
-    assert kept["activation"] == "sigmoid"
+    assert kept["groups"].tolist() == kept["exclusive"].tolist() == [1] * len(run.classes)
     assert (kept["logits"].dtype, kept["targets"].dtype, kept["index"].dtype) == ("f4", "f4", "i8")
     predictions = predict(run.method, eval_loader(manifest, run.view, run.config.loader), run.precision)
     np.testing.assert_array_equal(kept["targets"], predictions.targets.numpy())

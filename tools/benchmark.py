@@ -63,6 +63,7 @@ from mlvision.models.dense import DenseTeacher
 from mlvision.options import describe_options, is_override, parse_options
 from mlvision.parts import Context
 from mlvision.run import compile_backbone, describe_environment, write_json
+from mlvision.space import LabelSpace
 from mlvision.types import Batch, CropBox, LabelMap
 
 
@@ -165,13 +166,13 @@ def random_maps(num_images: int, num_classes: int, side: int, device: str, k: in
     """Smooth logits, as a network makes them, and the k best of each cell."""
     noise = torch.Generator().manual_seed(0)
     coarse = 4 * torch.randn(num_images, num_classes, 4, 4, generator=noise)
-    values, ids, fill = [], [], []
+    values, ids, fill, groups = [], [], [], (num_classes,)
     for part in coarse.split(64):
         maps = torch.nn.functional.interpolate(part, (side, side), mode="bicubic")
-        best = top_k_of(maps, k, "logit", "softmax")
+        best = top_k_of(maps, k, "logit", groups)
         for column, found in zip((values, ids, fill), best, strict=True):
             column.append(found)
-    return LabelMap(torch.cat(values), torch.cat(ids), "logit", torch.cat(fill)).to(device)
+    return LabelMap(torch.cat(values), torch.cat(ids), "logit", torch.cat(fill), groups=groups).to(device)
 
 
 def random_crops(num_images: int, device: str) -> CropBox:
@@ -356,7 +357,9 @@ def loader(options: BenchmarkOptions) -> Iterator[Row]:
 def write_store(folder: Path, label_map: LabelMap, num_classes: int) -> LabelMapStore:
     """A store of the best classes of each cell, opened."""
     num_images, k, *grid = label_map.values.shape
-    meta = StoreMeta("", num_images, "", num_classes, "", "", (grid[0], grid[1]), "logit", "softmax", k, num_images)
+    meta = StoreMeta(
+        "", num_images, "", num_classes, "", "", (grid[0], grid[1]), "logit", (num_classes,), k, num_images
+    )
     writer = LabelMapWriter.create_or_resume(folder, meta)
     writer.write(range(num_images), label_map.values, label_map.ids, torch.as_tensor(label_map.fill))
     return LabelMapStore.open(folder)
@@ -402,7 +405,7 @@ def annotate(options: BenchmarkOptions) -> Iterator[Row]:
 
         def make(teacher: DenseTeacher = teacher, images: Tensor = images) -> Any:
             with torch.inference_mode():
-                return top_k_of(teacher.maps(images), 5, "logit", "softmax")
+                return top_k_of(teacher.maps(images), 5, "logit", (1000,))
 
         def plain(teacher: DenseTeacher = teacher, images: Tensor = images) -> Tensor:
             with torch.inference_mode():
@@ -440,7 +443,7 @@ def relabel(options: BenchmarkOptions) -> Iterator[Row]:
 
 def build_method(config: MethodConfig, classifier: Classifier) -> Method:
     """The method of classes without names or statistics, which none of these needs."""
-    return config.build(Context(tuple(map(str, range(classifier.num_classes)))), classifier)
+    return config.build(Context(LabelSpace.of(None, classifier.num_classes)), classifier)
 
 
 def host_batch(num_images: int, side: int, num_classes: int, options: BenchmarkOptions) -> Batch:

@@ -76,7 +76,9 @@ class MapOptions(RunOptions):
     options: Annotated[dict[str, dict[str, Any]], "options of methods: {occlusion: {window_px: 24}}"] = field(
         default_factory=dict
     )
-    threshold: Annotated[float, "a class is predicted where its score is at least this"] = 0.5
+    threshold: Annotated[
+        float, "a class is predicted where its score is at least this; of classes that exclude each other the best is"
+    ] = 0.5
     seed: Annotated[int, "of methods that draw at random, of controls and of the measures' noise"] = 0
     measures: MeasureConfig = field(default_factory=MeasureConfig)
 
@@ -300,7 +302,7 @@ def chosen_rows(run: LoadedRun, manifest: Manifest, options: ExplainOptions, kno
     for batch in batches_of(manifest, run, np.arange(len(manifest)), options):
         with torch.inference_mode(), run.precision.autocast():
             logits = run.method.predict(batch.images.to(run.precision.device))
-        losses.append(image_losses(logits.float().cpu(), batch.targets, run.method.activation))
+        losses.append(image_losses(logits.float().cpu(), batch.targets, run.space))
     worst = torch.cat(losses).nan_to_num(nan=-1).argsort(descending=True).numpy()
     return np.sort(worst[: options.num_images or None])
 

@@ -48,9 +48,11 @@ from mlvision.models.weights import state_hash
 from mlvision.options import describe_options, take_path
 from mlvision.progress import Progress
 from mlvision.run import check_images, load_run, read_role, write_json
-from mlvision.types import ACTIVATIONS, LabelMap
+from mlvision.space import Groups, has_groups
+from mlvision.types import LabelMap
 
 ORACLE, TIMM = "oracle", "timm"
+ACTIVATIONS = ("softmax", "sigmoid")
 JSON, PNG = "quality.json", "quality.png"
 
 
@@ -69,7 +71,10 @@ class LabelMapOptions:
     )
     flip: Annotated[bool, "average with the mirrored image"] = False
     combination: Annotated[str, "of several teachers or views: mean_logit or mean_probability"] = "mean_logit"
-    activation: Annotated[str, "softmax or sigmoid; empty: as the teacher was trained (timm: softmax)"] = ""
+    activation: Annotated[
+        str,
+        "softmax (of all classes, or each group of the data) or sigmoid; empty: as the teacher was trained (timm: softmax)",
+    ] = ""
     top_k: Annotated[int, "classes that each cell stores; 0: all"] = 5
     dtype: Annotated[str, "of the stored values: float16 or uint8"] = "float16"
     grid: Annotated[list[int], "oracle: rows and columns of its maps"] = field(default_factory=lambda: [14, 14])
@@ -258,7 +263,7 @@ def import_tree(root: str, options: ImportOptions) -> LabelMapStore:
         teacher_hash=fingerprint(root, keys),
         grid=(first.shape[1], first.shape[2]),
         kind="logit",
-        activation="softmax",
+        groups=(num_classes,),
         top_k=len(first),
         block_size=LabelMapOptions.batch_size,
         precision="as published",
@@ -305,7 +310,9 @@ def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
     """Maps by networks. The whole image is squashed to the teacher's size, so that map and image share coordinates."""
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    teacher, activation, weights_hash = build_teachers(options, manifest, device)
+    space = manifest.space
+    groups = {"": None, "softmax": space.with_softmax().groups, "sigmoid": space.groups}[options.activation]
+    teacher, groups, weights_hash = build_teachers(options, manifest, device, groups)
     teacher.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     view = EvalView(teacher.image_size, teacher.preprocessing.interpolation, "squash")
     dataset = ImageDataset(manifest, view)
@@ -335,7 +342,7 @@ def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
             "teacher_hash": weights_hash,
             "grid": teacher.grid,
             "kind": "logit",
-            "activation": activation,
+            "groups": groups,
             "top_k": min(options.top_k, teacher.num_classes),
             "precision": precision.name,
             "approximate": gap,
@@ -348,37 +355,43 @@ def teacher_source(options: LabelMapOptions, manifest: Manifest) -> Source:
     )
 
 
-def build_teachers(options: LabelMapOptions, manifest: Manifest, device: torch.device) -> tuple[Teacher, str, str]:
-    """The teacher, averaged where that is asked for, its activation, and the hash of all weights.
+def build_teachers(
+    options: LabelMapOptions, manifest: Manifest, device: torch.device, groups: Groups | None = None
+) -> tuple[Teacher, Groups, str]:
+    """The teacher, averaged where that is asked for, the groups that share a softmax, and the hash of all weights.
+
+    Args:
+        groups: None: as the teachers were trained.
 
     Raises:
-        InputError: a teacher of other classes than the data's, or teachers trained with different activations.
+        InputError: a teacher of other classes than the data's, or teachers trained with different losses.
     """
-    teachers, activations = [], set()
+    teachers, trained = [], set[Groups]()
     for name in options.teacher:
         if name == TIMM:
             check_images(options.model.in_chans, manifest)
             teachers.append(build_teacher(options.model))
-            activations.add("softmax")
+            trained.add(manifest.space.with_softmax().groups)
         else:
             run = load_run(name, device=str(device))
             check_images(run.config.model.in_chans, manifest)
             check_classes(Path(name), list(run.classes), manifest.classes)
             teachers.append(build_teacher(run.method))
-            activations.add(run.method.activation)
+            trained.add(run.space.groups)
         if teachers[-1].num_classes != len(manifest.classes):
             raise InputError(
                 f"teacher: {name} has {teachers[-1].num_classes} classes, the data has {len(manifest.classes)}"
             )
-    if not options.activation and len(activations) > 1:
-        raise InputError(f"teacher: trained as {' and '.join(sorted(activations))}; say which to use with activation=")
-    activation = options.activation or activations.pop()
+    if groups is None and len(trained) > 1:
+        words = sorted("softmax" if has_groups(of_teacher) else "sigmoid" for of_teacher in trained)
+        raise InputError(f"teacher: trained as {' and '.join(words)}; say which to use with activation=")
+    groups = trained.pop() if groups is None else groups
     if len(teachers) == 1 and options.scales == [1.0] and not options.flip:
-        return teachers[0], activation, state_hash(teachers)
+        return teachers[0], groups, state_hash(teachers)
     averaged = AveragedTeacher(
-        teachers, scales=options.scales, flip=options.flip, combination=options.combination, activation=activation
+        teachers, scales=options.scales, flip=options.flip, combination=options.combination, groups=groups
     )
-    return averaged, activation, state_hash(teachers)
+    return averaged, groups, state_hash(teachers)
 
 
 def oracle_source(options: LabelMapOptions, manifest: Manifest) -> Source:
@@ -413,7 +426,7 @@ def oracle_source(options: LabelMapOptions, manifest: Manifest) -> Source:
             "teacher_hash": objects_hash([objects[record.key] for record in manifest.records]),
             "grid": rows_columns,
             "kind": "probability",
-            "activation": None,
+            "groups": (),
             "top_k": 0,
         },
     )
@@ -479,11 +492,10 @@ def made_by(store: LabelMapStore, manifest: Manifest, options: ReportOptions) ->
     made = store.meta.preprocessing
     asked = LabelMapOptions(
         teacher=options.teacher,
-        activation=store.meta.activation or "",
         **{name: made[name] for name in ("scales", "flip", "combination") if name in made},
     )
     device = resolve_device(options.device)
-    return build_teachers(asked, manifest, device)[0].to(device)
+    return build_teachers(asked, manifest, device, store.meta.groups)[0].to(device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ python tools/predict.py runs/<name> split=val out=val.csv
 .csv has the columns image, labels (apart by ;) and one per class, its score. A name that a spreadsheet would take for a
 formula, by its first letter = + - or @, has an apostrophe in front there. .jsonl has one JSON object per line, {"image":
 ..., "labels": [...], "scores": {class: score}}, with every name as it is. The labels are those whose score reaches
-`threshold`, or with `top_k` the classes of the highest scores, the highest first.
+`threshold` (of classes that exclude each other the best one), or with `top_k` the classes of the highest scores, the highest
+first.
 
 Options of data.* are the run's own, overridden: data.on_bad_image=skip leaves out files that cannot be decoded,
 data.max_pixels is the largest image that is read.
@@ -33,7 +34,6 @@ from mlvision.files import check_out, spreadsheet_text, whole_file
 from mlvision.options import describe_options, parse_options, take_path
 from mlvision.progress import track
 from mlvision.run import LoadedRun, add_classes, check_images, load_run, read_for
-from mlvision.space import reaches
 
 SEPARATOR = ";"  # of labels in one cell
 OWN_COLUMNS = ("image", "labels")
@@ -49,7 +49,9 @@ class PredictOptions:
     extra_labels: Annotated[
         list[str], "names of classes that the model was not trained on; a head that compares with names can take them"
     ] = field(default_factory=list)
-    threshold: Annotated[float, "a class is a label where its score is at least this"] = 0.5
+    threshold: Annotated[
+        float, "a class is a label where its score is at least this; of classes that exclude each other the best is"
+    ] = 0.5
     top_k: Annotated[
         int, "label each image with its k highest-scoring classes, ignoring `threshold`; 0: use `threshold`"
     ] = 0
@@ -141,11 +143,11 @@ def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> 
     for batch in track(loader, len(loader), "predicting", "batches", images=options.batch_size):
         with torch.inference_mode(), run.precision.autocast():
             logits = run.method.predict(batch.images.to(device))
-        scores = run.method.scores(logits.float()).cpu()
+        scores = run.space.scores(logits.float()).cpu()
         if options.top_k:
             labels = scores.topk(options.top_k, dim=1).indices.tolist()
         else:
-            labels = [reached.nonzero().flatten().tolist() for reached in reaches(scores, options.threshold)]
+            labels = [row.nonzero().flatten().tolist() for row in run.space.decide(scores, options.threshold)]
         for row, own_labels, own_scores in zip(batch.index.tolist(), labels, scores.tolist(), strict=True):
             key = manifest.records[row].key
             if any(map(math.isnan, own_scores)):

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 
 from mlvision.data.base import DataConfig, check_files, check_root
 from mlvision.data.images import SUFFIXES
-from mlvision.data.manifest import Manifest, image_key
+from mlvision.data.manifest import Manifest, check_groups, image_key
 from mlvision.data.records import LabelLists, Records
 from mlvision.errors import InputError, listed, shown
 from mlvision.text_files import read_text
@@ -69,6 +69,11 @@ class CsvConfig(DataConfig):
     classes: Annotated[list[str], "class list in order; empty: the header's order, or label_column's labels sorted"] = (
         field(default_factory=list)
     )
+    groups: Annotated[
+        list[int],
+        "sizes of groups of consecutive classes of which each image shows exactly one, such as [5,5]; empty: no class "
+        "excludes another",
+    ] = field(default_factory=list)
     split_column: Annotated[str, "column that names each row's split"] = ""
     split_rule: Annotated[str, "number of an image that chooses its split: file_number or hash (0-99)"] = ""
     splits: Annotated[dict[str, str], "split -> inclusive range of that number, such as train: 0-49"] = field(
@@ -128,7 +133,11 @@ class CsvConfig(DataConfig):
             protocol += f" ({left_out:,} {what} belong to no split)"
         if num_repeats:
             notes.append(f"{num_repeats:,} labels that stand twice for an image count once")
-        return Manifest(classes, records, split, ", ".join([protocol, *notes]))
+        if self.groups:
+            notes.append(f"one class of each of {len(self.groups)} groups")
+        manifest = Manifest(classes, records, split, ", ".join([protocol, *notes]), groups=tuple(self.groups))
+        check_groups(manifest, source)
+        return manifest
 
 
 def _no_such_split(config: CsvConfig, table: "_Table", split: str, split_of: Sequence[str | None]) -> InputError:

@@ -17,6 +17,7 @@ from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.records import Boxes, Record, Records
 from mlvision.errors import UNWRITABLE, InputError, listed, printable, shown
 from mlvision.parts import LabelStatistics
+from mlvision.space import Groups, LabelSpace, has_groups
 
 # Pixels of the longest side that an annotation may state: more is a number in the wrong place.
 LONGEST_SIDE = 1_000_000
@@ -36,6 +37,8 @@ class Manifest:
         protocol: how images and labels were chosen, in words; printed beside every metric.
         max_pixels: width times height that an image may have.
         real_lists: each image's labels are its ReaL list: all classes that fit it, of which any is right.
+        groups: sizes of groups of consecutive classes of which each image shows exactly one, see `LabelSpace.exclusive`. ():
+            each class for itself.
     """
 
     classes: tuple[str, ...]
@@ -44,8 +47,10 @@ class Manifest:
     protocol: str = ""
     max_pixels: int = MAX_PIXELS
     real_lists: bool = False
+    groups: Groups = ()
 
     def __post_init__(self) -> None:
+        LabelSpace(self.classes, exclusive=self.groups)  # refuses groups of other classes
         if len(set(self.classes)) != len(self.classes):
             twice = sorted(name for name, number in Counter(self.classes).items() if number > 1)
             raise InputError(f"class names must differ from each other; these occur twice: {listed(twice)}")
@@ -80,6 +85,11 @@ class Manifest:
     def _columns(self) -> Records:
         assert isinstance(self.records, Records)
         return self.records
+
+    @property
+    def space(self) -> LabelSpace:
+        """The classes, and which of them exclude each other. What makes scores of logits is up to a loss."""
+        return LabelSpace(self.classes, exclusive=self.groups)
 
     @property
     def num_channels(self) -> int:
@@ -186,8 +196,9 @@ class Manifest:
 
     @cached_property
     def class_hash(self) -> str:
-        """sha256 of the class names in their order."""
-        return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()
+        """sha256 of the class names in their order, and of their groups if there are any."""
+        content = [self.classes, self.groups] if has_groups(self.groups) else self.classes
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def select(self, indices: Iterable[int], split: str | None = None) -> "Manifest":
         """The records at `indices`, in that order."""
@@ -234,6 +245,30 @@ def check_same_classes(a: Manifest, b: Manifest) -> None:
                 f"splits {a.split!r} ({len(a.classes)} classes) and {b.split!r} ({len(b.classes)} classes) need the "
                 f"same class list: class {i} is {names[0]} in the first and {names[1]} in the second"
             )
+
+
+def check_groups(manifest: Manifest, source: str) -> None:
+    """Refuses images that do not show exactly one class of each group; `source` is the file that labels them.
+
+    An image of which some class of a group is unknown may show none of it.
+    """
+    if not has_groups(manifest.groups):
+        return
+    sizes = np.array(manifest.groups)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    present, unknown = np.zeros((2, len(manifest), len(sizes)), dtype=np.int64)
+    pairs = manifest._columns.pairs
+    for counts, column in ((present, pairs("labels")), (unknown, pairs("unknown"))):
+        for records, labels in column:
+            np.add.at(counts, (records, group_of[labels]), 1)
+    wrong = (sizes > 1) & ((present > 1) | ((present == 0) & (unknown == 0)))
+    if wrong.any():
+        row, group = np.argwhere(wrong)[0].tolist()
+        names = [name for name, of in zip(manifest.classes, group_of, strict=True) if of == group]
+        raise InputError(
+            f"{source}: image {manifest.keys[row]} shows {present[row, group]} classes of a group of which each image "
+            f"shows exactly one: {listed(names)}"
+        )
 
 
 def image_key(folder: str, name: str) -> str:

@@ -65,12 +65,15 @@ def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     state = read_torch(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: expected '{FORMAT}'; weights of other projects are given by model.checkpoint=")
+    state.setdefault("groups", [])  # older ones have none: each class for itself
     entries = _ENTRIES | (_ENTRIES_TO_RESUME if to_resume else {})
     entries |= {name: fits for name, fits in _NEWER_ENTRIES_TO_RESUME.items() if to_resume and name in state}
     for name, fits in entries.items():
         if name not in state or not fits(state[name]):
             what = "is not as a run writes it" if name in state else "is missing"
             raise InputError(f"{path}: its entry '{name}' {what}; expected a checkpoint that train.py wrote")
+    if sum(state["groups"]) not in (0, len(state["classes"])):
+        raise InputError(f"{path}: its entry 'groups' is not of its {len(state['classes'])} classes; it is damaged")
     return state
 
 
@@ -84,6 +87,10 @@ def _is_state(value: Any) -> bool:
 
 def _is_classes(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _is_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
 
 
 def _is_dict(value: Any) -> bool:
@@ -113,6 +120,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "ema": lambda value: value is None or _is_state(value),
     "epoch": _is_count,
     "classes": _is_classes,
+    "groups": _is_groups,
 }
 _ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,

@@ -39,4 +39,4 @@ def predict(method: Method, loader: Iterable[Batch], precision: Precision) -> Pr
     logits, targets, rows = map(torch.cat, zip(*batches, strict=True))
     unique, inverse = torch.unique(rows, return_inverse=True)
     first = torch.full_like(unique, len(rows)).scatter_reduce(0, inverse, torch.arange(len(rows)), reduce="amin")
-    return Predictions(logits[first], targets[first], unique, method.activation)
+    return Predictions(logits[first], targets[first], unique, method.space)

@@ -29,7 +29,7 @@ from mlvision.engine.optim import OptimConfig
 from mlvision.engine.stop import StopSignal
 from mlvision.engine.trainer import Trainer, optimizer_of
 from mlvision.errors import InputError
-from mlvision.losses import binary_cross_entropy, softmax_cross_entropy
+from mlvision.losses import softmax_cross_entropy
 from mlvision.methods.base import Epoch, Method
 from mlvision.progress import duration
 from mlvision.types import EpochPlan, Predictions
@@ -60,8 +60,9 @@ def fit(
     Args:
         eval_loaders: of the roles train and val: their images as at evaluation.
         measure: what is measured of the predictions of the validation images, by name.
-        identity: `classes` and `data_hashes` (of the training and validation records and what else a run resumes on only,
-            by name), which checkpoints keep and a resumed run must have.
+        identity: `classes`, their `groups` of which each image shows one class, and `data_hashes` (of the training and
+            validation records and what else a run resumes on only, by name), which checkpoints keep and a resumed run must
+            have.
         seed: of the run, for what methods draw when they plan an epoch.
         resume: go on from `checkpoints/last.pt`.
 
@@ -208,8 +209,7 @@ def validate(
 
 def validation_loss(predictions: Predictions) -> float:
     """Cross-entropy with the labels as they are, whatever the method trains: summed over classes, mean over images."""
-    loss = softmax_cross_entropy if predictions.activation == "softmax" else binary_cross_entropy
-    return float(loss(predictions.logits, predictions.targets))
+    return float(softmax_cross_entropy(predictions.logits, predictions.targets, groups=predictions.space.groups))
 
 
 def check_options(

@@ -30,10 +30,12 @@ from mlvision.metrics.quality_tables import (
     localisation,
     over_crops,
     per_class,
+    unit,
     verdict,
 )
 from mlvision.models.dense import Teacher
 from mlvision.progress import track
+from mlvision.space import Groups, split_groups
 from mlvision.types import Batch, CropBox, LabelMap
 
 VISIBLE = 0.25  # a crop shows a label from this share of its area on, as `visible` of the relabel method
@@ -96,7 +98,7 @@ def judge_label_maps(
         "scale": list(config.view.scale),
         "ratio": list(config.view.ratio),
         "shown_from_share_of_area": VISIBLE,
-        **over_crops(tables, store.meta.activation == "softmax", config.view.scale),
+        **over_crops(tables, store.meta.groups, config.view.scale),
     }
     quality = {
         **describe(store, manifest, judged_by, len(rows), config),
@@ -129,9 +131,7 @@ def describe(
     meta = store.meta
     return {
         "store": str(store.path),
-        "maps": {
-            name: getattr(meta, name) for name in ("teacher", "kind", "activation", "top_k", "grid", "approximate")
-        },
+        "maps": {name: getattr(meta, name) for name in ("teacher", "kind", "groups", "top_k", "grid", "approximate")},
         "split": manifest.split,
         "labels_split": judge.split,
         "protocol": judge.protocol,
@@ -163,7 +163,7 @@ def _collect_rows(
     records = [judge.records[row] for row in rows]
     targets = np.stack([judge.target(int(row)) for row in rows])
     given = read_maps(store, rows, num_classes)
-    probable = given.as_kind("probability", num_classes=num_classes)
+    probable = given.as_kind("probability")
     stored = np.ones(targets.shape, dtype=bool)
     if given.ids is not None:
         flat = given.ids.flatten(1).long()
@@ -314,7 +314,7 @@ def exact(
     that already fills the crop would be twice what the teacher knows.
     """
     meta = store.meta
-    if meta.kind != "logit" or meta.activation is None:
+    if meta.kind != "logit":
         raise InputError(f"teacher: {store.path} holds {meta.kind}, expected a teacher's logits to compare with")
     chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[: config.exact_images])
     check_same_teacher(teacher, store, manifest, chosen, config)
@@ -330,7 +330,7 @@ def exact(
             answer = teacher.logits(batch.images.to(_device_of(teacher))).float().cpu()
         whole = maps.extent if maps.extent is not None else whole_images(boxes)
         said = (pool_label_map(maps, CropBox(places), meta.num_classes) for places in (boxes, whole))
-        gaps.append(torch.stack([divergence(answer, one, meta.activation) for one in said], dim=1).numpy())
+        gaps.append(torch.stack([divergence(answer, one, meta.groups) for one in said], dim=1).numpy())
         areas.append(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).numpy())
     area, gap = np.concatenate(areas), np.concatenate(gaps)
 
@@ -341,19 +341,24 @@ def exact(
     return {
         "images": len(chosen),
         "image_size": list(teacher.image_size),
-        "unit": "nats" if meta.activation == "softmax" else "nats a class",
+        "unit": unit(meta.groups),
         "all": measured(np.ones(len(area), dtype=bool)),
         "bins": [{"area": limits, **measured(which)} for limits, which in area_bins(area, config.view.scale)],
     }
 
 
-def divergence(exact: Float[Tensor, "B C"], pooled: Float[Tensor, "B C"], activation: str) -> Float[Tensor, " B"]:
-    """KL(exact || pooled) of logits, in nats: of softmax distributions, or the mean over classes of yes-or-no ones."""
-    exact, pooled = exact.double(), pooled.double()
-    if activation == "softmax":
-        return F.kl_div(pooled.log_softmax(1), exact.log_softmax(1), reduction="none", log_target=True).sum(1)
-    sides = ((exact, pooled), (-exact, -pooled))
-    return sum((p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) for p, q in sides), torch.zeros(())).mean(1)
+def divergence(exact: Float[Tensor, "B C"], pooled: Float[Tensor, "B C"], groups: Groups) -> Float[Tensor, " B"]:
+    """KL(exact || pooled) of logits, in nats: the mean over groups of their distributions', a class for itself says yes or
+    no."""
+
+    def of_run(p: Float[Tensor, "B G n"], q: Float[Tensor, "B G n"]) -> Float[Tensor, "B G"]:
+        if p.shape[2] == 1:
+            p, q = torch.cat([p, -p], 2), torch.cat([q, -q], 2)
+            return (p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))).sum(2)
+        return F.kl_div(q.log_softmax(2), p.log_softmax(2), reduction="none", log_target=True).sum(2)
+
+    runs = zip(*(split_groups(logits.double(), groups) for logits in (exact, pooled)), strict=True)
+    return torch.cat([of_run(p, q) for p, q in runs], dim=1).mean(1)
 
 
 def check_same_teacher(

@@ -24,4 +24,4 @@ class Calibration(Evaluator):
     """`expected_calibration_error`."""
 
     def measure(self, predictions: Predictions, manifest: Manifest) -> dict[str, float]:
-        return {"ECE": expected_calibration_error(predictions.scores(), predictions.targets)}
+        return {"ECE": expected_calibration_error(predictions.space.scores(predictions.logits), predictions.targets)}

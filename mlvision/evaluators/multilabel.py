@@ -30,4 +30,4 @@ class Multilabel(Evaluator):
         return tuple(name for name in summary if name != "threshold" and not name.startswith("num_"))
 
     def measure(self, predictions: Predictions, manifest: Manifest) -> dict[str, float]:
-        return multilabel_summary(predictions.logits, predictions.targets, activation=predictions.activation)
+        return multilabel_summary(predictions.logits, predictions.targets, space=predictions.space)

@@ -118,7 +118,8 @@ def explain(
         labels: which labels: see `select`. All by default.
         indices: the images' rows in their manifest, which stored maps need.
         targets: 1 present, 0 absent, NaN unknown, for `labels` of ground_truth and errors.
-        threshold: of the scores in [0, 1] from which a label counts as predicted; one, or one a class.
+        threshold: of the scores in [0, 1] from which a label counts as predicted; one, or one a class. See
+            `LabelSpace.decide`.
         classes: the names, where labels are given by name.
         seed: of whatever the method draws at random.
         allow_flat: also give maps that are all flat; for callers that look at `Explanation.flat` themselves.
@@ -133,7 +134,6 @@ def explain(
         subject = model if isinstance(model, Subject) else Subject(model, tuple(images.shape[1:]))
     explainer = build_explainer(method, **options)
     name = method if isinstance(method, str) else type(method).__name__
-    activation = getattr(subject.module, "activation", "sigmoid")
     # Also where the caller works in inference mode, whose tensors no gradient can be taken of.
     with torch.inference_mode(False), undisturbed(subject.module, seed):
         pixels = subject.pixels(images.clone() if images.is_inference() else images)
@@ -141,7 +141,8 @@ def explain(
             logits = subject.answer(pixels)
         if not bool(logits.isfinite().all()):
             raise InputError("model: its logits are not finite for these images; there is nothing to explain")
-        selection = select(labels, logits, targets=targets, threshold=threshold, classes=classes, activation=activation)
+        space = subject.space(logits.shape[1])
+        selection = select(labels, logits, targets=targets, threshold=threshold, classes=classes, space=space)
         if isinstance(explainer, Explainer):
             maps, kind = explainer.explain(subject, pixels, selection), "attribution"
         else:
@@ -157,7 +158,7 @@ def explain(
         against=selection.against,
         label_specific=getattr(explainer, "label_specific", True),
         kind="attribution" if selection.against is not None else kind,
-        activation=activation,
+        groups=space.groups,
     )
     if not allow_flat and bool((explanation.flat | ~selection.valid).all()):
         height, width = maps.shape[2:]

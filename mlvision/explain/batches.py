@@ -20,8 +20,8 @@ from mlvision.explain.render import ExplainedImage
 from mlvision.labels.geometry import whole_images
 from mlvision.labels.oracle import object_outlines
 from mlvision.losses import binary_cross_entropy
-from mlvision.metrics.summary import log_odds
-from mlvision.types import Batch, to_scores
+from mlvision.space import LabelSpace
+from mlvision.types import Batch
 
 PHOTO = 640  # pixels of the longest side of a photo that is shown
 Columns = dict[str, np.ndarray]  # of measures, a number a pair of image and label
@@ -53,7 +53,7 @@ class Asker:
     """What is asked about every batch of a manifest.
 
     Attributes:
-        subject: a method's: its `activation` makes scores of the logits.
+        subject: a method's: its `space` makes scores of the logits, which decide.
         labels: as `select` takes them.
         known: whether the manifest knows its images' labels; a folder of images does not.
     """
@@ -65,8 +65,8 @@ class Asker:
     known: bool = True
 
     @property
-    def activation(self) -> str:
-        return self.subject.module.activation  # pyright: ignore[reportReturnType]
+    def space(self) -> LabelSpace:
+        return self.subject.space(len(self.manifest.classes))
 
     def ask(self, batch: Batch) -> Asked | None:
         """The images that have such a label; None where none has."""
@@ -80,7 +80,7 @@ class Asker:
                 targets=batch.targets if self.known else None,
                 threshold=self.threshold,
                 classes=self.manifest.classes,
-                activation=self.activation,
+                space=self.space,
             )
         except EmptySelectionError:
             return None
@@ -110,7 +110,6 @@ class Asker:
             asked.rows,
             [self.manifest.records[row] for row in asked.rows.tolist()],
             threshold=self.threshold,
-            activation=self.activation,
         )
 
     def explain(
@@ -132,8 +131,8 @@ class Asker:
 
     def _images(self, asked: Asked, found: dict[str, Explanation], columns: dict[str, Columns]) -> list[ExplainedImage]:
         selection = asked.selection.to("cpu")
-        losses = image_losses(asked.logits, asked.targets, self.activation)
-        scores = to_scores(asked.logits, self.activation)
+        losses = image_losses(asked.logits, asked.targets, self.space)
+        scores = self.space.scores(asked.logits)
         shown = {name: _by_label(measured, selection) for name, measured in columns.items()}
         return [
             ExplainedImage(
@@ -150,6 +149,7 @@ class Asker:
                 extent=asked.boxes[place].tolist(),
                 kinds={name: one.kind for name, one in found.items()},
                 areas=shown_areas(self.manifest.records[row], asked.boxes[place].tolist()),
+                space=self.space,
             )
             for place, row in enumerate(asked.rows.tolist())
         ]
@@ -179,9 +179,9 @@ def shown_areas(record: Record, box: Sequence[int | float]) -> dict[int, list[Fl
     return areas
 
 
-def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], activation: str) -> Float[Tensor, " B"]:
+def image_losses(logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], space: LabelSpace) -> Float[Tensor, " B"]:
     """The sum over known labels of the binary cross-entropy; NaN where none is known."""
-    losses = binary_cross_entropy(log_odds(logits, activation), targets, reduction="none").sum(1)
+    losses = binary_cross_entropy(space.log_odds(logits), targets, reduction="none").sum(1)
     return losses.where(targets.isfinite().any(1), torch.nan)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlvision.errors import InputError
 from mlvision.explain import Explainer, explain
@@ -15,7 +15,6 @@ from mlvision.explain.cam import GradCam
 from mlvision.explain.render import ExplainedImage, ShownMethod, draw_grid
 from mlvision.explain.selection import from_mask
 from mlvision.explain.subject import undisturbed
-from mlvision.space import reaches
 
 _log = logging.getLogger(__name__)
 
@@ -73,8 +72,8 @@ class CamGrids:
                 )  # fmt: skip
             self._has_failed = True
 
-    def draw(self, model: nn.Module) -> UInt8[np.ndarray, "rows columns 3"]:
-        """The page: a row an image.
+    def draw(self, model: Any) -> UInt8[np.ndarray, "rows columns 3"]:
+        """The page of a method: a row an image.
 
         Raises:
             InputError: no label is present or predicted, or all maps are flat.
@@ -82,8 +81,8 @@ class CamGrids:
         device = next(model.parameters()).device
         images = self._images.to(device)
         with torch.no_grad(), undisturbed(model):
-            scores = model.scores(model.predict(images)).cpu()  # pyright: ignore[reportCallIssue]
-        labels = from_mask((self._targets == 1) | reaches(scores, self._threshold)).labels
+            scores = model.space.scores(model.predict(images)).cpu()
+        labels = from_mask((self._targets == 1) | model.space.decide(scores, self._threshold)).labels
         found = explain(model, images, self._explainer, labels)
         rows = [
             ExplainedImage(
@@ -93,6 +92,7 @@ class CamGrids:
                 target.numpy(),
                 label.numpy(),
                 {"": maps.cpu().numpy()},
+                space=model.space,
             )
             for key, image, score, target, label, maps in zip(
                 self._keys, self._images, scores, self._targets, labels, found.maps, strict=True

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlvision.explain.selection import Selection
 from mlvision.explain.subject import Subject
+from mlvision.space import Groups
 from mlvision.types import LabelMap
 
 
@@ -24,7 +25,7 @@ class Explanation:
         against: `[B, L]`: the class that a contrast is set against, -1 where there is none; None: none anywhere.
         label_specific: False where the maps of all labels of an image are the same by construction.
         kind: what the values are, as in `LabelMap.kind`.
-        activation: what makes probabilities of logits, as in `LabelMap.activation`.
+        groups: what makes probabilities of maps of logits, as in `LabelMap.groups`.
     """
 
     maps: Float[Tensor, "B L h w"]
@@ -34,7 +35,7 @@ class Explanation:
     against: Int64[Tensor, "B L"] | None = None
     label_specific: bool = True
     kind: str = "attribution"
-    activation: str = "sigmoid"
+    groups: Groups = ()
 
     @property
     def flat(self) -> Bool[Tensor, "B L"]:
@@ -44,7 +45,7 @@ class Explanation:
     def as_label_map(self) -> LabelMap:
         """The same maps, for whatever takes label maps; what was not explained is worth nothing."""
         fill = -torch.inf if self.kind == "logit" else 0.0
-        return LabelMap(self.maps, self.labels, self.kind, fill, activation=self.activation)
+        return LabelMap(self.maps, self.labels, self.kind, fill, groups=self.groups)
 
 
 @runtime_checkable

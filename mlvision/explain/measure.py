@@ -26,7 +26,6 @@ from mlvision.metrics.faithfulness import cross_label_drops, deletion_measures, 
 from mlvision.metrics.localisation import mass_in_mask, pointing_in_mask, rank_accuracy
 from mlvision.metrics.map_shape import entropy, gini, map_discrimination, max_sensitivity, png_bytes, spearman
 from mlvision.models.dense import resample
-from mlvision.types import to_scores
 
 COVER_GRID = (56, 56)  # on which annotated areas are compared with maps
 FINER = 4  # times as fine on each side is the grid of objects that cover no cell by a half
@@ -87,6 +86,7 @@ class Judged:
         rows: `[B]`, of the images in the manifest.
         logits: `[B, C]` of the images as they are.
         scores: `[B, C]` in [0, 1].
+        predicted: `[B, C]`, what they decide.
         cover: `[P, H2, W2]`: the share of each fine cell that the objects of a pair's label cover; NaN without annotation.
         mask: `[P, H3, W3]`: where a point counts as on these objects: cells that they cover by a half or more, on a finer
             grid than `cover` so that small objects have cells too.
@@ -98,7 +98,7 @@ class Judged:
     rows: Int64[Tensor, " B"]
     logits: Float[Tensor, "B C"]
     scores: Float[Tensor, "B C"]
-    threshold: float
+    predicted: Bool[Tensor, "B C"]
     cover: Float32[np.ndarray, "P H2 W2"]
     mask: Bool[np.ndarray, "P H3 W3"]
     forward_seconds: float
@@ -107,7 +107,7 @@ class Judged:
         """Some of the images alone."""
         image, _ = self.pairs
         here = which.to(self.pixels.device)
-        columns = {name: getattr(self, name)[here] for name in ("pixels", "targets", "logits", "scores")}
+        columns = {name: getattr(self, name)[here] for name in ("pixels", "targets", "logits", "scores", "predicted")}
         pairs = here[image].cpu().numpy()
         rows, selection = self.rows[which.to(self.rows.device)], self.selection.rows(here)
         cover, mask = self.cover[pairs], self.mask[pairs]
@@ -147,7 +147,6 @@ def judge_on(
     records: Sequence[Record],
     *,
     threshold: float,
-    activation: str,
 ) -> Judged:
     """Put together what a batch is judged by; times a plain forward pass."""
     with torch.inference_mode(), undisturbed(subject.module):
@@ -158,12 +157,14 @@ def judge_on(
             subject.logits(pixels)
             times.append(_now(pixels.device) - started)
     logits, seconds = logits.clone(), sorted(times)[1]
-    scores = to_scores(logits, activation)
+    space = subject.space(logits.shape[1])
+    scores = space.scores(logits)
+    predicted = space.decide(scores, threshold)
     image, place = selection.valid.nonzero(as_tuple=True)
     cover, mask = areas_of_labels(
         [records[i] for i in image.tolist()], selection.labels[image, place].tolist(), logits.shape[1]
     )
-    return Judged(pixels, targets.to(logits), selection, rows, logits, scores, threshold, cover, mask, seconds)
+    return Judged(pixels, targets.to(logits), selection, rows, logits, scores, predicted, cover, mask, seconds)
 
 
 def areas_of_labels(
@@ -217,7 +218,7 @@ def measure(subject: Subject, judged: Judged, explainer: Any, config: MeasureCon
         "image": judged.rows.cpu()[image.cpu()].numpy(),
         "label": labels.cpu().numpy(),
         "against": judged.selection.rivals[image, place].cpu().numpy(),
-        "outcome": outcomes(judged.scores, judged.targets, judged.threshold)[image, labels].cpu().numpy(),
+        "outcome": outcomes(judged.predicted, judged.targets)[image, labels].cpu().numpy(),
         "score": judged.scores[image, labels].cpu().numpy(),
         "num_present": present.sum(1).cpu().numpy(),
         "area": judged.cover.mean((1, 2)),

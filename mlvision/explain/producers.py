@@ -37,7 +37,7 @@ class DenseHead:
                 values = DenseTeacher(subject.classifier, subject.mean, subject.std).maps(pixels)
             else:
                 kind = subject.classifier.head.map_kind or kind
-        return LabelMap(values, kind=kind, activation=getattr(subject.module, "activation", "sigmoid"))
+        return LabelMap(values, kind=kind, groups=subject.space(values.shape[1]).groups)
 
 
 @dataclass(frozen=True)

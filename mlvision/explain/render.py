@@ -8,12 +8,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image, ImageDraw
 
 from mlvision.errors import InputError
 from mlvision.explain.selection import OUTCOMES, outcomes
 from mlvision.lettering import fitted, legible, length, short, write
+from mlvision.space import LabelSpace
 
 # Mistakes first: they are what a reader looks for.
 ORDER = ("FN", "FP", "TP", "TN", "unknown")
@@ -79,6 +80,7 @@ class ExplainedImage:
         extent: x1, y1, x2, y2 in [0, 1] of the full image: the part that the photo shows.
         kinds: by method what its values are, as `LabelMap.kind`; attribution where nothing is said.
         areas: by class the outlines of its annotated objects, each `[m, 2]` x, y in [0, 1] of the photo.
+        space: how the scores decide; None: each class for itself.
     """
 
     key: str
@@ -94,6 +96,7 @@ class ExplainedImage:
     extent: Sequence[float] = (0.0, 0.0, 1.0, 1.0)
     kinds: Mapping[str, str] = field(default_factory=dict)
     areas: Mapping[int, Sequence[Float[np.ndarray, "_ 2"]]] = field(default_factory=dict)
+    space: LabelSpace | None = None
 
     def __post_init__(self) -> None:
         num_labels, num_classes = len(self.labels), len(self.scores)
@@ -123,11 +126,14 @@ class ExplainedImage:
         """Whether the map of a label is drawn with both signs."""
         return method.signed or (self.rival(place) >= 0 and not method.magnitudes)
 
+    def predicted(self, thresholds: float | Float[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:
+        """Which classes count as present by their scores."""
+        return LabelSpace.of(self.space, len(self.scores)).decide(self.scores, thresholds)
+
     def outcomes(self, thresholds: float | Float[np.ndarray, " C"]) -> list[str]:
         """TP, FP, FN, TN or unknown, one a class."""
-        scores, targets = torch.as_tensor(self.scores)[None], torch.as_tensor(self.targets)[None]
-        limit = thresholds if isinstance(thresholds, float) else torch.as_tensor(thresholds)
-        return [OUTCOMES[o] if o >= 0 else "unknown" for o in outcomes(scores, targets, limit)[0].tolist()]
+        predicted, targets = (torch.as_tensor(row)[None] for row in (self.predicted(thresholds), self.targets))
+        return [OUTCOMES[o] if o >= 0 else "unknown" for o in outcomes(predicted, targets)[0].tolist()]
 
     def in_order(self, thresholds: float | Float[np.ndarray, " C"]) -> list[int]:
         """The places that are not empty: FN and FP first, then the highest scores."""

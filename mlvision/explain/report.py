@@ -25,7 +25,6 @@ from PIL import Image
 from mlvision.errors import InputError
 from mlvision.explain.render import ORDER, ExplainedImage, ShownMethod, colour_table, shared_limit, shown_part
 from mlvision.files import whole_folder
-from mlvision.space import reaches
 
 MAX_SIDE = 64  # cells; an input-gradient map of 224 x 224 would make 50 kB a label
 _FILES = {"index.html", "assets", "data", "photos"}
@@ -154,7 +153,7 @@ def _image(
         raise InputError(f"{image.key}: no map of {', '.join(m.name for m in report.methods)}")
     said, places = image.outcomes(report.thresholds), image.places
     labels = [int(image.labels[place]) for place in places]
-    predicted = reaches(image.scores, report.thresholds)
+    predicted = image.predicted(report.thresholds)
     explained = []
     for place, c in zip(places, labels, strict=True):
         label = {"label": c, "outcome": ORDER.index(said[c]), "score": round(float(image.scores[c]), 4)}

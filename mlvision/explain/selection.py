@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mlvision.errors import InputError
-from mlvision.space import reaches
-from mlvision.types import to_scores
+from mlvision.space import LabelSpace
 
 SELECTIONS = ("all", "predicted", "ground_truth", "errors", "relevant")
 OUTCOMES = ("TP", "FP", "FN", "TN")
@@ -92,20 +91,20 @@ def select(
     targets: Float[Tensor, "B C"] | None = None,
     threshold: float | Float[Tensor, " C"] = 0.5,
     classes: Sequence[str] | None = None,
-    activation: str = "sigmoid",
+    space: LabelSpace | None = None,
 ) -> Selection:
     """The labels that were asked for, of each image.
 
     Args:
-        labels: `all`; `predicted` (score at least the threshold); `ground_truth` (target 1); `errors` (false positives and
-            missed labels); `relevant` (present or predicted, and not unknown); `top<k>` (the k highest logits); one class
-            index, or one list of class indices or names, for every image, in which a pair `(a, b)` explains logit a - logit
-            b; a list of such lists, one per image; a tensor or array `[B, L]`, -1 for none; or a Selection. A name in a list
-            is always a class, also one that is called like a rule.
+        labels: `all`; `predicted` (score at least the threshold, or the best of its exclusive group); `ground_truth` (target
+            1); `errors` (false positives and missed labels); `relevant` (present or predicted, and not unknown); `top<k>`
+            (the k highest logits); one class index, or one list of class indices or names, for every image, in which a pair
+            `(a, b)` explains logit a - logit b; a list of such lists, one per image; a tensor or array `[B, L]`, -1 for
+            none; or a Selection. A name in a list is always a class, also one that is called like a rule.
         targets: 1 present, 0 absent, NaN unknown: `ground_truth`, `errors` and `relevant` need them.
         threshold: of the scores in [0, 1], one or one a class.
         classes: the names, where labels are given by name.
-        activation: sigmoid or softmax: what makes scores of the logits.
+        space: what makes scores of the logits and how these decide; None: a sigmoid of each class.
 
     Raises:
         InputError: a label that does not exist, lists that are not one an image, or a selection that needs targets.
@@ -117,7 +116,7 @@ def select(
     if isinstance(labels, str):
         if classes is not None and labels in classes and not _is_rule(labels):
             raise InputError(f"labels: '{labels}' is a class; a list explains it: ['{labels}']")
-        chosen = _by_rule(labels, logits, targets, threshold, activation)
+        chosen = _by_rule(labels, logits, targets, threshold, LabelSpace.of(space, num_classes))
         what = f"labels={labels}"
     elif isinstance(labels, Selection):
         if len(labels.labels) != num_images:
@@ -160,12 +159,10 @@ def _is_rule(word: str) -> bool:
     return word in SELECTIONS or re.fullmatch(r"top\d+", word) is not None
 
 
-def outcomes(
-    scores: Float[Tensor, "B C"], targets: Float[Tensor, "B C"], threshold: float | Float[Tensor, " C"]
-) -> Int64[Tensor, "B C"]:
+def outcomes(predicted: Bool[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Int64[Tensor, "B C"]:
     """The place in OUTCOMES of each decision; -1 where the target is unknown."""
-    said, true = reaches(scores, threshold), targets == 1
-    outcome = torch.where(said, torch.where(true, 0, 1), torch.where(true, 2, 3))
+    true = targets == 1
+    outcome = torch.where(predicted, torch.where(true, 0, 1), torch.where(true, 2, 3))
     return outcome.where(targets.isfinite(), -1)
 
 
@@ -174,7 +171,7 @@ def _by_rule(
     logits: Float[Tensor, "B C"],
     targets: Float[Tensor, "B C"] | None,
     threshold: float | Float[Tensor, " C"],
-    activation: str,
+    space: LabelSpace,
 ) -> Selection:
     num_images, num_classes = logits.shape
     if rule == "all":
@@ -189,7 +186,7 @@ def _by_rule(
             f"labels: expected {', '.join(SELECTIONS)}, top<k> or a list of labels, got '{rule}'"
             + _nearest(rule, SELECTIONS)
         )
-    predicted = reaches(to_scores(logits, activation), threshold)
+    predicted = space.decide(space.scores(logits), threshold)
     if rule == "predicted":
         return from_mask(predicted)
     if targets is None:

@@ -19,6 +19,7 @@ from mlvision.models import Backbone, Classifier, Preprocessing
 from mlvision.models.backbone import built_size
 from mlvision.models.dense import with_linear_head
 from mlvision.models.weights import TimmModel
+from mlvision.space import LabelSpace
 from mlvision.types import Features
 
 # They answer as the module that they hold.
@@ -124,6 +125,15 @@ class Subject:
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+    def space(self, num_classes: int) -> LabelSpace:
+        """What makes scores of its logits, of so many classes: a method's space; a sigmoid of each class of other networks.
+
+        Raises:
+            InputError: as `LabelSpace.of`.
+        """
+        space = getattr(self.module, "space", None)
+        return LabelSpace.of(space if isinstance(space, LabelSpace) else None, num_classes)
 
     def pixels(self, images: Any) -> Float[Tensor, "B in_chans H W"]:
         """uint8, or float in [0, 1], as float in [0, 1] on the model's device; channels last, faster for most convolutions.

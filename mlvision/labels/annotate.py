@@ -12,13 +12,13 @@ from torch import Tensor
 from mlvision.errors import InputError
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, Rows, StoreMeta
 from mlvision.progress import Progress
-from mlvision.types import ACTIVATIONS
+from mlvision.space import Groups, has_groups
 
 MapsOf = Callable[[Any], Float[Tensor, "B C h w"]]
 
 
 def top_k_of(
-    maps: Float[Tensor, "B C h w"], k: int, kind: str, activation: str | None = None
+    maps: Float[Tensor, "B C h w"], k: int, kind: str, groups: Groups = ()
 ) -> tuple[Float32[Tensor, "B K h w"], Int32[Tensor, "B K h w"], Float32[Tensor, "B h w"]]:
     """The k best classes of each cell, highest first, and the fill that keeps the mass of the rest.
 
@@ -30,18 +30,20 @@ def top_k_of(
 
     Args:
         kind: logit or probability.
-        activation: of logits: softmax or sigmoid.
+        groups: of logits: one softmax of all classes, or a sigmoid of each.
 
     Raises:
-        InputError: another kind or activation, or a k beyond the classes.
+        InputError: another kind, several groups that share a softmax, or a k beyond the classes.
     """
     num_classes = maps.shape[1]
     if not 1 <= k <= num_classes:
         raise InputError(f"top_k: expected 1 to the {num_classes} classes, got {k}")
-    if kind not in ("logit", "probability") or (kind == "logit" and activation not in ACTIVATIONS):
+    softmax = kind == "logit" and has_groups(groups)
+    if kind not in ("logit", "probability") or (softmax and len(groups) > 1):
+        found = f"logits in {len(groups)} groups" if softmax else kind
         raise InputError(
-            f"the best of each cell: expected softmax or sigmoid logits, or probabilities, got {activation} {kind}; "
-            "store all classes (top_k=0)"
+            f"the best of each cell: expected logits of one softmax or of sigmoids, or probabilities, got {found}; store "
+            "all classes (top_k=0)"
         )
     maps = maps.float()
     # topk orders equal values as it likes. No two of these keys are equal: the float's bits, which order as integers once
@@ -56,7 +58,7 @@ def top_k_of(
         fill = least
     elif kind == "probability":
         fill = maps.scatter(1, ids, 0.0).sum(dim=1) / (num_classes - k)
-    elif activation == "softmax":
+    elif softmax:
         fill = maps.scatter(1, ids, -torch.inf).logsumexp(dim=1) - np.log(num_classes - k)
     else:  # log of the sum of p, less log of the sum of 1 - p: exact where either vanishes
         present, absent = (F.logsigmoid(x).scatter(1, ids, -torch.inf) for x in (maps, -maps))
@@ -82,7 +84,7 @@ def annotate(maps_of: MapsOf, batches: Iterable[tuple[Rows, Any]], writer: Label
     with torch.inference_mode(), Progress(total, "label maps", shown=writer.rank == 0) as progress:
         for rows, images in batches:
             maps = _dense(maps_of, images, meta)
-            writer.write(rows, *(top_k_of(maps, meta.top_k, meta.kind, meta.activation) if meta.top_k else (maps,)))
+            writer.write(rows, *(top_k_of(maps, meta.top_k, meta.kind, meta.groups) if meta.top_k else (maps,)))
             progress.update(len(rows))
     left = writer.outstanding()
     if left:
@@ -133,7 +135,7 @@ def _differences(maps: Float[Tensor, "B C h w"], rows: Rows, store: LabelMapStor
     values = stored.values.float()
     pairs = [(values, maps)]
     if stored.ids is not None:
-        best, _, fill = top_k_of(maps, meta.top_k, meta.kind, meta.activation)
+        best, _, fill = top_k_of(maps, meta.top_k, meta.kind, meta.groups)
         # The values at the stored classes, and those of the best: the same, unless the stored are not the best.
         pairs = [(values, maps.gather(1, stored.ids.long())), (values, best), (torch.as_tensor(stored.fill), fill)]
     difference = torch.stack([(a - b).abs().flatten(1).amax(1) for a, b in pairs]).amax(0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlvision.errors import check_fields
 from mlvision.labels.geometry import boxes_in_image, one_box
+from mlvision.space import Groups, join_groups, split_groups
 from mlvision.types import CropBox
 
 # The pooled targets of a batch, in its order: of each box, but for what the hole covers of it.
@@ -76,12 +77,12 @@ class Mix:
         mixed[:, :, y1:y2, x1:x2] = images.flip(0)[:, :, y1:y2, x1:x2]
         return mixed
 
-    def targets(self, pool: Pool, view: CropBox, size: tuple[int, int], activation: str) -> Float[Tensor, "B C"]:
+    def targets(self, pool: Pool, view: CropBox, size: tuple[int, int], groups: Groups) -> Float[Tensor, "B C"]:
         """Targets of the mixed images, NaN where unknown.
 
         Args:
             size: (H, W) of the views in pixels.
-            activation: what the targets are probabilities of: sigmoids, which are united, or one softmax.
+            groups: of the classes that share a softmax, whose labels are averaged; those of a class for itself are united.
         """
         if self.share == 1:
             return pool(view, None)
@@ -96,13 +97,18 @@ class Mix:
         if self.share == 0:
             return other
         own = pool(view, boxes)
-        if activation == "softmax" or not self.config.union:
+        if not self.config.union:
             return self._average(own, other)
-        # A label that one of the two surely shows is there, whatever is unknown of the other.
-        return torch.where((own == 1) | (other == 1), 1.0, 1 - (1 - own) * (1 - other))
+        pairs = zip(split_groups(own, groups), split_groups(other, groups), strict=True)
+        return join_groups([_unite(a, b) if a.shape[2] == 1 else self._average(a, b) for a, b in pairs])
 
-    def _average(self, own: Float[Tensor, "B C"], other: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    def _average(self, own: Float[Tensor, "..."], other: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return self.share * own + (1 - self.share) * other
+
+
+def _unite(own: Float[Tensor, "..."], other: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """A label that one of the two surely shows is there, whatever is unknown of the other."""
+    return torch.where((own == 1) | (other == 1), 1.0, 1 - (1 - own) * (1 - other))
 
 
 def draw_mix(config: MixConfig, size: tuple[int, int]) -> Mix | None:

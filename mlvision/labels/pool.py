@@ -142,8 +142,8 @@ def pool_probabilities(
     output_size: int = 1,
     hole: Float[Tensor, "B 4"] | None = None,
 ) -> Float[Tensor, "B C"] | Float[Tensor, "B C S S"]:
-    """The probability of every class in each view: the activation of the pooled logits (mean_logit), or the pooled
-    probabilities of the cells (every other operator).
+    """The probability of every class in each view: that of the pooled logits (mean_logit), or the pooled probabilities of
+    the cells (every other operator).
 
     Args:
         output_size, hole: as `pool_label_map`.
@@ -154,14 +154,9 @@ def pool_probabilities(
     if pooling.operator == "mean_logit":
         pooled = pool_label_map(label_map, view, num_classes, pooling, output_size=output_size, hole=hole)
         cells = pooled if pooled.ndim == 4 else pooled[..., None, None]
-        logits = LabelMap(cells, None, "logit", activation=label_map.activation)
+        logits = LabelMap(cells, None, "logit", groups=label_map.groups)
         return logits.as_kind("probability", temperature=pooling.temperature).values.view_as(pooled)
-    probable = label_map.as_kind(
-        "probability",
-        temperature=pooling.temperature,
-        num_classes=num_classes,
-        calibration=pooling.calibration,
-    )
+    probable = label_map.as_kind("probability", temperature=pooling.temperature, calibration=pooling.calibration)
     pooled = pool_label_map(probable, view, num_classes, pooling, output_size=output_size, hole=hole)
     return pooled.clamp(0, 1)  # sums of weights are rounded; a box without any cell has no maximum
 

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from mlvision.errors import InputError, first_line
 from mlvision.files import one_line, sync, whole_file, whole_folder
-from mlvision.types import ACTIVATIONS, KINDS, LabelMap
+from mlvision.space import Groups, has_groups
+from mlvision.types import KINDS, LabelMap
 
 FORMAT = "mlvision label maps"
 FORMAT_VERSION = 1
 DTYPES = ("float16", "uint8")
 META = "meta.json"
+_ACTIVATION = "activation"  # in meta.json: softmax (one group of all classes), sigmoid (none), or nothing (no logits)
 _HIGHEST = float(np.finfo(np.float16).max)
 _ROWS_AT_ONCE = 1024  # of a store that is checked as a whole
 
@@ -62,7 +64,8 @@ class StoreMeta:
         preprocessing: whatever decides the teacher's input (size, interpolation, mean, std, flips, ...), as JSON has it.
         grid: (h, w).
         kind: of the values; see LabelMap.
-        activation: what makes logits probabilities: softmax or sigmoid, as the teacher was trained; None: nothing.
+        groups: of logits: the classes that share a softmax, as the teacher was trained; see `LabelSpace.groups`. (): a
+            sigmoid of each.
         top_k: how many classes a cell stores; 0: all.
         block_size: rows of one block; the last may be shorter.
         dtype: of the values on disk: float16, or uint8 with a scale for each image.
@@ -78,7 +81,7 @@ class StoreMeta:
     teacher_hash: str
     grid: tuple[int, int]
     kind: str
-    activation: str | None
+    groups: Groups
     top_k: int
     block_size: int
     dtype: str = "float16"
@@ -88,13 +91,15 @@ class StoreMeta:
     geometry: Geometry = Geometry()
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("dtype", DTYPES), ("activation", (None, *ACTIVATIONS))):
+        for name, choices in (("kind", KINDS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise InputError(f"label maps: expected a {name} of {choices}, got {getattr(self, name)!r}")
         if min(self.num_records, self.num_classes, self.block_size, *self.grid) < 1:
             raise InputError(f"label maps: expected images, classes, cells and rows of a block, got {self}")
         if not 0 <= self.top_k <= self.num_classes:
             raise InputError(f"top_k: expected 0 to the {self.num_classes} classes, got {self.top_k}")
+        if self.groups and sum(self.groups) != self.num_classes:
+            raise InputError(f"label maps: {self.num_classes} classes in groups of {list(self.groups)}")
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array, `done` last."""
@@ -114,8 +119,19 @@ class StoreMeta:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """As meta.json has it, lists for tuples."""
-        return json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}))
+        """As meta.json has it, lists for tuples.
+
+        Logits of one softmax or of sigmoids have the words of the first stores, so that runs find theirs unchanged.
+        """
+        values = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        groups = values.pop("groups")
+        if self.kind != "logit":
+            words = {_ACTIVATION: None}
+        elif len(groups) > 1 and has_groups(groups):
+            words = {"groups": groups}
+        else:
+            words = {_ACTIVATION: "softmax" if has_groups(groups) else "sigmoid"}
+        return json.loads(json.dumps(values | words))
 
 
 class LabelMapStore:
@@ -210,7 +226,7 @@ class LabelMapStore:
             kind=self.meta.kind,
             fill=torch.from_numpy(part["fill"]).float() if "fill" in part else 0.0,  # numpy converts float16 slowly
             extent=None if extent is None else torch.tensor(extent).repeat(len(rows), 1),
-            activation=self.meta.activation or "softmax",
+            groups=self.meta.groups,
         )
 
     def _signed(self, ids: np.ndarray) -> np.ndarray:
@@ -258,11 +274,11 @@ class LabelMapWriter:
             time.sleep(0.05)
         found, wanted = _read_meta(path).to_json(), meta.to_json()
         for key, value in wanted.items():
-            if key == "approximate" and None not in (found[key], value):
+            if key == "approximate" and None not in (found.get(key), value):
                 continue  # measured anew by each process: its last bits depend on threads and device
-            if found[key] != value:
+            if found.get(key) != value:
                 raise InputError(
-                    f"{path}: {key} is {found[key]!r} in the store that is there, but {value!r} was asked for; choose "
+                    f"{path}: {key} is {found.get(key)!r} in the store that is there, but {value!r} was asked for; choose "
                     "another folder or remove it"
                 )
         return cls(path, meta, rank, world_size)
@@ -417,7 +433,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("num_records", "num_classes", "top_k", "block_size"), (_is_whole, "a whole number")),
     "grid": (lambda grid: isinstance(grid, list) and len(grid) == 2 and all(map(_is_whole, grid)), "two whole numbers"),
-    "activation": (lambda value: value is None or _is_text(value), "text or nothing"),
+    _ACTIVATION: (lambda value: value in (None, "softmax", "sigmoid"), "softmax, sigmoid or nothing"),
+    "groups": (lambda sizes: isinstance(sizes, list) and all(map(_is_whole, sizes)), "whole numbers"),
     "approximate": (lambda gap: gap is None or type(gap) in (int, float), "a number or nothing"),
     "preprocessing": (lambda names: isinstance(names, dict), "names and values"),
     "geometry": (_is_geometry, "whether the images were squashed and an extent of x1, y1, x2, y2 in [0, 1] or nothing"),
@@ -438,7 +455,10 @@ def _read_meta(path: Path) -> StoreMeta:
                 raise InputError(f"expected {expected} as {name}, got {content[name]!r}")
         extent = content["geometry"]["extent"]
         geometry = Geometry(**content.pop("geometry") | {"extent": extent and tuple(extent)})
-        return StoreMeta(**content | {"grid": tuple(content["grid"]), "geometry": geometry})
+        groups = tuple(content.pop("groups", ()))
+        if content.pop(_ACTIVATION, None) == "softmax":
+            groups = (content["num_classes"],)
+        return StoreMeta(**content | {"grid": tuple(content["grid"]), "geometry": geometry, "groups": groups})
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:

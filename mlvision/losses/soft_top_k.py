@@ -29,9 +29,9 @@ class SoftTopKConfig(LossConfig):
         check_fields(self, "method.loss.", [("k", self.k >= 0, "0 or more"), ("alpha", self.alpha > 0, "more than 0")])
 
     def build(self, context: Context) -> Loss:
-        if self.k >= len(context.classes):
+        if self.k >= len(context.space.classes):
             raise InputError(
-                f"method.loss.k: expected 0, or less than the {len(context.classes)} classes, got {self.k}"
+                f"method.loss.k: expected 0, or less than the {len(context.space.classes)} classes, got {self.k}"
             )
         return partial(soft_top_k_loss, k=self.k or None, alpha=self.alpha)
 

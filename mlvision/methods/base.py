@@ -17,16 +17,8 @@ from mlvision.errors import InputError, check_fields
 from mlvision.models import Classifier
 from mlvision.options import Selectable
 from mlvision.parts import Context, LabelStatistics
-from mlvision.types import (
-    Batch,
-    EpochPlan,
-    Features,
-    HeadOutput,
-    LabelMap,
-    Predictions,
-    StepOutput,
-    to_scores,
-)
+from mlvision.space import LabelSpace, map_groups
+from mlvision.types import Batch, EpochPlan, Features, HeadOutput, LabelMap, Predictions, StepOutput
 
 
 @dataclass(frozen=True)
@@ -94,23 +86,23 @@ class Method(nn.Module):
         sparse_targets: batches have `labels`, a list per image, in place of `targets`: for very many classes.
         num_views: how many views of each image a batch holds, adjacent.
         has_order: `begin_epoch` plans the order of the training images, which leaves `loader.sampling` no say.
-        activation: what makes probabilities of its logits: sigmoid, or softmax where it trains them so.
         epoch: the epoch under way, from 0.
+        space: what makes scores of its logits, by the loss that trains them, and how the scores decide.
     """
 
     needs_label_map = False
     sparse_targets = False
     num_views = 1
     has_order = False
-    activation = "sigmoid"
     epoch = 0
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classifier: Classifier):
+    def __init__(self, classifier: Classifier, space: LabelSpace):
         super().__init__()
         preprocessing = classifier.backbone.preprocessing
         self.classifier = classifier
+        self.space = space
         self.helpers = Helpers()
         self.local_state: set[str] = set()
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1))
@@ -153,10 +145,6 @@ class Method(nn.Module):
         """Logits of raw images; differentiable."""
         return self.classify(images).logits
 
-    def scores(self, logits: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        """Logits to what the method takes for probabilities."""
-        return to_scores(logits, self.activation)
-
     def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
         """How much the method sees of each label in each cell of raw images, if it is a method that makes maps.
 
@@ -175,7 +163,7 @@ class Method(nn.Module):
         A head without a trained classifier starts at each class's share of the images.
         """
         if not self.classifier.head.pretrained:
-            self.classifier.head.start_at(starting_logits(statistics, self.activation))
+            self.classifier.head.start_at(starting_logits(statistics, self.space))
 
     def check_label_map(self, label_map: LabelMap) -> None:
         """See one map of the training images before the first step, where the method needs them.
@@ -209,9 +197,9 @@ def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def starting_logits(statistics: LabelStatistics, activation: str) -> Float[Tensor, " C"]:
+def starting_logits(statistics: LabelStatistics, space: LabelSpace) -> Float[Tensor, " C"]:
     """What a classifier that sees nothing should say: the log-odds of each class's share of the images (sigmoid), or the
-    logarithm of its share of the labels (softmax).
+    logarithm of its share of the labels of its group (softmax).
 
     Images in which a class is unknown do not count for it. A class in none or in all of n images counts as in half an
     image of them, or as missing in half a one; a class that is unknown in all images has the mean share of the others.
@@ -220,5 +208,6 @@ def starting_logits(statistics: LabelStatistics, activation: str) -> Float[Tenso
     least = 0.5 / known
     share = (present / known).maximum(least).minimum(1 - least)
     share = share.where(known > 0, share[known > 0].mean() if known.any() else 0.5)
-    logits = (share / share.sum()).log() if activation == "softmax" else share.logit()
-    return logits.float()
+    return map_groups(
+        lambda group, dim: (group / group.sum(dim, keepdim=True)).log(), share, space.groups, torch.logit, dim=0
+    ).float()

@@ -1,4 +1,5 @@
-"""The plain classifier: one sigmoid a class with BCE or the asymmetric loss, one softmax over all, or a ranking."""
+"""The plain classifier: one sigmoid a class with BCE or the asymmetric loss, a softmax over all or each group, or a
+ranking."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -18,7 +19,9 @@ from mlvision.types import Batch, StepOutput
 class BaselineConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "baseline"
     loss: LossConfig = field(default_factory=BceConfig)
-    smoothing: Annotated[float, "label smoothing: this share of each label is spread evenly over all classes"] = 0.0
+    smoothing: Annotated[
+        float, "label smoothing: this share of each label is spread evenly over all classes, or those of its group"
+    ] = 0.0
     class_weights: Annotated[str, "none, or inverse_sqrt: 1 / sqrt(positives in the training split), mean 1"] = "none"
 
     def __post_init__(self) -> None:
@@ -33,7 +36,7 @@ class BaselineConfig(MethodConfig):
 
 
 class Baseline(Method):
-    """Independent sigmoids, one softmax or a ranking of the classes, over one image-level feature.
+    """Independent sigmoids, softmaxes or a ranking of the classes, over one image-level feature.
 
     decoupled_softmax and soft_top_k leave a constant of each image's logits open. They rank the classes of an image: see
     `precision_at_k` and `ndcg_at_k`. Sigmoids of the logits are no probabilities, and average precision, which ranks images,
@@ -46,9 +49,8 @@ class Baseline(Method):
     class_weights: Tensor
 
     def __init__(self, config: BaselineConfig, context: Context, classifier: Classifier):
-        super().__init__(classifier)
+        super().__init__(classifier, config.loss.space(context.space))
         self.smoothing = config.smoothing
-        self.activation = config.loss.activation
         self.loss = config.loss.build(context)
         self.weigh_classes = config.class_weights == "inverse_sqrt"
         self.register_buffer("class_weights", torch.ones(classifier.num_classes))
@@ -61,5 +63,5 @@ class Baseline(Method):
             self.class_weights.copy_(weights / weights.mean())
 
     def forward(self, batch: Batch) -> StepOutput:
-        targets = smooth_labels(batch.targets, self.smoothing)
+        targets = smooth_labels(batch.targets, self.smoothing, self.space.groups)
         return StepOutput(self.loss(self.predict(batch.images), targets, class_weights=self.class_weights))

@@ -112,11 +112,10 @@ class PatchCT(Method):
     """
 
     def __init__(self, config: PatchCTConfig, context: Context, classifier: Classifier):
-        super().__init__(classifier)
+        super().__init__(classifier, config.loss.space(context.space))
         if not isinstance(classifier.head, JointHead):
             raise InputError("method.name: patchct compares patches with the names of labels; it needs head.name=text")
         self.config, self.text = config, classifier.head
-        self.activation = config.loss.activation
         self.loss = config.loss.build(context)
         width = self.text.label_embeddings.shape[1]
         learns = config.alpha > 0

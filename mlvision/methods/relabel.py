@@ -1,6 +1,8 @@
 """ReLabel: a student learns what a teacher's label map says of the part of the image that it sees."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -16,6 +18,7 @@ from mlvision.losses import BceConfig, LossConfig, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier
 from mlvision.parts import Context
+from mlvision.space import has_groups, map_groups
 from mlvision.types import Batch, CropBox, LabelMap, StepOutput
 
 # With each one's own operator; oracle pools nothing.
@@ -31,8 +34,8 @@ class RelabelConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "relabel"
     target: Annotated[
         str,
-        "softmax: one distribution over the classes (the paper); multilabel: one probability a class; gated: the annotated "
-        "labels, where the view shows them; oracle: maps of annotated areas",
+        "softmax: one distribution over the classes, or each group of them (the paper); multilabel: one probability a "
+        "class; gated: the annotated labels, where the view shows them; oracle: maps of annotated areas",
     ] = "multilabel"
     operator: Annotated[
         str,
@@ -78,11 +81,6 @@ class RelabelConfig(MethodConfig):
         check_fields(self, "method.", rules)
         if self.fusion != "none" and self.target in ("gated", "oracle"):
             raise InputError(f"method.fusion: target={self.target} takes the annotation in already; expected none")
-        if self.target != "softmax" and self.loss.activation != "sigmoid":
-            raise InputError(
-                f"method.loss: target={self.target} gives one probability per class; expected a loss of sigmoids, got "
-                f"{self.loss.name}"
-            )
         try:
             self.pooling()
         except InputError as error:
@@ -111,11 +109,16 @@ class Relabel(Method):
     needs_label_map = True
 
     def __init__(self, config: RelabelConfig, context: Context, classifier: Classifier):
-        super().__init__(classifier)
+        softmax = config.target == "softmax"
+        super().__init__(classifier, context.space.with_softmax() if softmax else config.loss.space(context.space))
+        if has_groups(self.space.groups) and not softmax:
+            raise InputError(
+                f"method.loss: target={config.target} gives one probability per class; expected a loss of sigmoids, got "
+                f"{config.loss.name}"
+            )
         self.config = config
-        self.activation = "softmax" if config.target == "softmax" else "sigmoid"
         self.pooling = config.pooling()
-        self.loss = softmax_cross_entropy if config.target == "softmax" else config.loss.build(context)
+        self.loss = partial(softmax_cross_entropy, groups=self.space.groups) if softmax else config.loss.build(context)
 
     def forward(self, batch: Batch) -> StepOutput:
         config, size = self.config.mix, (batch.images.shape[2], batch.images.shape[3])
@@ -141,7 +144,7 @@ class Relabel(Method):
 
         if mix is None:
             return pool(batch.view, None)
-        return mix.targets(pool, batch.view, (batch.images.shape[2], batch.images.shape[3]), self.activation)
+        return mix.targets(pool, batch.view, (batch.images.shape[2], batch.images.shape[3]), self.space.groups)
 
     def _targets(
         self, label_map: LabelMap, annotated: Float[Tensor, "B C"], view: CropBox, hole: Float[Tensor, "B 4"] | None
@@ -160,21 +163,24 @@ class Relabel(Method):
             return pooled
         if config.fusion == "gate":
             gated = pooled * annotated
-            return gated / gated.nansum(1, keepdim=True).clamp(min=_TINY) if config.target == "softmax" else gated
-        if config.target == "softmax":  # a distribution too
-            annotated = annotated / annotated.nansum(1, keepdim=True).clamp(min=1)
+            return self._shared(gated, lambda group, dim: group.nansum(dim, keepdim=True).clamp(min=_TINY))
+        annotated = self._shared(annotated, lambda group, dim: group.nansum(dim, keepdim=True).clamp(min=1))
         mixed = (1 - config.annotation_weight) * pooled + config.annotation_weight * annotated
         return mixed.where(annotated.isfinite(), pooled)
 
     def _pool(
         self, label_map: LabelMap, view: CropBox, hole: Float[Tensor, "B 4"] | None = None
     ) -> Float[Tensor, "B C"]:
-        """Probabilities of each view; a distribution over the classes where a softmax learns them."""
+        """Probabilities of each view; a distribution over the classes of each group where a softmax learns them."""
         config = self.config
         if config.fill == "zero":
             label_map = zero_fill(label_map, exactly=self.pooling.is_mean)
         pooled = pool_probabilities(label_map, view, self.classifier.num_classes, self.pooling, hole=hole)
-        return pooled / pooled.sum(1, keepdim=True) if config.target == "softmax" else pooled
+        return self._shared(pooled, lambda group, dim: group.sum(dim, keepdim=True))
+
+    def _shared(self, values: Float[Tensor, "B C"], total: Callable[[Tensor, int], Tensor]) -> Float[Tensor, "B C"]:
+        """Values of classes that share a softmax as shares of their group's total; the others as they are."""
+        return map_groups(lambda group, dim: group / total(group, dim), values, self.space.groups)
 
     def _gate(
         self, label_map: LabelMap, annotated: Float[Tensor, "B C"], pooled: Float[Tensor, "B C"]

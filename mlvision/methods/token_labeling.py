@@ -1,6 +1,7 @@
 """Token Labeling: every cell of the backbone's map learns a label of its own, beside the image's."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -27,7 +28,8 @@ IMAGE_LABELS = ("map", "annotation")
 class TokenLabelingConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "token_labeling"
     target: Annotated[
-        str, "softmax: a distribution over the classes (the paper); multilabel: one probability a class"
+        str,
+        "softmax: a distribution over the classes, or each group of them (the paper); multilabel: one probability a class",
     ] = "softmax"
     image_label: Annotated[str, "what the image's own logits learn: map (pooled over the view) or annotation"] = "map"
     image_weight: Annotated[float, "weight of the image's loss"] = 1.0
@@ -40,7 +42,9 @@ class TokenLabelingConfig(MethodConfig):
         str,
         "what makes probabilities of maps that hold mass or attributions: relative_to_peak; empty: such maps are refused",
     ] = ""
-    smoothing: Annotated[float, "label smoothing of both losses: this share is spread evenly over all classes"] = 0.0
+    smoothing: Annotated[
+        float, "label smoothing of both losses: this share is spread evenly over all classes, or those of its group"
+    ] = 0.0
     mix: Annotated[float, "alpha of MixToken's Beta distribution: pairs of images, pasted along cells; 0: none"] = 0.0
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class TokenLabelingConfig(MethodConfig):
         return image, replace(image, operator=of_token)
 
     def build(self, context: Context, classifier: Classifier) -> "TokenLabeling":
-        return TokenLabeling(self, classifier)
+        return TokenLabeling(self, context, classifier)
 
 
 class TokenLabeling(Method):
@@ -82,23 +86,23 @@ class TokenLabeling(Method):
 
     needs_label_map = True
 
-    def __init__(self, config: TokenLabelingConfig, classifier: Classifier):
-        super().__init__(classifier)
+    def __init__(self, config: TokenLabelingConfig, context: Context, classifier: Classifier):
+        softmax = config.target == "softmax"
+        super().__init__(classifier, context.space.with_softmax() if softmax else context.space.with_sigmoids())
         backbone = classifier.backbone
         if backbone.grid[0] != backbone.grid[1]:
             raise InputError(f"method.name: token_labeling needs a square grid of cells, got {backbone.grid}")
         self.config = config
         self.image_pooling, self.token_pooling = config.poolings()
         self.mix = MixConfig(cutmix=config.mix)
-        self.activation = "softmax" if config.target == "softmax" else "sigmoid"
-        self.loss = softmax_cross_entropy if config.target == "softmax" else binary_cross_entropy
+        self.loss = partial(softmax_cross_entropy, groups=self.space.groups) if softmax else binary_cross_entropy
         self.tokens = nn.Conv2d(backbone.map_features, classifier.num_classes, 1)
         nn.init.normal_(self.tokens.weight, std=0.01)
         nn.init.zeros_(self.tokens.get_parameter("bias"))
 
     def prepare(self, statistics: LabelStatistics) -> None:
         super().prepare(statistics)
-        set_bias(self.tokens.get_parameter("bias"), starting_logits(statistics, self.activation))
+        set_bias(self.tokens.get_parameter("bias"), starting_logits(statistics, self.space))
 
     def forward(self, batch: Batch) -> StepOutput:
         config = self.config
@@ -109,8 +113,8 @@ class TokenLabeling(Method):
             token_targets = mix.images(token_targets)
             image_targets = mix.share * image_targets + (1 - mix.share) * image_targets.flip(0)
         logits, cells = self._both(images)
-        image_loss = self.loss(logits, smooth_labels(image_targets, config.smoothing))
-        token_loss = self.loss(_rows(cells), smooth_labels(_rows(token_targets), config.smoothing))
+        image_loss = self.loss(logits, smooth_labels(image_targets, config.smoothing, self.space.groups))
+        token_loss = self.loss(_rows(cells), smooth_labels(_rows(token_targets), config.smoothing, self.space.groups))
         loss = config.image_weight * image_loss + config.token_weight * token_loss
         return StepOutput(loss, {"image_loss": image_loss.detach(), "token_loss": token_loss.detach()})
 
@@ -136,7 +140,7 @@ class TokenLabeling(Method):
 
     def label_maps(self, images: Shaped[Tensor, "B in_chans H W"]) -> LabelMap:
         """What the cells say of the views; the grid covers the view."""
-        return LabelMap(self._both(images)[1], None, "logit", activation=self.activation)
+        return LabelMap(self._both(images)[1], None, "logit", groups=self.space.groups)
 
     def _of_image(self, label_map: LabelMap, view: CropBox) -> Float[Tensor, "B C"]:
         return pool_probabilities(label_map, view, self.classifier.num_classes, self.image_pooling)

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mlvision.lettering import families, short
 from mlvision.metrics.figures import BEST, INK, MAX_BARS, OTHER, WORST, literal, write_title
+from mlvision.space import has_groups
 
 _NAMES = {"mean_logit": "mean logit", "mean_probability": "mean probability", "max": "maximum"}
 _COLOURS = {"mean_logit": WORST, "mean_probability": OTHER, "max": BEST}
@@ -74,7 +75,12 @@ def summarise(quality: dict[str, Any]) -> str:
 def _source(quality: dict[str, Any]) -> str:
     maps = quality["maps"]
     classes = f"the {maps['top_k']} best classes of" if maps["top_k"] else "all classes in"
-    kind = f"{maps['activation']} {maps['kind']}" if maps["activation"] else maps["kind"]
+    kind, groups = maps["kind"], maps["groups"]
+    if kind == "logit":
+        if has_groups(groups):
+            kind = "softmax logit" if len(groups) == 1 else f"logit in {len(groups)} groups"
+        else:
+            kind = "sigmoid logit"
     return f"maps by {maps['teacher']}, {kind}, {classes} each of {maps['grid'][0]} x {maps['grid'][1]} cells"
 
 

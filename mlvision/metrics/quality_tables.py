@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 
 from mlvision.metrics.average_precision import average_precision, mean_average_precision
 from mlvision.metrics.calibration import expected_calibration_error, reliability_table
+from mlvision.space import Groups, has_groups, split_groups
 
 NUM_AREA_BINS = 5
 NUM_SIZE_BINS = 3
@@ -79,12 +80,18 @@ def known_mean(values: Float[np.ndarray, " n"]) -> tuple[float, int]:
     return (float(known.mean()) if len(known) else float("nan")), len(known)
 
 
-def entropies(probabilities: Float[np.ndarray, "n C"], softmax: bool) -> Float[np.ndarray, " n"]:
-    """In nats: of one distribution over the classes, or the mean over the classes of their yes-or-no entropies."""
-    p = torch.from_numpy(probabilities).double()
-    if softmax:
-        return torch.special.entr(p).sum(1).numpy()
-    return (torch.special.entr(p) + torch.special.entr(1 - p)).mean(1).numpy()
+def entropies(probabilities: Float[np.ndarray, "n C"], groups: Groups) -> Float[np.ndarray, " n"]:
+    """In nats: the mean over groups of their distributions' entropies, a class for itself says yes or no."""
+    runs = split_groups(torch.from_numpy(probabilities).double(), groups)
+    whole = [torch.cat([p, 1 - p], 2) if p.shape[2] == 1 else p for p in runs]
+    return torch.cat([torch.special.entr(p).sum(2) for p in whole], dim=1).mean(1).numpy()
+
+
+def unit(groups: Groups) -> str:
+    """What entropies and divergences are counted in."""
+    if not has_groups(groups):
+        return "nats a class"
+    return "nats" if len(groups) == 1 else "nats a group"
 
 
 def area_bins(
@@ -98,10 +105,10 @@ def area_bins(
         yield [float(limit) for limit in limits], which == number
 
 
-def over_crops(tables: dict[str, np.ndarray], softmax: bool, scale: tuple[float, float]) -> dict[str, Any]:
+def over_crops(tables: dict[str, np.ndarray], groups: Groups, scale: tuple[float, float]) -> dict[str, Any]:
     """By the crops' area: entropy, top-1 by the image's labels, and agreement with what the crops show."""
     operators = operators_of(tables)
-    entropy = entropies(tables[f"crop/{operators[0]}"], softmax)
+    entropy = entropies(tables[f"crop/{operators[0]}"], groups)
     labels = np.repeat(tables["targets"], len(entropy) // len(tables["targets"]), axis=0)
     hits = {name: top1_hits(tables[f"crop/{name}"], labels) for name in operators}
 
@@ -116,7 +123,7 @@ def over_crops(tables: dict[str, np.ndarray], softmax: bool, scale: tuple[float,
 
     return {
         "shown_unknown": int(np.isnan(tables["shown"]).sum()),
-        "entropy_of": f"{operators[0]}, nats" + ("" if softmax else " a class"),
+        "entropy_of": f"{operators[0]}, {unit(groups)}",
         "all": measured(np.ones(len(entropy), dtype=bool)),
         "bins": [{"area": limits, **measured(chosen)} for limits, chosen in area_bins(tables["area"], scale)],
     }

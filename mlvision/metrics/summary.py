@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from mlvision.errors import InputError
 from mlvision.metrics.average_precision import FLAVOURS, average_precision, average_precisions, mean_average_precision
 from mlvision.metrics.f_measures import class_measures, decide, f_measures
-from mlvision.metrics.inputs import ArrayT, check_scores, same_kind, to_array
+from mlvision.metrics.inputs import ArrayT, check_scores, to_array
+from mlvision.space import LabelSpace
 
 
 def multilabel_summary(
@@ -18,14 +19,15 @@ def multilabel_summary(
     *,
     threshold: float = 0.5,
     top_k: int = 3,
-    activation: str = "sigmoid",
+    space: LabelSpace | None = None,
 ) -> dict[str, float | int]:
     """Sum up an evaluation in numbers between 0 and 1, named as papers print them.
 
-    Keys: `mAP` (plain), `mAP_envelope`, `mAP_voc11`; `CP CR CF1 CF1_mean OP OR OF1` for labels with probability
-    `>= threshold`, the same with `_top3` (at most the 3 best of them) and with `_exact3` (the 3 best, no threshold; the
-    number is `top_k`); `threshold`, `num_images`, `num_classes`, `num_skipped_classes` (no known positive: not in any
-    class mean) and `num_unknown` (labels left out).
+    Keys: `mAP` (plain), `mAP_envelope`, `mAP_voc11`; `CP CR CF1 CF1_mean OP OR OF1` for the labels that the space decides
+    to be present (with probability `>= threshold`; of classes that exclude each other the best), the same with `_top3` (at
+    most the 3 best of them) and with `_exact3` (the 3 best, no threshold; the number is `top_k`); `threshold`,
+    `num_images`, `num_classes`, `num_skipped_classes` (no known positive: not in any class mean) and `num_unknown` (labels
+    left out).
 
     What is undefined is a float NaN, never None, so that values can be compared and logged as they are. Whoever writes
     strict JSON turns NaN into null.
@@ -36,22 +38,21 @@ def multilabel_summary(
         targets: 1 present, 0 absent, NaN unknown.
         threshold: Probability in (0, 1).
         top_k: Labels an image in the top-k rules.
-        activation: What makes probabilities of the logits: sigmoid or softmax. It decides what reaches the threshold; the
-            average precisions rank the logits themselves.
+        space: What makes probabilities of the logits and how these decide; None: a sigmoid of each class. The average
+            precisions rank the logits themselves.
 
     Raises:
-        InputError: As `average_precision` and `decide`; a threshold outside (0, 1).
+        InputError: As `average_precision` and `decide`; a threshold outside (0, 1), or a space of other classes.
     """
-    cut = _logit(threshold)
-    odds = log_odds(logits, activation)
+    odds, decided = _decisions(logits, threshold, space)
     summary: dict[str, float | int] = {}
     num_skipped = 0
     for flavour, ap in zip(FLAVOURS, average_precisions(logits, targets), strict=True):
         name = "mAP" if flavour == "plain" else f"mAP_{flavour}"
         summary[name], num_skipped = mean_average_precision(ap)
-    rules = {"": (cut, None), f"_top{top_k}": (cut, top_k), f"_exact{top_k}": (None, top_k)}
-    for suffix, (at, k) in rules.items():
-        measures = f_measures(decide(odds, threshold=at, top_k=k), targets)._asdict()
+    best = decide(odds, threshold=None, top_k=top_k)
+    for suffix, decisions in {"": decided, f"_top{top_k}": decided & best, f"_exact{top_k}": best}.items():
+        measures = f_measures(decisions, targets)._asdict()
         del measures["num_skipped"]  # the same classes as for mAP
         summary |= {name + suffix: value for name, value in measures.items()}
     num_images, num_classes = logits.shape
@@ -70,11 +71,11 @@ def per_class_table(
     classes: Sequence[str],
     *,
     threshold: float = 0.5,
-    activation: str = "sigmoid",
+    space: LabelSpace | None = None,
 ) -> list[dict[str, str | float | int]]:
     """Give one row a class, in the order of `classes`; NaN where the class has no known positive.
 
-    Keys: `class`, `num_positive`, `num_negative`, `num_unknown`, `ap` (plain), and at probability `>= threshold`
+    Keys: `class`, `num_positive`, `num_negative`, `num_unknown`, `ap` (plain), and of what the space decides
     `precision`, `recall`, `f1`.
 
     Raises:
@@ -82,7 +83,7 @@ def per_class_table(
     """
     check_names(classes, logits.shape[1])
     ap = to_array(average_precision(logits, targets))
-    measures = class_measures(decide(log_odds(logits, activation), threshold=_logit(threshold)), targets)
+    measures = class_measures(_decisions(logits, threshold, space)[1], targets)
     t = to_array(targets)
     supports = [(t == 1).sum(axis=0), (t == 0).sum(axis=0), (t != t).sum(axis=0)]
     keys = ("class", "num_positive", "num_negative", "num_unknown", "ap", "precision", "recall", "f1")
@@ -90,27 +91,15 @@ def per_class_table(
     return [dict(zip(keys, row, strict=True)) for row in zip(classes, *columns, strict=True)]
 
 
-def log_odds(logits: Float[ArrayT, "N C"], activation: str) -> Float[ArrayT, "N C"]:
-    """log(p / (1 - p)) of each class's probability p: what a threshold is compared with, without rounding p near 1.
-
-    Raises:
-        InputError: An activation that is neither sigmoid nor softmax; of a softmax, logits that are no finite table.
-    """
-    if activation == "sigmoid":
-        return logits
-    if activation != "softmax":
-        raise InputError(f"activation: expected sigmoid or softmax, got '{activation}'")
-    z = to_array(logits).astype(np.float64)
-    check_scores(z)
-    if z.size == 0:
-        return same_kind(z, logits)
-    z = z - z.max(axis=1, keepdims=True)
-    best, powers = z == 0, np.exp(z)
-    num_best, rest = best.sum(axis=1, keepdims=True), np.where(best, 0, powers).sum(axis=1, keepdims=True)
-    # Of all classes but one. Taken from the sum of all, a small rest would be rounded away beside the best class.
-    others = rest + np.where(best, num_best - 1, num_best - powers)
-    least = np.finfo(others.dtype).tiny  # finite where a class is alone
-    return same_kind(z - np.log(np.maximum(others, least)), logits)
+def _decisions(
+    logits: Float[ArrayT, "N C"], threshold: float, space: LabelSpace | None
+) -> tuple[Float[ArrayT, "N C"], Bool[ArrayT, "N C"]]:
+    """Log-odds, and the labels that they decide at the threshold's."""
+    cut = _logit(threshold)
+    check_scores(to_array(logits))
+    space = LabelSpace.of(space, logits.shape[1])
+    odds = space.log_odds(logits)
+    return odds, space.decide(odds, cut)
 
 
 def check_names(classes: Sequence[str], num_classes: int) -> None:

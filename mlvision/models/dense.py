@@ -28,7 +28,8 @@ from mlvision.models.backbone import (
 from mlvision.models.classifier import Classifier
 from mlvision.models.heads.linear import LinearHead, LinearHeadConfig
 from mlvision.models.weights import TimmModel, read_checkpoint
-from mlvision.types import ACTIVATIONS, HeadOutput
+from mlvision.space import Groups, join_groups, split_groups, to_scores
+from mlvision.types import HeadOutput
 
 COMBINATIONS = ("mean_logit", "mean_probability")
 _CELLS = 1024  # how many cells pass a head with further layers at once: VGG's makes 7 x 7 maps of each
@@ -186,7 +187,7 @@ class AveragedTeacher(Teacher):
         flip: also the mirrored images.
         combination: mean_logit; mean_probability gives logits too, those of the mean probability: less spread where the
             teachers' scales differ, but the maps' mean is then no longer the logits.
-        activation: of mean_probability: softmax or sigmoid, as the teachers were trained.
+        groups: of mean_probability: the classes that share a softmax, as the teachers were trained; (): a sigmoid of each.
 
     Raises:
         InputError: teachers of different class or channel counts, one that does not take a scale, or an option out of range.
@@ -199,16 +200,13 @@ class AveragedTeacher(Teacher):
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         combination: str = "mean_logit",
-        activation: str = "softmax",
+        groups: Groups = (),
     ):
         super().__init__()
         if not teachers or not scales or not all(scale > 0 for scale in scales):
             raise InputError(f"teacher: expected teachers, and scales above 0, got {len(teachers)} and {list(scales)}")
-        if combination not in COMBINATIONS or activation not in ACTIVATIONS:
-            raise InputError(
-                f"teacher: expected a combination of {', '.join(COMBINATIONS)} and an activation of"
-                f" {', '.join(ACTIVATIONS)}, got '{combination}' and '{activation}'"
-            )
+        if combination not in COMBINATIONS:
+            raise InputError(f"teacher: expected a combination of {', '.join(COMBINATIONS)}, got '{combination}'")
         first = teachers[0]
         for other in teachers[1:]:
             here, there = ((t.num_classes, t.mean.shape[1]) for t in (first, other))
@@ -218,7 +216,7 @@ class AveragedTeacher(Teacher):
                     f" and takes {there[1]}"
                 )
         self.teachers = nn.ModuleList(teachers)
-        self.flip, self.combination, self.activation = flip, combination, activation
+        self.flip, self.combination, self.groups = flip, combination, groups
         self.num_classes, self.preprocessing = first.num_classes, first.preprocessing
         self._views = [(teacher, _scaled_size(teacher, scale)) for teacher in teachers for scale in scales]
         self.grid, *_ = [_grid_at(*view) for view in self._views]  # of all: each must take its size
@@ -240,21 +238,21 @@ class AveragedTeacher(Teacher):
 
     def at_own_size(self) -> "AveragedTeacher":
         teachers = [teacher for teacher in self.teachers if isinstance(teacher, DenseTeacher)]
-        return AveragedTeacher(teachers, flip=self.flip, combination=self.combination, activation=self.activation)
+        return AveragedTeacher(teachers, flip=self.flip, combination=self.combination, groups=self.groups)
 
     def _summands(self, logits: Float[Tensor, "B C ..."]) -> Float[Tensor, "terms B C ..."]:
-        """What is averaged: logits, probabilities, or of a sigmoid the probabilities of presence and of absence."""
+        """What is averaged: logits, or probabilities of presence, and of absence by a sigmoid."""
         if self.combination == "mean_logit":
             return logits[None]
-        if self.activation == "softmax":
-            return logits.softmax(1)[None]
-        return torch.stack([logits, -logits]).sigmoid()  # 1 - p would be 0 long before absence is impossible
+        # 1 - p would be 0 long before absence is impossible.
+        return torch.stack([to_scores(logits, self.groups), (-logits).sigmoid()])
 
     def _to_logits(self, mean: Float[Tensor, "terms B C ..."]) -> Float[Tensor, "B C ..."]:
         if self.combination == "mean_logit":
             return mean[0]
         logs = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
-        return logs[0] if self.activation == "softmax" else logs[0] - logs[1]
+        runs = zip(*(split_groups(log, self.groups) for log in logs), strict=True)
+        return join_groups([present - absent if present.shape[2] == 1 else present for present, absent in runs])
 
 
 def check_identity(

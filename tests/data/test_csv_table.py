@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from mlvision.data import build_manifest
 from mlvision.data.check import CheckOptions
 from mlvision.data.csv_table import file_number, hash_percent
+from mlvision.data.manifest import hide_labels
 from mlvision.errors import InputError
 from mlvision.options import parse_options
+from mlvision.space import LabelSpace
 
 MULTI_HOT = """image,scene,cat,dog,owl
 beach01.jpg,beach,1,0,0
@@ -409,3 +412,37 @@ def test_a_file_name_of_two_lines_is_escaped_in_the_key(tmp_path):
 
     assert [r.key for r in records] == ["a\\nb.jpg", "c/d.jpg"]
     assert [r.path for r in records] == [f"{tmp_path}/a\nb.jpg", f"{tmp_path}/c/d.jpg"]
+
+
+BOARD = "image,a white,a black,b white,b black,c\n"
+
+
+def board(folder, *rows):
+    for name in "xyz":
+        (folder / f"{name}.jpg").touch()
+    (folder / "labels.csv").write_text(BOARD + "".join(f"{row}\n" for row in rows))
+    return read(folder, groups=[2, 2, 1])
+
+
+def test_groups_of_classes_of_which_each_image_shows_one(tmp_path):
+    manifest = board(tmp_path, "x.jpg,1,0,0,1,0", "y.jpg,0,1,,0,1", "z.jpg,-1,-1,1,-1,1")
+    assert manifest.space == LabelSpace(manifest.classes, exclusive=(2, 2, 1))
+    assert manifest.protocol == "labels.csv, 3 of 3 rows, one class of each of 3 groups"
+    plain = read(tmp_path)
+    assert (plain.groups, plain.hash) == ((), manifest.hash)
+    assert plain.class_hash == hashlib.sha256(json.dumps(plain.classes).encode()).hexdigest()  # as before groups
+    assert plain.class_hash == read(tmp_path, groups=[1, 1, 1, 1, 1]).class_hash != manifest.class_hash
+    assert hide_labels(manifest, 0.5, 0).groups == manifest.select([1]).groups == (2, 2, 1)
+
+
+@pytest.mark.parametrize(("row", "number"), [("y.jpg,0,1,1,1,0", 2), ("y.jpg,0,1,0,0,1", 0), ("y.jpg,0,1,1,1,", 2)])
+def test_an_image_of_none_or_two_of_a_group_is_named(tmp_path, row, number):
+    message = rf"labels\.csv: image y\.jpg shows {number} classes of a group of .* exactly one: b white, b black"
+    with pytest.raises(InputError, match=message):
+        board(tmp_path, "x.jpg,1,0,0,1,0", row)
+
+
+def test_groups_of_other_classes_are_refused(tmp_path):
+    board(tmp_path, "x.jpg,1,0,0,1,0")
+    with pytest.raises(InputError, match=r"groups of classes: .* add up to the 5 classes, got \[2, 2\]"):
+        read(tmp_path, groups=[2, 2])

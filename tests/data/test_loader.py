@@ -24,10 +24,11 @@ from mlvision.data.loader import (
     train_loader,
 )
 from mlvision.data.manifest import Manifest, Record
+from mlvision.data.samplers import shuffled
 from mlvision.data.transforms import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
-from mlvision.types import Batch
+from mlvision.types import Batch, EpochPlan
 
 VIEW = TrainView(ViewConfig(color_jitter=0.3), (12, 20))
 TWIN = TrainView(ViewConfig(color_jitter=0.3, backend="torchvision"), (12, 20))
@@ -104,7 +105,7 @@ def test_views_of_an_image_are_adjacent_and_differ(manifest):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_batch_holds_the_label_maps_of_its_images(manifest, tmp_path, num_workers):
     meta = StoreMeta(
-        manifest.hash, NUM_IMAGES, manifest.class_hash, 4, "a ramp", "", (2, 3), "logit", "sigmoid", 0, NUM_IMAGES
+        manifest.hash, NUM_IMAGES, manifest.class_hash, 4, "a ramp", "", (2, 3), "logit", (), 0, NUM_IMAGES
     )
     maps = torch.arange(NUM_IMAGES * 4 * 6).view(NUM_IMAGES, 4, 2, 3).float()
     LabelMapWriter.create_or_resume(tmp_path / "maps", meta).write(range(NUM_IMAGES), maps)
@@ -112,7 +113,7 @@ def test_a_batch_holds_the_label_maps_of_its_images(manifest, tmp_path, num_work
     loader = train_loader(manifest, VIEW, config(num_workers), seed=5, num_views=2, label_maps=store)
     seen = 0
     for batch in loader:
-        assert (batch.label_map.kind, batch.label_map.activation) == ("logit", "sigmoid")
+        assert (batch.label_map.kind, batch.label_map.groups) == ("logit", ())
         assert torch.equal(batch.label_map.values.float(), maps[batch.index])
         moved = batch.to("cpu")
         assert torch.equal(moved.label_map.values, batch.label_map.values)
@@ -248,12 +249,36 @@ def test_slices_of_a_short_batch_are_disjoint_and_whole():
     assert last == [[], [], [(0, 106)]]
 
 
-def test_an_order_may_repeat_and_leave_out(manifest):
-    order = lambda epoch: np.array([7, 7, 2, epoch])  # noqa: E731
-    loader = train_loader(manifest, VIEW, config(batch_size=2), seed=1, order=order)
-    loader.set_position(5)
-    assert indices(loader) == [7, 7, 2, 5]
-    assert (len(loader), loader.images_per_step) == (2, 2)
+def test_a_plan_replaces_order_and_targets_of_its_epoch_only(manifest):
+    """The order repeats and leaves out; 14 rows in batches of 4, from the second batch on."""
+    order = torch.tensor([7, 7, 2, 5, 0, 1, 13, 3, 7, 7, 8, 9, 9, 2])
+    targets = torch.arange(NUM_IMAGES * 4).view(NUM_IMAGES, 4).float()
+    loader = train_loader(manifest, VIEW, config(num_workers=1), seed=1, num_views=2)
+    loader.set_position(5, 1, EpochPlan(order, targets, {"place": torch.arange(14)}))
+    batches = list(loader)
+    assert [batch.index[::2].tolist() for batch in batches] == [[0, 1, 13, 3], [7, 7, 8, 9]]
+    assert [batch.extra["place"].tolist() for batch in batches] == [
+        [4, 4, 5, 5, 6, 6, 7, 7],
+        [8, 8, 9, 9, 10, 10, 11, 11],
+    ]
+    for batch in batches:
+        assert torch.equal(batch.targets, targets[batch.index])
+        assert torch.equal(batch.split(2)[1].extra["place"], batch.extra["place"][4:])
+        assert torch.equal(batch.to("cpu").extra["place"], batch.extra["place"])
+    loader.set_position(5, 1)
+    assert indices(loader) == shuffled(manifest, 1)(5)[4:12].repeat(2).tolist()
+    assert not next(iter(loader)).extra
+
+
+def test_the_processes_share_the_rows_of_a_plan(manifest):
+    order, place = torch.arange(14).flip(0), {"place": torch.arange(14)}
+    for rank in (0, 1):
+        loader = train_loader(manifest, VIEW, config(), seed=1, rank=rank, world_size=2)
+        loader.set_position(0, 1, EpochPlan(order, extra=place))
+        (first, *_) = loader
+        places = [[4, 5], [6, 7]][rank]
+        assert first.extra["place"].tolist() == places
+        assert first.index.tolist() == [13 - number for number in places]
 
 
 # Bad input

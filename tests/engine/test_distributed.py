@@ -229,7 +229,9 @@ def make_label_maps(arguments, folder):
     """Random logits for the training images."""
     manifest = read_training_manifests(parse_options(Config, arguments, prog="", description=""))[0]
     num, classes = len(manifest), len(manifest.classes)
-    meta = StoreMeta(manifest.hash, num, manifest.class_hash, classes, "random", "", (3, 4), "logit", "softmax", 0, num)
+    meta = StoreMeta(
+        manifest.hash, num, manifest.class_hash, classes, "random", "", (3, 4), "logit", (classes,), 0, num
+    )
     maps = 2 * torch.randn(num, classes, 3, 4, generator=torch.Generator().manual_seed(0))
     LabelMapWriter.create_or_resume(folder, meta).write(range(num), maps)
 

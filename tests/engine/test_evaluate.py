@@ -3,6 +3,7 @@ import torch
 from mlvision.engine.evaluate import predict
 from mlvision.engine.precision import Precision
 from mlvision.methods import Method
+from mlvision.space import LabelSpace
 from mlvision.types import Batch, CropBox
 
 
@@ -26,11 +27,11 @@ def batch(rows):
 
 def test_rows_come_in_manifest_order_and_once():
     method = Echo().train()
-    method.activation = "softmax"
+    method.space = LabelSpace(("a", "b"), groups=(2,))
     loader = [batch([4, 0]), batch([2]), batch([0, 3, 4])]  # out of order; 0 and 4 twice, as padded ranks would give
     found = predict(method, loader, Precision("fp32", torch.device("cpu")))
     assert found.index.tolist() == [0, 2, 3, 4]
-    assert found.activation == "softmax"
+    assert found.space is method.space
     assert found.logits[:, 1].tolist() == [0, 2, 3, 4]
     assert found.targets[:, 0].tolist() == [0, 2, 3, 4]
     assert found.logits.dtype == torch.float32

@@ -23,6 +23,7 @@ from mlvision.errors import InputError
 from mlvision.labels.annotate import annotate, top_k_of
 from mlvision.labels.oracle import batch_oracle_maps, oracle_map, oracle_targets
 from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.metrics.quality_tables import entropies, unit
 from mlvision.models.dense import AveragedTeacher, build_teacher
 from mlvision.types import CropBox
 
@@ -47,7 +48,7 @@ def judge(path, manifest, config, judged_by=None, teacher=None):
 
 def make_store(path, manifest, maps, **changes):
     """A store of dense maps `[N, C, h, w]`."""
-    default = {"kind": "probability", "activation": None, "top_k": 0, "block_size": 32, "teacher": "by hand"}
+    default = {"kind": "probability", "groups": (), "top_k": 0, "block_size": 32, "teacher": "by hand"}
     names = {"record_hash": manifest.hash, "num_records": len(manifest), "class_hash": manifest.class_hash}
     shape = {"num_classes": maps.shape[1], "grid": tuple(maps.shape[2:]), "teacher_hash": "00"}
     meta = StoreMeta(**default | names | shape | changes)
@@ -55,7 +56,7 @@ def make_store(path, manifest, maps, **changes):
     maps = torch.from_numpy(maps).float()
     for block in writer.outstanding():
         part = maps[block.start : block.stop]
-        writer.write(block, *(top_k_of(part, meta.top_k, meta.kind, meta.activation) if meta.top_k else (part,)))
+        writer.write(block, *(top_k_of(part, meta.top_k, meta.kind, meta.groups) if meta.top_k else (part,)))
     return path
 
 
@@ -117,7 +118,7 @@ def half_present_everywhere(manifest):
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_maps_whose_background_is_half_of_everything_are_not_to_be_trained_on(manifest, config, tmp_path, top_k):
     maps = half_present_everywhere(manifest)
-    options = {"kind": "logit", "activation": "sigmoid", "top_k": top_k}
+    options = {"kind": "logit", "top_k": top_k}
     quality = judge(make_store(tmp_path / "bad", manifest, maps, **options), manifest, config)
     assert quality["background"]["expected_labels"] == pytest.approx(0.5 * len(manifest.classes), rel=1e-3)
     assert quality["background"]["labels"] == pytest.approx(np.nansum(manifest.targets) / len(manifest), rel=1e-6)
@@ -166,6 +167,10 @@ def activated(logits, activation):
     return powers / powers.sum(axis=0)
 
 
+def groups_of(activation, num_classes):
+    return (num_classes,) if activation == "softmax" else ()
+
+
 def nan_or(value):
     return None if math.isnan(value) else pytest.approx(value, rel=1e-5, abs=1e-6)
 
@@ -173,7 +178,14 @@ def nan_or(value):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_numbers_are_those_of_independent_computation(activation, manifest, config, tmp_path):
     num_classes = len(manifest.classes)
-    store = make_store(tmp_path / "maps", manifest, noisy_maps(manifest), kind="logit", activation=activation, top_k=3)
+    store = make_store(
+        tmp_path / "maps",
+        manifest,
+        noisy_maps(manifest),
+        kind="logit",
+        groups=groups_of(activation, num_classes),
+        top_k=3,
+    )
     quality = judge(store, manifest, config)
     values, ids, fill = (np.load(store / f"{name}.npy") for name in ("values", "ids", "fill"))
     logits = [label_maps_reference.dense_map(*row, num_classes) for row in zip(values, ids, fill, strict=True)]
@@ -367,9 +379,7 @@ def teacher_store(scenes_root, manifest, tmp_path_factory):
     teacher = build_teacher(run.method)
     store = LabelMapWriter.create_or_resume(
         folder / "maps",
-        StoreMeta(
-            manifest.hash, len(manifest), manifest.class_hash, 20, "run", "00", teacher.grid, "logit", "sigmoid", 0, 43
-        ),
+        StoreMeta(manifest.hash, len(manifest), manifest.class_hash, 20, "run", "00", teacher.grid, "logit", (), 0, 43),
     )
 
     def images(rows):
@@ -415,12 +425,12 @@ def test_kl_of_real_crops_matches_the_definition(teacher_store, manifest, config
 def test_crops_are_answered_at_the_teachers_own_size(teacher_store, manifest, config, tmp_path):
     """Whatever scales made the maps: an enlarged crop would be asked about objects of twice the size."""
     _, teacher = teacher_store
-    wide = AveragedTeacher([teacher], scales=[2.0], activation="sigmoid")
+    wide = AveragedTeacher([teacher], scales=[2.0])
     view = EvalView(wide.image_size, teacher.preprocessing.interpolation, "squash")
     images = torch.stack([view(read_record(record)).image for record in manifest.records])
     with torch.inference_mode():
         maps = torch.cat([wide.maps(part) for part in images.split(16)]).numpy()
-    store = make_store(tmp_path / "maps", manifest, maps, kind="logit", activation="sigmoid")
+    store = make_store(tmp_path / "maps", manifest, maps, kind="logit")
     given = []
     hook = teacher.register_forward_pre_hook(lambda _, inputs: given.append(tuple(inputs[0].shape[2:])))
 
@@ -434,7 +444,7 @@ def test_crops_are_answered_at_the_teachers_own_size(teacher_store, manifest, co
 def test_another_teacher_is_refused(teacher_store, manifest, config, tmp_path):
     store, teacher = teacher_store
     maps = LabelMapStore.open(store).read(range(len(manifest))).values.float().numpy()
-    other = make_store(tmp_path / "maps", manifest, -maps, kind="logit", activation="sigmoid")
+    other = make_store(tmp_path / "maps", manifest, -maps, kind="logit")
     with pytest.raises(InputError, match=r"teacher: not the one that made these maps, 'by hand': .* differs by"):
         judge(other, manifest, config, teacher=teacher)
     probabilities = make_store(tmp_path / "probabilities", manifest, box_maps(manifest))
@@ -449,6 +459,21 @@ def test_divergence_matches_the_definition(activation):
     terms = p * np.log(p / q)
     if activation == "sigmoid":
         terms = (terms + (1 - p) * np.log((1 - p) / (1 - q))) / 7
-    found = label_quality.divergence(exact, pooled, activation)
+    found = label_quality.divergence(exact, pooled, groups_of(activation, 7))
     np.testing.assert_allclose(found.numpy(), terms.sum(axis=1), rtol=1e-12)
-    assert label_quality.divergence(exact, exact, activation).abs().max() < 1e-15
+    assert label_quality.divergence(exact, exact, groups_of(activation, 7)).abs().max() < 1e-15
+
+
+def test_groups_of_classes_count_by_the_mean_of_their_distributions():
+    """A group of three, one of two and a class for itself, each apart from the others."""
+    exact, pooled = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).double() * 3
+    parts = [
+        label_quality.divergence(exact[:, columns], pooled[:, columns], groups)
+        for columns, groups in ((slice(0, 3), (3,)), (slice(3, 5), (2,)), (slice(5, 6), ()))
+    ]
+    torch.testing.assert_close(label_quality.divergence(exact, pooled, (3, 2, 1)), torch.stack(parts).mean(0))
+    p = torch.cat([exact[:, :3].softmax(1), exact[:, 3:5].softmax(1), exact[:, 5:].sigmoid()], 1)
+    each = [-(p[:, a:b] * p[:, a:b].log()).sum(1) for a, b in ((0, 3), (3, 5))]
+    each.append(-(p[:, 5] * p[:, 5].log() + (1 - p[:, 5]) * (1 - p[:, 5]).log()))
+    np.testing.assert_allclose(entropies(p.numpy(), (3, 2, 1)), torch.stack(each).mean(0))
+    assert [unit(groups) for groups in ((), (6,), (3, 2, 1))] == ["nats a class", "nats", "nats a group"]

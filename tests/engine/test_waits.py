@@ -37,7 +37,7 @@ class Copies(TorchDispatchMode):
 
 def batch_on_gpu(fill):
     size = (B, 3, 5, 5)
-    label_map = LabelMap(torch.rand(size), torch.zeros(size, dtype=torch.int64), "logit", fill, activation="sigmoid")
+    label_map = LabelMap(torch.rand(size), torch.zeros(size, dtype=torch.int64), "logit", fill)
     view = CropBox(torch.rand(B, 4), torch.zeros(B, dtype=torch.bool), torch.zeros(B, dtype=torch.int64))
     images = torch.zeros(B, 3, SIDE, SIDE, dtype=torch.uint8)
     return Batch(images, torch.zeros(B, C), torch.arange(B), view, label_map).to("cuda")

@@ -18,7 +18,7 @@ class TeacherConfig(MethodConfig):
     teacher: Annotated[str, "weights of the teacher when training begins"] = ""
 
     def build(self, context, classifier):
-        method = Teacher(classifier)
+        method = Teacher(classifier, context.space)
         if context.training:
             teacher = copy.deepcopy(classifier)
             teacher.load_state_dict(torch.load(self.teacher, weights_only=True))
@@ -48,14 +48,14 @@ class BankConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "toy_bank"
 
     def build(self, context, classifier):
-        return Bank(classifier, context.statistics.num_images if context.statistics else 1)
+        return Bank(context, classifier, context.statistics.num_images if context.statistics else 1)
 
 
 class Bank(Method):
     """The features that each image had when it was last seen; those of an image are to stay near the mean of all."""
 
-    def __init__(self, classifier, num_images):
-        super().__init__(classifier)
+    def __init__(self, context, classifier, num_images):
+        super().__init__(classifier, context.space)
         self.add_local_state("bank", torch.zeros(num_images, classifier.backbone.num_features))
 
     def forward(self, batch):
@@ -74,14 +74,14 @@ class CounterConfig(MethodConfig):
     broken: Annotated[bool, "count in forward, where each process sees its own part only"] = False
 
     def build(self, context, classifier):
-        return Counter(classifier, self.broken)
+        return Counter(context, classifier, self.broken)
 
 
 class Counter(Method):
     """How often each class was seen; seldom ones weigh more."""
 
-    def __init__(self, classifier, broken):
-        super().__init__(classifier)
+    def __init__(self, context, classifier, broken):
+        super().__init__(classifier, context.space)
         self.broken = broken
         self.add_local_state("seen", torch.zeros(classifier.num_classes, dtype=torch.int64))
 
@@ -102,7 +102,7 @@ class PlannerConfig(MethodConfig):
     name: Annotated[str, "which method: a key of METHODS"] = "toy_planner"
 
     def build(self, context, classifier):
-        return Planner(classifier)
+        return Planner(classifier, context.space)
 
 
 class Planner(Method):

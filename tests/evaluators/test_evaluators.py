@@ -19,9 +19,10 @@ from mlvision.evaluators import (
     RealConfig,
 )
 from mlvision.metrics import average_precision, bootstrap_interval, multilabel_summary
+from mlvision.space import LabelSpace
 from mlvision.types import Predictions
 
-CLASSES = context(3).classes
+CLASSES = context(3).space.classes
 BUILT = {name: config().build(context(3)) for name, config in EVALUATORS.items() if name != "bootstrap"}
 BUILT["bootstrap"] = BootstrapConfig(num_samples=20).build(context(3))
 every_evaluator = pytest.mark.parametrize("evaluator", BUILT.values(), ids=BUILT.keys())
@@ -37,6 +38,7 @@ def record(key, labels, sides=(), **columns):
     return Record(key, key, labels, boxes=boxes if sides else None, size=(200, 100), **columns)
 
 
+SPACE = LabelSpace(CLASSES)
 PLAIN = Manifest(CLASSES, [Record(f"{i}", f"{i}", (i % 3,), unknown=((i + 1) % 3,)) for i in range(6)], "val")
 SIZED = Manifest(
     CLASSES,
@@ -52,11 +54,11 @@ every_split = pytest.mark.parametrize(
 )
 
 
-def predictions(manifest, activation="sigmoid"):
+def predictions(manifest, space=SPACE):
     """Of each image but the first, as where one could not be read."""
     rows = np.arange(len(manifest) > 1, len(manifest))
     logits = torch.randn(len(rows), 3, generator=torch.Generator().manual_seed(5))
-    return Predictions(logits, torch.from_numpy(manifest.targets[rows]), torch.from_numpy(rows), activation)
+    return Predictions(logits, torch.from_numpy(manifest.targets[rows]), torch.from_numpy(rows), space)
 
 
 @every_split
@@ -84,11 +86,11 @@ def test_predictions_are_left_as_they_are(evaluator):
     assert all(torch.equal(a, b) for a, b in zip(before, (given.logits, given.targets, given.index), strict=True))
 
 
-def test_the_activation_of_the_predictions_counts():
+def test_the_space_of_the_predictions_counts():
     evaluator = MultilabelConfig().build(context(3))
-    given = predictions(PLAIN, "softmax")
+    given = predictions(PLAIN, SPACE.with_softmax())
     found = evaluator.measure(given, PLAIN)
-    expected = multilabel_summary(given.logits, given.targets, activation="softmax")
+    expected = multilabel_summary(given.logits, given.targets, space=given.space)
     assert found == pytest.approx(expected, nan_ok=True)
     p = given.logits.double().softmax(dim=1)
     known = ~given.targets.isnan()
@@ -112,7 +114,7 @@ def test_sizes_that_no_object_has_are_not_reported():
     evaluator = BySizeConfig().build(context(3))
     assert evaluator.metrics(SIZED) == ("mAP_small", "mAP_large")
     logits = torch.tensor([[1.0, 5.0, 0.0], [4.0, 3.0, 0.0], [2.0, 4.0, 9.0], [0.0, 2.0, 0.0]])
-    given = Predictions(logits, torch.from_numpy(SIZED.targets), torch.arange(4))
+    given = Predictions(logits, torch.from_numpy(SIZED.targets), torch.arange(4), SPACE)
     found = evaluator.measure(given, SIZED)
     # Class 0: image a is small, and stands behind c, b being left out; class 1: b and d are small, behind a and c.
     assert found == {"mAP_small": pytest.approx((1 / 2 + (1 / 3 + 2 / 4) / 2) / 2), "mAP_large": 1.0}
@@ -122,9 +124,9 @@ def test_sizes_that_no_object_has_are_not_reported():
 def test_real_accuracy_looks_up_the_rows_of_the_predictions():
     evaluator = RealConfig().build(context(3))
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
-    given = Predictions(logits, torch.from_numpy(REAL.targets[[1, 2]]), torch.tensor([1, 2]))
+    given = Predictions(logits, torch.from_numpy(REAL.targets[[1, 2]]), torch.tensor([1, 2]), SPACE)
     assert evaluator.measure(given, REAL) == {"real_accuracy": 0.0}
-    given = Predictions(logits, torch.from_numpy(REAL.targets[[0, 2]]), torch.tensor([0, 2]))
+    given = Predictions(logits, torch.from_numpy(REAL.targets[[0, 2]]), torch.tensor([0, 2]), SPACE)
     assert evaluator.measure(given, REAL) == {"real_accuracy": 0.5}
     assert evaluator.measure(predictions(PLAIN), PLAIN) == {}
 

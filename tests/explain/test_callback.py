@@ -19,7 +19,7 @@ class Writer:
 
 
 class State:
-    ema, epoch, step = None, 1, 7
+    ema, epoch, steps_done = None, 1, 7
 
     def __init__(self, method, writer):
         self.method = method

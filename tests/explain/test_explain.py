@@ -13,6 +13,7 @@ from mlvision.labels import LabelMapStore
 from mlvision.labels.store import LabelMapWriter, StoreMeta
 from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
+from mlvision.space import LabelSpace
 from mlvision.types import LabelMap
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, -3.0], [-1.0, -2.0, 3.0, 0.2]])
@@ -40,17 +41,20 @@ def test_labels_are_chosen(labels, expected):
     assert chosen.against is None
 
 
-def test_thresholds_may_differ_by_class_and_scores_follow_the_activation():
+def test_thresholds_may_differ_by_class_and_scores_follow_the_space():
+    space = LabelSpace.of(None, 4)
     each = torch.tensor([0.9, 0.5, 0.5, 0.5])  # sigmoid(2) = 0.88
     assert select("predicted", LOGITS, threshold=each).labels.tolist() == [[2, -1], [2, 3]]
-    assert select("predicted", LOGITS, activation="softmax").labels.tolist() == [[0], [2]]  # 0.78 and 0.92 alone
+    assert select("predicted", LOGITS, space=space.with_softmax()).labels.tolist() == [[0], [2]]  # 0.78 and 0.92 alone
+    board = LabelSpace(CLASSES, exclusive=(2, 2))
+    assert select("predicted", LOGITS, threshold=0.99, space=board).labels.tolist() == [[0, 2], [0, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("threshold", [0.7, torch.tensor([0.7, 0.3], dtype=torch.float64)])
 def test_a_score_at_its_threshold_is_predicted_in_every_precision(dtype, threshold):
     scores = torch.tensor([[0.7, 0.29]], dtype=dtype)
-    assert outcomes(scores, torch.ones(1, 2), threshold).tolist() == [[0, 2]]
+    assert outcomes(LabelSpace.of(None, 2).decide(scores, threshold), torch.ones(1, 2)).tolist() == [[0, 2]]
     logits = torch.tensor([[0.7, 0.29]], dtype=torch.float64).logit().to(dtype)
     at = logits.sigmoid().double()[0]  # what the logits' own precision makes of 0.7 and 0.29
     assert select("predicted", logits, threshold=at).labels.tolist() == [[0, 1]]
@@ -147,7 +151,7 @@ def test_ground_truth_needs_targets():
 def test_outcomes_are_by_hand():
     scores = torch.tensor([[0.9, 0.9, 0.1, 0.1, 0.9]])
     targets = torch.tensor([[1.0, 0.0, 1.0, 0.0, torch.nan]])
-    assert outcomes(scores, targets, 0.5).tolist() == [[0, 1, 2, 3, -1]]
+    assert outcomes(scores >= 0.5, targets).tolist() == [[0, 1, 2, 3, -1]]
 
 
 def test_labels_of_a_mask_keep_the_order_of_the_classes():
@@ -204,7 +208,7 @@ def test_contrasts_of_a_producer_are_differences(linear_model):
 
 def test_stored_maps_need_indices_and_follow_them(tmp_path, linear_model):
     maps = torch.arange(3 * 4 * 2 * 3).reshape(3, 4, 2, 3).float() / 72
-    meta = StoreMeta("r", 3, "c", 4, "t", "w", (2, 3), "probability", None, 0, 3)
+    meta = StoreMeta("r", 3, "c", 4, "t", "w", (2, 3), "probability", (), 0, 3)
     writer = LabelMapWriter.create_or_resume(tmp_path / "store", meta)
     writer.write(range(3), maps)
     stored = StoredMaps(LabelMapStore.open(tmp_path / "store"))
@@ -289,7 +293,7 @@ def test_networks_that_have_no_map_can_still_be_occluded():
 def test_maps_of_contrasts_and_of_logits_say_what_they_are(images):
     model = timm.create_model("resnet10t", num_classes=4).eval()
     dense = explain(model, images, "dense_head", labels=[1]).as_label_map()
-    assert (dense.kind, dense.activation) == ("logit", "sigmoid")
+    assert (dense.kind, dense.groups) == ("logit", (1, 1, 1, 1))
     assert (
         dense.as_kind("probability").of_labels(torch.tensor([[2], [1]]))[0].max() == 0
     )  # not explained, so worth nothing

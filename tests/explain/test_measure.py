@@ -89,7 +89,7 @@ def _judged(model, bright, labels, truth):
         targets[row, list(present)] = 1
     return judge_on(
         Subject(model), images, targets, Selection(torch.tensor(labels)), torch.arange(len(bright)) + 5,
-        [_record(sorted(present)) for present in truth], threshold=0.5, activation="sigmoid",
+        [_record(sorted(present)) for present in truth], threshold=0.5,
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def test_memory_at_the_size_of_the_images_does_not_grow_with_the_labels():
         labels = torch.arange(num_classes)
         judged = judge_on(
             subject, torch.rand(1, 3, side, side), torch.ones(1, num_classes), Selection(labels[None]), torch.arange(1),
-            [Record("a", "a", tuple(labels.tolist()))], threshold=0.5, activation="sigmoid",
+            [Record("a", "a", tuple(labels.tolist()))], threshold=0.5,
         )  # fmt: skip
         config = MeasureConfig(lattice=4, steps=5, baselines=["black"], sensitivity=[0.1], sensitivity_samples=2)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -274,7 +274,7 @@ def test_pointing_at_a_small_object_is_a_hit(resnet, images):
     record = _annotated((10.75, 20.75, 11.0, 21.0))
     judged = judge_on(
         Subject(resnet), images, torch.eye(5)[[0, 0]], Selection(torch.zeros(2, 1, dtype=torch.long)), torch.arange(2),
-        [record, record], threshold=0.5, activation="sigmoid",
+        [record, record], threshold=0.5,
     )  # fmt: skip
     assert judged.cover.max() == pytest.approx(1 / 16, rel=1e-5)
     columns = measure(Subject(resnet), judged, Spot(), replace(QUICK, sensitivity_samples=0)).columns
@@ -287,7 +287,7 @@ def test_randomised_weights_change_the_maps_of_what_reads_them(resnet, images):
     targets = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
     judged = judge_on(
         subject, images, targets, Selection(torch.tensor([[0, 3], [1, -1]])), torch.arange(2),
-        [Record("a", "a", (0, 3)), Record("b", "b", (1,))], threshold=0.5, activation="sigmoid",
+        [Record("a", "a", (0, 3)), Record("b", "b", (1,))], threshold=0.5,
     )  # fmt: skip
     weights = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
     cam = randomised(subject, judged, build_explainer("grad_cam", layer="layer2"), stages=2)

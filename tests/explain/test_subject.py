@@ -74,13 +74,13 @@ def test_a_model_in_a_shell_is_explained_as_the_model_itself(shell, resnet, imag
     )
 
 
-def test_a_method_in_a_shell_keeps_its_activation_and_its_own_maps(images):
+def test_a_method_in_a_shell_keeps_its_softmax_and_its_own_maps(images):
     classifier = build_classifier(BackboneConfig("resnet10t"), LinearHeadConfig(), 3, image_size=(48, 80))
     method = build_method(BaselineConfig(loss=SoftmaxConfig()), classifier).eval()
     bare = explain(method, images, "dense_head")
     for shell in (nn.DataParallel(method), torch.compile(method, backend="eager")):
         found = explain(shell, images, "dense_head")
-        assert found.activation == "softmax"
+        assert found.groups == (3,)
         torch.testing.assert_close(found.maps, bare.maps)
 
 

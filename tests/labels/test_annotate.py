@@ -29,7 +29,7 @@ def meta_of(**changes) -> StoreMeta:
         "teacher_hash": "ee",
         "grid": GRID,
         "kind": "logit",
-        "activation": "softmax",
+        "groups": (C,),
         "top_k": K,
         "block_size": 3,
     }
@@ -81,6 +81,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 KINDS = [("logit", "softmax"), ("logit", "sigmoid"), ("probability", None), ("probability", "softmax")]
 
 
+def groups_of(num_classes, activation):
+    return (num_classes,) if activation == "softmax" else ()
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
 @pytest.mark.parametrize(("num_classes", "k"), [(20, 1), (20, 4), (20, 19), (3000, 5), (70_000, 5)])
@@ -89,7 +93,7 @@ def test_best_and_fill_equal_float64(num_classes, k, kind, activation, memory_fo
     if kind == "probability":
         maps = maps.softmax(1)
     values, ids, fill = best_in_float64(maps.double().numpy(), k, kind, activation)
-    ours = top_k_of(maps.to(memory_format=memory_format), k, kind, activation)
+    ours = top_k_of(maps.to(memory_format=memory_format), k, kind, groups_of(num_classes, activation))
     np.testing.assert_array_equal(ours[0], values)
     np.testing.assert_array_equal(ours[1], ids)
     np.testing.assert_allclose(ours[2], fill, rtol=1e-5, atol=1e-5 if kind == "logit" else 1e-9)
@@ -98,7 +102,7 @@ def test_best_and_fill_equal_float64(num_classes, k, kind, activation, memory_fo
 def test_one_hot_cell_by_hand():
     maps = torch.zeros(1, 3, 2, 3)
     maps[0, 2, 1, 0], maps[0, 0, 1, 0] = np.log(6), np.log(2)
-    values, ids, fill = top_k_of(maps, 1, "logit", "softmax")
+    values, ids, fill = top_k_of(maps, 1, "logit", (3,))
     assert values[0, 0].flatten().tolist() == pytest.approx([0, 0, 0, np.log(6), 0, 0])
     assert ids[0, 0].tolist() == [[0, 0, 0], [2, 0, 0]]
     assert fill[0].flatten().tolist() == pytest.approx([0, 0, 0, np.log((2 + 1) / 2), 0, 0], abs=1e-7)
@@ -110,21 +114,21 @@ def test_of_equal_values_the_lower_class_comes_first(kind, activation):
     steps = torch.from_numpy(noise.choice([-0.25, -0.0, 0.0, 0.25], (3, 50, *GRID))).float()  # both zeros are equal
     maps = steps if kind == "logit" else steps + 0.5
     _, ids, _ = best_in_float64(maps.double().numpy(), 30, kind, activation)
-    np.testing.assert_array_equal(top_k_of(maps, 30, kind, activation)[1], ids)
+    np.testing.assert_array_equal(top_k_of(maps, 30, kind, groups_of(50, activation))[1], ids)
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
 @pytest.mark.parametrize("level", [1 / 3, 0.1, 0.7, 1e-6])
 def test_the_fill_is_never_above_a_stored_value_nor_when_rounded(kind, activation, level):
     noise = torch.from_numpy(np.random.default_rng(0).uniform(1, 1 + 3e-7, (2, 90, *GRID))).float()
-    values, _, fill = top_k_of(noise * level, 5, kind, activation)
+    values, _, fill = top_k_of(noise * level, 5, kind, groups_of(90, activation))
     assert (fill <= values.amin(1)).all()
     assert (fill.half() <= values.half().amin(1)).all()
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
 def test_where_all_classes_are_stored_the_fill_is_the_least(kind, activation):
-    values, ids, fill = top_k_of(maps_of([1, 2]).softmax(1), C, kind, activation)
+    values, ids, fill = top_k_of(maps_of([1, 2]).softmax(1), C, kind, groups_of(C, activation))
     assert torch.equal(fill, values[:, -1])
     assert (ids.sort(1).values == torch.arange(C)[:, None, None]).all()
 
@@ -133,7 +137,7 @@ def test_where_all_classes_are_stored_the_fill_is_the_least(kind, activation):
 def test_an_absent_class_of_a_sigmoid_teacher_is_worth_its_mean_probability(shift):
     """Not sigmoid(0) = 0.5, which a fill of 0 would say."""
     maps = maps_of([3]).double().numpy() / 4 + shift
-    _, _, fill = top_k_of(torch.from_numpy(maps), K, "logit", "sigmoid")
+    _, _, fill = top_k_of(torch.from_numpy(maps), K, "logit")
     rest = np.sort(maps, axis=1)[:, :-K]
     # The log of the odds in terms that neither vanish nor overflow: mean(p) / mean(1 - p).
     odds = np.logaddexp.reduce(-np.logaddexp(0, -rest), 1) - np.logaddexp.reduce(-np.logaddexp(0, rest), 1)
@@ -149,7 +153,7 @@ def test_an_absent_class_of_a_sigmoid_teacher_is_worth_its_mean_probability(shif
 def test_stored_logits_become_the_full_softmax_again(tmp_path, k, dtype):
     writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta_of(top_k=k, dtype=dtype))
     annotate(lambda rows: maps_of(rows) / 4, ((block, block) for block in writer.outstanding()), writer)
-    read = LabelMapStore.open(tmp_path / "maps").read(range(11)).as_kind("probability", num_classes=C)
+    read = LabelMapStore.open(tmp_path / "maps").read(range(11)).as_kind("probability")
     exact = softmax(maps_of(range(11)).double().numpy() / 4)
     stored = np.take_along_axis(exact, read.ids.long().numpy(), axis=1)
     np.testing.assert_allclose(read.values, stored, atol=1e-3 if dtype == "float16" else 5e-3)
@@ -164,18 +168,18 @@ def test_stored_probabilities_keep_their_mass(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("k", "kind", "activation", "message"),
+    ("k", "kind", "groups", "message"),
     [
-        (0, "logit", "softmax", "top_k: expected 1 to the 20 classes, got 0"),
-        (21, "logit", "softmax", "top_k: expected 1 to the 20 classes, got 21"),
-        (4, "logit", None, "got None logit"),
-        (4, "mass", None, "got None mass; store all classes"),
-        (4, "attribution", "softmax", "got softmax attribution"),
+        (0, "logit", (C,), "top_k: expected 1 to the 20 classes, got 0"),
+        (21, "logit", (C,), "top_k: expected 1 to the 20 classes, got 21"),
+        (4, "logit", (8, 12), "got logits in 2 groups; store all classes"),
+        (4, "mass", (), "got mass; store all classes"),
+        (4, "attribution", (C,), "got attribution"),
     ],
 )
-def test_what_has_no_best_of_each_cell_is_refused(k, kind, activation, message):
+def test_what_has_no_best_of_each_cell_is_refused(k, kind, groups, message):
     with pytest.raises(InputError, match=message):
-        top_k_of(maps_of([0]), k, kind, activation)
+        top_k_of(maps_of([0]), k, kind, groups)
 
 
 # Filling a store
@@ -193,7 +197,7 @@ def test_a_store_holds_the_best_of_what_the_teacher_gives(tmp_path):
 
 
 def test_all_classes_of_attributions_are_stored(tmp_path):
-    fill_store(tmp_path / "maps", meta_of(top_k=0, kind="attribution", activation=None))
+    fill_store(tmp_path / "maps", meta_of(top_k=0, kind="attribution", groups=()))
     maps = LabelMapStore.open(tmp_path / "maps").read([10, 2])
     assert torch.equal(maps.values, maps_of([10, 2]).half())
     assert (maps.ids, maps.kind) == (None, "attribution")
@@ -359,7 +363,7 @@ def test_the_tolerance_is_a_share_of_large_values(tmp_path):
 
 def test_a_label_map_is_made_of_the_best_of_each_cell():
     """What annotate stores is what LabelMap takes, without a store between."""
-    values, ids, fill = top_k_of(maps_of([5]), K, "logit", "softmax")
-    maps = LabelMap(values=values, ids=ids, kind="logit", fill=fill).as_kind("probability", num_classes=C)
+    values, ids, fill = top_k_of(maps_of([5]), K, "logit", (C,))
+    maps = LabelMap(values=values, ids=ids, kind="logit", fill=fill, groups=(C,)).as_kind("probability")
     exact = softmax(maps_of([5]).double().numpy())
     np.testing.assert_allclose(maps.values, np.take_along_axis(exact, ids.long().numpy(), axis=1), atol=1e-6)

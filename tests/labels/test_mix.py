@@ -55,10 +55,10 @@ def test_exact_targets_are_those_of_the_composed_map(patch):
     composed = label_map.values.clone()
     rows, columns = slice(y1 // 2, y2 // 2), slice(x1 // 2, x2 // 2)
     composed[:, :, rows, columns] = label_map.values.flip(0)[:, :, rows, columns]
-    found = mix.targets(pool_of(label_map), whole(), SIZE, "sigmoid")
+    found = mix.targets(pool_of(label_map), whole(), SIZE, ())
     torch.testing.assert_close(found, composed.mean((2, 3)))
     # and with the maximum, united as sigmoids are
-    found = Mix(MixConfig(cutmix=1.0), share, patch).targets(pool_of(label_map, "max"), whole(), SIZE, "sigmoid")
+    found = Mix(MixConfig(cutmix=1.0), share, patch).targets(pool_of(label_map, "max"), whole(), SIZE, ())
     hidden = torch.zeros(6, 10, dtype=torch.bool)
     hidden[rows, columns] = True
     own = label_map.values.masked_fill(hidden, 0).amax((2, 3))
@@ -71,10 +71,10 @@ def test_a_label_under_the_patch_is_gone():
     values[0, 0, 3, 7] = 1  # image 0 has class 0 where the patch goes, image 1 has class 1 elsewhere
     values[1, 1, 0, 0] = 1
     mix = Mix(MixConfig(cutmix=1.0), 0.75, (10, 4, 20, 10))
-    exact = mix.targets(pool_of(LabelMap(values), "max"), whole(), SIZE, "sigmoid")
+    exact = mix.targets(pool_of(LabelMap(values), "max"), whole(), SIZE, ())
     assert exact.tolist() == [[0, 0], [1, 1]]
     linear = Mix(MixConfig(cutmix=1.0, targets="linear"), 0.75, (10, 4, 20, 10))
-    assert linear.targets(pool_of(LabelMap(values), "max"), whole(), SIZE, "sigmoid").tolist() == [
+    assert linear.targets(pool_of(LabelMap(values), "max"), whole(), SIZE, ()).tolist() == [
         [0.75, 0.25],
         [0.25, 0.75],
     ]
@@ -99,15 +99,15 @@ def test_a_patch_of_a_view_is_found_in_the_image(turns, flipped):
 def test_nothing_and_everything_covered():
     label_map = make_maps()
     pool = pool_of(label_map)
-    none = Mix(MixConfig(cutmix=1.0), 1.0, (5, 5, 5, 5)).targets(pool, whole(), SIZE, "sigmoid")
+    none = Mix(MixConfig(cutmix=1.0), 1.0, (5, 5, 5, 5)).targets(pool, whole(), SIZE, ())
     torch.testing.assert_close(none, label_map.values.mean((2, 3)))
-    everything = Mix(MixConfig(cutmix=1.0), 0.0, (0, 0, W, H)).targets(pool, whole(), SIZE, "sigmoid")
+    everything = Mix(MixConfig(cutmix=1.0), 0.0, (0, 0, W, H)).targets(pool, whole(), SIZE, ())
     torch.testing.assert_close(everything, label_map.values.mean((2, 3)).flip(0))
 
 
 def test_mixup_targets_are_linear():
     label_map = make_maps()
-    found = Mix(MixConfig(mixup=1.0), 0.3, None).targets(pool_of(label_map), whole(), SIZE, "sigmoid")
+    found = Mix(MixConfig(mixup=1.0), 0.3, None).targets(pool_of(label_map), whole(), SIZE, ())
     mean = label_map.values.mean((2, 3))
     torch.testing.assert_close(found, 0.3 * mean + 0.7 * mean.flip(0))
 
@@ -157,11 +157,21 @@ def test_two_distributions_stay_one():
     """A softmax's targets are averaged by area whatever `union` says, which is of labels that do not exclude each other."""
     label_map = make_maps()
     patch, share = (4, 2, 6, 6), 1 - 8 / (W * H)
-    found = Mix(MixConfig(cutmix=1.0), share, patch).targets(pool_of(label_map), whole(), SIZE, "softmax")
-    averaged = Mix(MixConfig(cutmix=1.0, union=False), share, patch).targets(
-        pool_of(label_map), whole(), SIZE, "sigmoid"
-    )
+    found = Mix(MixConfig(cutmix=1.0), share, patch).targets(pool_of(label_map), whole(), SIZE, (6,))
+    averaged = Mix(MixConfig(cutmix=1.0, union=False), share, patch).targets(pool_of(label_map), whole(), SIZE, ())
     torch.testing.assert_close(found, averaged)
+
+
+def test_groups_are_averaged_and_classes_for_themselves_united():
+    pool, patch, share = pool_of(make_maps(), "max"), (4, 2, 6, 6), 1 - 8 / (W * H)
+    found = Mix(MixConfig(cutmix=1.0), share, patch).targets(pool, whole(), SIZE, (2, 1, 3))
+    united, averaged = (
+        Mix(MixConfig(cutmix=1.0, union=union), share, patch).targets(pool, whole(), SIZE, ())
+        for union in (True, False)
+    )
+    alone = torch.tensor([False, False, True, False, False, False])
+    torch.testing.assert_close(found, torch.where(alone, united, averaged))
+    assert not torch.equal(united, averaged)
 
 
 def test_what_is_unknown_of_the_hidden_part_stays_hidden():
@@ -172,7 +182,7 @@ def test_what_is_unknown_of_the_hidden_part_stays_hidden():
         return known[hole is None]
 
     def targets(share, patch):
-        return Mix(MixConfig(cutmix=1.0), share, patch).targets(pool, whole(), SIZE, "sigmoid").nan_to_num(-1).tolist()
+        return Mix(MixConfig(cutmix=1.0), share, patch).targets(pool, whole(), SIZE, ()).nan_to_num(-1).tolist()
 
     assert targets(1.0, (5, 5, 5, 5)) == [[1, 0, -1], [-1, -1, -1]]  # nothing of the partner is seen
     # own part (second table) with the partner's (first, reversed): a certain label stays certain

@@ -28,7 +28,7 @@ def top_k_map(num_images, num_classes, grid, kind="logit", k=5, seed=0):
     size = (num_images, num_classes, *grid)
     values, ids = (3 * torch.randn(size, generator=noise, dtype=torch.float64)).topk(k, dim=1)
     fill = values[:, -1] - torch.rand(num_images, *grid, generator=noise, dtype=torch.float64)
-    return LabelMap(values, ids, "logit", fill, activation="sigmoid").as_kind(kind)
+    return LabelMap(values, ids, "logit", fill).as_kind(kind)
 
 
 def some_boxes(num, seed=0):
@@ -270,11 +270,22 @@ def test_a_cells_softmax_counts_what_is_not_stored():
     logits = torch.randn(2, 30, 3, 5, dtype=torch.float64) * 2
     values, ids = logits.topk(4, dim=1)
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(1) - torch.tensor(26.0, dtype=torch.float64).log()
-    found = LabelMap(values, ids, "logit", rest).as_kind("probability", num_classes=30)
+    found = LabelMap(values, ids, "logit", rest, groups=(30,)).as_kind("probability")
     torch.testing.assert_close(found.values, logits.softmax(1).gather(1, ids))
     torch.testing.assert_close(found.values.sum(1) + 26 * found.fill, torch.ones(2, 3, 5, dtype=torch.float64))
-    whole = LabelMap(logits, None, "logit").as_kind("probability", temperature=2.0)
+    whole = LabelMap(logits, None, "logit", groups=(30,)).as_kind("probability", temperature=2.0)
     torch.testing.assert_close(whole.values, (logits / 2).softmax(1))
+
+
+def test_each_group_has_its_own_softmax_in_each_cell():
+    logits = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    found = LabelMap(logits, None, "logit", groups=(2, 1, 3)).as_kind("probability", temperature=0.5).values
+    parts = (2 * logits).split((2, 1, 3), dim=1)
+    torch.testing.assert_close(found, torch.cat([parts[0].softmax(1), parts[1].sigmoid(), parts[2].softmax(1)], 1))
+    view = CropBox(some_boxes(2))
+    pooled = pool_probabilities(LabelMap(logits, None, "logit", groups=(2, 1, 3)), view, 6, Pooling("mean_logit"))
+    torch.testing.assert_close(pooled[:, 3:].sum(1), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(pooled[:, :2].sum(1), torch.ones(2, dtype=torch.float64))
 
 
 def test_sigmoids_and_their_fill():
@@ -282,7 +293,7 @@ def test_sigmoids_and_their_fill():
     logits = top_k_map(2, 20, (3, 4))
     torch.testing.assert_close(found.values, (2 * logits.values).sigmoid())
     torch.testing.assert_close(found.fill, (2 * logits.fill).sigmoid())
-    constant = LabelMap(torch.zeros(1, 2, 3, 4), torch.tensor([[0, 1]]), "logit", -2.0, activation="sigmoid")
+    constant = LabelMap(torch.zeros(1, 2, 3, 4), torch.tensor([[0, 1]]), "logit", -2.0)
     assert constant.as_kind("probability").fill == pytest.approx(0.11920292)
 
 
@@ -330,7 +341,7 @@ def test_a_pooling_out_of_range_is_refused(options, message):
 def test_a_pooling_is_all_that_the_operators_and_the_conversion_need():
     logits = top_k_map(3, 20, (3, 4))
     view = CropBox(some_boxes(3))
-    expected = pool_label_map(logits.as_kind("probability", temperature=0.5, num_classes=20), view, 20, operator="max")
+    expected = pool_label_map(logits.as_kind("probability", temperature=0.5), view, 20, operator="max")
     torch.testing.assert_close(pool_probabilities(logits, view, 20, Pooling("max", temperature=0.5)), expected)
     mean = (pool_label_map(logits, view, 20) / 0.5).sigmoid()
     torch.testing.assert_close(pool_probabilities(logits, view, 20, Pooling(temperature=0.5)), mean)
@@ -340,9 +351,10 @@ def test_a_pooling_is_all_that_the_operators_and_the_conversion_need():
 
 @pytest.mark.parametrize("fill", [0.25, torch.full((2, 3, 4), 0.25)])
 def test_maps_move_to_a_device_as_they_are(fill):
-    label_map = LabelMap(torch.rand(2, 5, 3, 4), torch.zeros(2, 5, dtype=torch.int64), "mass", fill, torch.rand(2, 4))
+    ids, extent = torch.zeros(2, 5, dtype=torch.int64), torch.rand(2, 4)
+    label_map = LabelMap(torch.rand(2, 5, 3, 4), ids, "mass", fill, extent, (5, 1))
     moved = label_map.to("meta")
-    assert (moved.kind, moved.activation) == ("mass", "softmax")
+    assert (moved.kind, moved.groups) == ("mass", (5, 1))
     for before, after in zip(vars(label_map).values(), vars(moved).values(), strict=True):
         if isinstance(before, torch.Tensor):
             assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
@@ -356,10 +368,12 @@ def test_maps_that_cannot_be_converted_are_refused():
         attribution.as_kind("probability")
     with pytest.raises(InputError, match="probability cannot become logit"):
         LabelMap(torch.zeros(1, 2, 3, 4)).as_kind("logit")
-    with pytest.raises(InputError, match="needs num_classes"):
-        LabelMap(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.int64), "logit").as_kind("probability")
-    with pytest.raises(InputError, match="expected an activation of softmax, sigmoid, got 'relu'"):
-        LabelMap(torch.zeros(1, 2, 3, 4), activation="relu")
+    for ids, groups in ((torch.zeros(1, 2, 3, 4), (2, 3)), (torch.zeros(1, 2), (5,))):
+        sparse = LabelMap(torch.zeros(1, 2, 3, 4), ids.long(), "logit", groups=groups)
+        with pytest.raises(InputError, match="a softmax needs all classes, or of one group of all the best classes"):
+            sparse.as_kind("probability")
+    with pytest.raises(InputError, match=r"label map: 2 classes in groups of \[3\]"):
+        LabelMap(torch.zeros(1, 2, 3, 4), groups=(3,))
     with pytest.raises(InputError, match="expected a kind of logit.*got 'plan'"):
         LabelMap(torch.zeros(1, 2, 3, 4), kind="plan")
     with pytest.raises(InputError, match=r"ids \(1, 3\) fit neither"):

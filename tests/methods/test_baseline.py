@@ -125,5 +125,5 @@ def test_smoothing_spreads_a_share_of_each_label(loss):
 
 def test_scores_are_what_was_trained():
     logits = torch.tensor([[1.0, 2.0, -3.0]])
-    torch.testing.assert_close(build().scores(logits), logits.sigmoid())
-    torch.testing.assert_close(build(loss=SoftmaxConfig()).scores(logits), logits.softmax(1))
+    torch.testing.assert_close(build().space.scores(logits), logits.sigmoid())
+    torch.testing.assert_close(build(loss=SoftmaxConfig()).space.scores(logits), logits.softmax(1))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from mlvision.labels.mix import Mix, MixConfig
 from mlvision.methods import Relabel, RelabelConfig
 from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig
+from mlvision.parts import Context
+from mlvision.space import LabelSpace
 from mlvision.types import Batch, CropBox, LabelMap
 
 NUM_CLASSES = 5
@@ -26,7 +29,7 @@ def build(**options) -> Relabel:
 def logit_map(activation="softmax") -> LabelMap:
     return LabelMap(
         3 * torch.randn(3, NUM_CLASSES, 4, 6, generator=torch.Generator().manual_seed(1)), kind="logit",
-        activation=activation,
+        groups=(NUM_CLASSES,) if activation == "softmax" else (),
     )  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def test_gated_targets_keep_annotated_labels_that_the_view_shows():
     values[0, 1, 0, 3] = 20  # class 1 on the right
     values[0, 2, 0, 2], values[0, 2, 0, 3] = math.log(0.25 / 0.75), math.log(0.9 / 0.1)  # class 2: weak where we look
     values[0, 3] = 20  # never annotated
-    label_map = LabelMap(values, kind="logit", activation="sigmoid")
+    label_map = LabelMap(values, kind="logit")
     targets = torch.tensor([[1, 1, 1, 0, math.nan]])
     view = CropBox(torch.tensor([[0.0, 0, 0.625, 1]]))
     batch = Batch(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), targets, torch.arange(1), view, label_map)
@@ -152,7 +155,7 @@ def test_regions():
 
 def test_zero_fill_is_the_published_one():
     values, ids = logit_map().values.topk(2, dim=1)
-    label_map = LabelMap(values, ids, "logit", values[:, -1] - 9)
+    label_map = LabelMap(values, ids, "logit", values[:, -1] - 9, groups=(NUM_CLASSES,))
     batch = make_batch(label_map)
     zero = LabelMap(values, ids, "logit", 0.0)
     expected = pool_label_map(zero, batch.view, NUM_CLASSES).softmax(1)
@@ -162,7 +165,7 @@ def test_zero_fill_is_the_published_one():
 def test_the_highest_cell_under_a_zero_fill_is_that_of_a_stored_class():
     """A cell that stores (4, -1, -2): the others are worth -2, not 0, and the maximum is what the cell says."""
     values, ids = torch.tensor([4.0, -1, -2]).view(1, 3, 1, 1), torch.tensor([0, 1, 2]).view(1, 3, 1, 1)
-    batch = make_batch(LabelMap(values.repeat(3, 1, 1, 1), ids.repeat(3, 1, 1, 1), "logit", -9.0))
+    batch = make_batch(LabelMap(values.repeat(3, 1, 1, 1), ids.repeat(3, 1, 1, 1), "logit", -9.0, groups=(5,)))
     expected = torch.tensor([[4.0, -1, -2, -2, -2]]).softmax(1).repeat(3, 1)
     for operator in ("max", "top_q", "log_sum_exp"):
         torch.testing.assert_close(build(fill="zero", operator=operator).targets(batch), expected)
@@ -178,7 +181,7 @@ def test_cutmix_targets_are_what_the_mixed_view_shows(target):
     """Whole images and cells of a pixel, so that the composed map is exact. By softmax the mean over the composed map, else
     the highest of each image's visible part, united."""
     maps = LabelMap(3 * torch.randn(3, NUM_CLASSES, 64, 96, generator=torch.Generator().manual_seed(3)), kind="logit",
-                    activation="softmax" if target == "softmax" else "sigmoid")  # fmt: skip
+                    groups=(NUM_CLASSES,) if target == "softmax" else ())  # fmt: skip
     batch = make_batch(maps, torch.ones(3, NUM_CLASSES))
     batch.view = CropBox(torch.tensor([[0.0, 0, 1, 1]]).repeat(3, 1))
     x1, y1, x2, y2 = patch = (10, 20, 70, 44)
@@ -208,7 +211,7 @@ def test_an_annotated_label_that_the_map_shows_nowhere_is_unknown():
 @pytest.mark.parametrize("target", ["softmax", "multilabel", "gated"])
 def test_a_step_in_half_precision_takes_maps_of_the_best_classes(target):
     values, ids = logit_map().values.topk(2, dim=1)
-    batch = make_batch(LabelMap(values.half(), ids.short(), "logit", values[:, -1] - 9))
+    batch = make_batch(LabelMap(values.half(), ids.short(), "logit", values[:, -1] - 9, groups=(5,)))
     method = build(target=target)
     with torch.autocast("cpu", torch.bfloat16):
         method(batch).loss.backward()
@@ -251,8 +254,8 @@ def test_only_training_knows_of_label_maps():
     method, batch = build().eval(), make_batch(logit_map())
     assert method.needs_label_map
     logits = method.predict(batch.images)
-    np.testing.assert_allclose(method.scores(logits).detach(), logits.detach().sigmoid())
-    assert build(target="softmax").activation == "softmax"
+    np.testing.assert_allclose(method.space.scores(logits).detach(), logits.detach().sigmoid())
+    assert build(target="softmax").space.groups == (NUM_CLASSES,)
     output = method(batch)
     output.loss.backward()
     assert all(p.grad is not None for p in method.parameters())
@@ -300,3 +303,19 @@ def test_a_named_calibration_makes_targets_of_attributions():
     targets = build(calibration="relative_to_peak").targets(batch)
     assert targets[0].tolist() == [0, 1, 1, 0, 0]
     assert targets[1, 1] == targets[1, 2] == 0  # the upper right quarter shows neither
+
+
+def test_targets_of_groups_are_a_distribution_in_each():
+    """A board of two groups, of two classes and of three, and the annotation in a tenth of the targets."""
+    space = LabelSpace(tuple("abcde"), exclusive=(2, 3))
+    classifier = build_classifier(BackboneConfig("test_resnet"), LinearHeadConfig(), NUM_CLASSES, image_size=(64, 96))
+    config = RelabelConfig(target="softmax", fusion="convex", annotation_weight=0.1)
+    method, label_map = config.build(Context(space), classifier), replace(logit_map(), groups=(2, 3))
+    batch = make_batch(label_map, torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 0, 1], [1, 0, 1, 0, 0]]))
+    pooled = pool_label_map(label_map, batch.view, NUM_CLASSES)
+    shares = torch.cat([pooled[:, :2].softmax(1), pooled[:, 2:].softmax(1)], 1)
+    targets = method.targets(batch)
+    torch.testing.assert_close(targets, 0.9 * shares + 0.1 * batch.targets)
+    logits = method.eval().predict(batch.images)
+    log_p = torch.cat([logits[:, :2].log_softmax(1), logits[:, 2:].log_softmax(1)], 1)
+    torch.testing.assert_close(method(batch).loss, -(targets * log_p).sum(1).mean())

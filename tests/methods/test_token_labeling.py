@@ -34,7 +34,13 @@ def make_batch(activation="softmax", flipped=(False, True, False)) -> Batch:
     images = torch.randint(256, (3, 3, SIDE, SIDE), dtype=torch.uint8, generator=noise)
     targets = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 0, math.nan], [0, 0, 0, 0, 0]])
     view = CropBox(BOXES, torch.tensor(flipped))
-    return Batch(images, targets, torch.arange(3), view, LabelMap(values, kind="logit", activation=activation))
+    return Batch(
+        images,
+        targets,
+        torch.arange(3),
+        view,
+        LabelMap(values, kind="logit", groups=(C,) if activation == "softmax" else ()),
+    )
 
 
 def test_the_loss_is_the_papers():
@@ -60,7 +66,7 @@ def test_the_label_of_a_cell_is_where_the_cell_is(backbone):
     values = torch.full((2, C, 2 * rows, 2 * columns), -9.0)
     values[:, 3, :2, -4:] = 9.0  # the first row of cells, the last two columns
     view = CropBox(torch.tensor([[0.0, 0, 1, 1]] * 2), torch.tensor([False, True]))
-    label_map = LabelMap(values, kind="logit", activation="sigmoid")
+    label_map = LabelMap(values, kind="logit")
     batch = Batch(torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8), torch.zeros(2, C), torch.arange(2), view, label_map)
     _, tokens = method.targets(batch)
     expected = torch.zeros(rows, columns)
@@ -133,7 +139,7 @@ def test_the_cells_may_take_part_in_prediction():
     torch.testing.assert_close(method.predict(batch.images), logits + 0.5 * cells.amax((2, 3)))
     torch.testing.assert_close(build().predict(batch.images), logits)
     maps = method.label_maps(batch.images)
-    assert (maps.kind, maps.activation) == ("logit", "softmax")
+    assert (maps.kind, maps.groups) == ("logit", (C,))
     torch.testing.assert_close(maps.values, cells)
 
 
@@ -169,7 +175,7 @@ def test_maps_that_cannot_be_learnt_from_are_refused_before_the_first_step():
 def test_a_step_in_half_precision_takes_maps_of_the_best_classes(target):
     batch = make_batch()
     values, ids = batch.label_map.values.topk(2, dim=1)
-    batch.label_map = LabelMap(values.half(), ids.short(), "logit", values[:, -1] - 9)
+    batch.label_map = LabelMap(values.half(), ids.short(), "logit", values[:, -1] - 9, groups=(C,))
     method = build(target=target)
     with torch.autocast("cpu", torch.bfloat16):
         method(batch).loss.backward()

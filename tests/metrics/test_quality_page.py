@@ -30,7 +30,7 @@ def quality():
         chances = {"pointing_game_chance": value / 2, "mass_in_box_chance": value / 4}
         return {"class": name, "images_with": 1234, **dict.fromkeys(measures, value), **chances}
 
-    maps = {"teacher": "runs/t", "kind": "logit", "activation": "softmax", "top_k": 5, "grid": (3, 4)}
+    maps = {"teacher": "runs/t", "kind": "logit", "groups": (3,), "top_k": 5, "grid": (3, 4)}
     return {
         "store": "maps/$a$",
         "maps": maps | {"approximate": None},

@@ -32,6 +32,7 @@ from mlvision.metrics import (
     real_accuracy,
     spearman,
 )
+from mlvision.space import LabelSpace
 
 NAN = math.nan
 
@@ -65,7 +66,7 @@ METRICS = {
     "average precisions": lambda s, t: average_precisions(s, t),
     "by size": lambda s, t: average_precision_by_size(s, t, areas(s)),
     "summary": lambda s, t: multilabel_summary(s, t),
-    "summary, softmax": lambda s, t: multilabel_summary(s, t, activation="softmax"),
+    "summary, softmax": lambda s, t: multilabel_summary(s, t, space=LabelSpace.of(None, s.shape[1]).with_softmax()),
     "table": lambda s, t: per_class_table(s, t, [f"class {c}" for c in range(s.shape[1])]),
     "P@1": lambda s, t: precision_at_k(s, t, 1),
     "P@3": lambda s, t: precision_at_k(s, t, 3),

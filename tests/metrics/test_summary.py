@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 
 from mlvision.errors import InputError
 from mlvision.metrics import average_precision, multilabel_summary, per_class_table
-from mlvision.metrics.summary import log_odds
+from mlvision.space import LabelSpace
 
 NAN = math.nan
 SEVEN = ("CP", "CR", "CF1", "CF1_mean", "OP", "OR", "OF1")
@@ -114,23 +114,26 @@ def test_a_softmax_model_is_judged_at_its_own_probabilities():
     """Log-softmax logits are all negative: no sigmoid of them reaches a half. Any constant added changes nothing."""
     logits = np.log(np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.4, 0.35, 0.25]], dtype=np.float32))
     targets = np.array([[1, 0, 0], [0, 1, 1], [1, 0, 0]], dtype=np.float32)
+    space = LabelSpace(("a", "b", "c")).with_softmax()
     for shift in (0, 5):
-        summary = multilabel_summary(logits + shift, targets, activation="softmax")
+        summary = multilabel_summary(logits + shift, targets, space=space)
         assert (summary["OP"], summary["OR"]) == (1.0, 0.5)  # 0.6 and 0.7 reach a half, both right, of four labels
-        rows = per_class_table(logits + shift, targets, ["a", "b", "c"], activation="softmax")
+        rows = per_class_table(logits + shift, targets, ["a", "b", "c"], space=space)
         assert [row["recall"] for row in rows] == [0.5, 0.0, 1.0]
     assert multilabel_summary(logits, targets)["OR"] == 0  # every sigmoid is below a half
 
 
-def test_log_odds_are_those_of_the_softmax():
-    logits = np.random.default_rng(0).normal(0, 4, (6, 5))
-    logits[0] = 3.0  # all equal
-    logits[1] = [80, 0, 0, -5, 1]  # sure: 1 - p is 1e-35
-    p = np.exp(logits[2:])
-    p /= p.sum(1, keepdims=True)
-    found = log_odds(logits, "softmax")
-    np.testing.assert_allclose(found[2:], np.log(p) - np.log1p(-p), rtol=1e-12)
-    np.testing.assert_allclose(found[0], -np.log(4))
-    np.testing.assert_allclose(found[1, 0], 80 - np.log(2 + np.exp(-5) + np.e), rtol=1e-15)
-    with pytest.raises(InputError, match="activation: expected sigmoid or softmax, got 'relu'"):
-        log_odds(logits, "relu")
+def test_classes_that_exclude_each_other_are_decided_by_the_highest():
+    """Two groups, of two classes and of three, and a class for itself, which alone has a threshold."""
+    logits = np.array([[-5, -4, 0, 1, 1, 0.5], [3, 2, -1, -3, -2, -0.5]], dtype=np.float32)
+    targets = np.array([[0, 1, 0, 1, 0, 1], [0, 1, 1, 0, 0, 1]], dtype=np.float32)
+    space = LabelSpace(tuple("abcdef"), exclusive=(2, 3, 1))
+    decided = [[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 0, 0]]  # of the equal two the first
+    for ours in (space, space.with_softmax()):
+        summary = multilabel_summary(logits, targets, top_k=2, space=ours)
+        hits = np.sum(decided * targets)
+        assert (summary["OP"], summary["OR"]) == (hits / 5, hits / 6)
+        rows = per_class_table(logits, targets, "abcdef", space=ours)
+        assert [row["recall"] for row in rows] == pytest.approx([NAN, 0.5, 1, 1, NAN, 0.5], nan_ok=True)
+    with pytest.raises(InputError, match="space: has 6 classes, the logits have 5"):
+        multilabel_summary(logits[:, :5], targets[:, :5], space=space)

@@ -321,14 +321,21 @@ def test_the_identity_holds_on_unequal_grids_and_fails_with_one_member():
     assert check_identity(AveragedTeacher([first, small_teacher("test_convnext")]), images) > 1e-4
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_mean_of_probabilities_by_hand(activation):
+def softmax_and_sigmoids(logits):
+    return torch.cat([logits[:, :6].softmax(1), logits[:, 6:].sigmoid()], 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "probability"),
+    [((10,), lambda logits: logits.softmax(1)), ((), torch.sigmoid), ((6, 1, 1, 1, 1), softmax_and_sigmoids)],
+    ids=["softmax", "sigmoid", "both"],
+)
+def test_mean_of_probabilities_by_hand(groups, probability):
     """Probabilities of the averaged logits are the averaged probabilities, down to the smallest."""
-    probability = torch.sigmoid if activation == "sigmoid" else lambda logits: logits.softmax(1)
     first, second = small_teacher(), small_teacher("test_efficientnet", (96, 128))
     for member in (first, second):
         member.classifier.head.linear.weight.data *= 5  # logits of 50
-    ensemble = AveragedTeacher([first, second], combination="mean_probability", activation=activation)
+    ensemble = AveragedTeacher([first, second], combination="mean_probability", groups=groups)
     images = pictures((96, 128))
     with torch.no_grad():
         output = ensemble(images)
@@ -349,7 +356,7 @@ def test_sigmoid_ensembles_keep_labels_that_are_all_but_certain():
         model.get_classifier().weight.zero_()
         model.get_classifier().bias.copy_(torch.linspace(-45, 45, 10))
     teacher = build_teacher(model, image_size=(64, 96))
-    average = AveragedTeacher([teacher, teacher], combination="mean_probability", activation="sigmoid")
+    average = AveragedTeacher([teacher, teacher], combination="mean_probability")
     images = pictures((64, 96))
     torch.testing.assert_close(average.maps(images), teacher.maps(images), rtol=1e-4, atol=1e-4)
 
@@ -362,7 +369,7 @@ def test_what_cannot_be_averaged_is_named():
         AveragedTeacher([])
     with pytest.raises(InputError, match=r"got 1 and \[1.0, 0.0\]"):
         AveragedTeacher([first], scales=(1.0, 0.0))
-    with pytest.raises(InputError, match="mean_logit, mean_probability .* got 'median' and 'softmax'"):
+    with pytest.raises(InputError, match="mean_logit, mean_probability, got 'median'"):
         AveragedTeacher([first], combination="median")
     tokens = build_teacher(timm_classifier("vit_tiny_patch16_224", TINY_VIT, (48, 80)), image_size=(48, 80))
     with pytest.raises(InputError, match="built for images of 48x80 and takes none of 96x160"):

@@ -15,6 +15,8 @@ from mlvision.methods import METHODS, BaselineConfig
 from mlvision.methods.base import starting_logits
 from mlvision.models import HEADS, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig
+from mlvision.parts import LabelStatistics
+from mlvision.space import LabelSpace
 from mlvision.types import Features
 
 # Of eight images: the first class in two, the second in none, the third in one of the four in which it is known, the fourth
@@ -51,7 +53,9 @@ def test_the_counts_are_those_of_the_table():
 
 
 def test_shares_by_hand():
-    torch.testing.assert_close(starting_logits(STATISTICS, "sigmoid"), torch.tensor([logit(s) for s in SHARES]))
+    torch.testing.assert_close(
+        starting_logits(STATISTICS, LabelSpace.of(None, 5)), torch.tensor([logit(s) for s in SHARES])
+    )
     priors = torch.tensor(SHARES) / sum(SHARES)
     torch.testing.assert_close(starting_logits(STATISTICS, "softmax"), priors.log())
 
@@ -69,7 +73,7 @@ def test_every_head_calls_a_class_as_probable_as_its_share_where_it_sees_nothing
     torch.manual_seed(0)
     options = {"width": 16, "feedforward": 16, "num_heads": 2} if name in ("ml_decoder", "query2label") else {}
     head = HEADS[name](**options).build(8, 5, assets={"label_embeddings": torch.randn(5, 12)}).eval()
-    logits = starting_logits(STATISTICS, "sigmoid")
+    logits = starting_logits(STATISTICS, LabelSpace.of(None, 5))
     head.start_at(logits)
     nothing = Features(torch.zeros(2, 8, 3, 4), torch.zeros(2, 8))
     with torch.no_grad():
@@ -106,7 +110,8 @@ def build(method="baseline", head="linear", checkpoint="", **options):
 def test_every_method_prepares_its_head(method, options, activation):
     built = build(method, **options)
     built.prepare(STATISTICS)
-    expected = starting_logits(STATISTICS, activation)
+    space = LabelSpace.of(None, 5)
+    expected = starting_logits(STATISTICS, space.with_softmax() if activation == "softmax" else space)
     torch.testing.assert_close(built.classifier.head.linear.bias, expected)
     if method == "token_labeling":
         torch.testing.assert_close(built.tokens.bias, expected)
@@ -137,4 +142,11 @@ def test_a_head_that_replaces_another_classifier_starts_at_the_shares(tmp_path):
     torch.save(build_method(BaselineConfig(), other, PREPROCESSING).state_dict(), tmp_path / "run.pt")
     built = build(checkpoint=str(tmp_path / "run.pt"))
     built.prepare(STATISTICS)
-    torch.testing.assert_close(built.classifier.head.linear.bias, starting_logits(STATISTICS, "sigmoid"))
+    torch.testing.assert_close(built.classifier.head.linear.bias, starting_logits(STATISTICS, LabelSpace.of(None, 5)))
+
+
+def test_the_labels_of_a_group_share_its_softmax():
+    """Shares of 0.2, 0.6 and 0.4 of ten images: a class for itself, and a group of two."""
+    statistics = LabelStatistics((2, 6, 4), (10, 10, 10), 10)
+    found = starting_logits(statistics, LabelSpace(("a", "b", "c"), groups=(1, 2)))
+    torch.testing.assert_close(found.exp(), torch.tensor([0.25, 0.6, 0.4]))

@@ -8,6 +8,7 @@ from factories import build_method
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlvision.data.loader import Loader
+from mlvision.data.manifest import Manifest
 from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.fit import fit
 from mlvision.engine.optim import OptimConfig
@@ -117,7 +118,7 @@ def test_the_step_that_is_timed_is_that_of_a_run(tmp_path):
         images_per_step = setting.num_images
 
         def __init__(self, times):
-            self.times, self.dataset = times, SimpleNamespace(manifest=None)
+            self.times, self.dataset = times, SimpleNamespace(manifest=Manifest(tuple("abcde"), (), "train"))
 
         def set_position(self, epoch, start_step=0, plan=None):
             pass
@@ -143,7 +144,7 @@ def test_the_step_that_is_timed_is_that_of_a_run(tmp_path):
         {"val": SameBatch(1)},
         lambda predictions: {"mAP": 0.0},
         run_dir=tmp_path,
-        identity={"classes": list("abcde"), "data_hashes": {}},
+        identity={"classes": list("abcde"), "groups": [1] * 5, "data_hashes": {}},
         checkpoint=CheckpointConfig(),
         tensorboard=False,
     )

@@ -58,7 +58,7 @@ def files(folder) -> dict[str, bytes]:
 
 def test_the_store_holds_what_the_teacher_says_of_each_cell(store, teacher, train_manifest):
     store.check(record_hash=train_manifest.hash, class_hash=train_manifest.class_hash, num_records=len(train_manifest))
-    assert (store.meta.activation, store.meta.kind, store.meta.approximate) == ("softmax", "logit", None)
+    assert (store.meta.groups, store.meta.kind, store.meta.approximate) == ((store.meta.num_classes,), "logit", None)
     run = load_run(teacher, device="cpu")
     dense = build_teacher(run.method)
     size = [2 * side for side in dense.image_size]
@@ -267,7 +267,7 @@ def test_a_published_tree_becomes_a_store(arguments, store, train_manifest, tmp_
     script = ["import", str(tmp_path / "tree"), *arguments[:3]]
     make_label_maps.main([*script, f"axes={axes}", "fill=floor", f"out={tmp_path}/maps"])
     imported = LabelMapStore.open(tmp_path / "maps")
-    assert (imported.meta.grid, imported.meta.top_k, imported.meta.activation) == (store.meta.grid, 4, "softmax")
+    assert (imported.meta.grid, imported.meta.top_k, imported.meta.groups) == (store.meta.grid, 4, store.meta.groups)
     rows = range(len(store))
     for name in ("values", "ids"):
         np.testing.assert_array_equal(getattr(imported.read(rows), name), getattr(store.read(rows), name))

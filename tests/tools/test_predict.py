@@ -55,7 +55,7 @@ def test_a_score_at_the_threshold_is_a_label(run_folder, scenes_root, tmp_path):
     run = load_run(run_folder, device="cpu")
     images = [Image.open(path) for path in sorted((tmp_path / "photos").iterdir())]
     with torch.inference_mode():
-        scores = run.method.scores(run.method.predict(run.preprocess(images))).numpy()
+        scores = run.space.scores(run.method.predict(run.preprocess(images))).numpy()
     row, column = next(zip(*np.nonzero(scores.astype(str).astype(float) > scores), strict=True))
     out = tmp_path / "at.csv"
     predict.main(
