@@ -69,7 +69,8 @@ class LabelSpace:
 
     def with_softmax(self) -> "LabelSpace":
         """The same classes as a loss of softmaxes trains them: one in each exclusive group; if there is none, one of all."""
-        return replace(self, groups=self.exclusive if has_groups(self.exclusive) else (len(self.classes),))
+        of_all = (len(self.classes),) if self.classes else ()
+        return replace(self, groups=self.exclusive if has_groups(self.exclusive) else of_all)
 
     def extended(self, names: Sequence[str]) -> "LabelSpace":
         """With further classes, which come last. They join the softmax of all, if there is one; else each is for itself."""

@@ -137,7 +137,7 @@ def test_an_image_whose_highest_class_is_unknown_is_left_out_of_real_accuracy():
     records = [Record("a", "a", (0, 2)), Record("b", "b", (1,), unknown=(2,)), Record("c", "c", (0,), unknown=(1,))]
     partial = Manifest(CLASSES, [*records, Record("d", "d", (0,), unknown=(2,))], "val", real_lists=True)
     logits = torch.tensor([[1.0, 0.0, 9.0], [9.0, 0.0, 1.0], [0.0, 9.0, 0.0], [3.0, 0.0, 3.0]])
-    given = Predictions(logits, torch.from_numpy(partial.targets), torch.arange(4))
+    given = Predictions(logits, torch.from_numpy(partial.targets), torch.arange(4), SPACE)
     assert evaluator.measure(given, partial) == {"real_accuracy": 0.5}
 
 
