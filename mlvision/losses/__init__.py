@@ -8,6 +8,7 @@ from mlvision.losses.base import Loss, LossConfig
 from mlvision.losses.bce import BceConfig, binary_cross_entropy
 from mlvision.losses.decoupled import DecoupledSoftmaxConfig, decoupled_softmax_loss
 from mlvision.losses.focal import FocalConfig, focal_loss
+from mlvision.losses.hill import HillConfig, hill_loss
 from mlvision.losses.smoothing import smooth_labels
 from mlvision.losses.soft_top_k import SoftTopKConfig, soft_top_k_loss
 from mlvision.losses.softmax import SoftmaxConfig, softmax_cross_entropy
@@ -17,6 +18,7 @@ LOSSES: dict[str, type[LossConfig]] = {
     "bce": BceConfig,
     "asl": AslConfig,
     "focal": FocalConfig,
+    "hill": HillConfig,
     "softmax": SoftmaxConfig,
     "decoupled_softmax": DecoupledSoftmaxConfig,
     "soft_top_k": SoftTopKConfig,
@@ -29,6 +31,7 @@ __all__ = [
     "BceConfig",
     "DecoupledSoftmaxConfig",
     "FocalConfig",
+    "HillConfig",
     "Loss",
     "LossConfig",
     "SoftTopKConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "conditional_transport",
     "decoupled_softmax_loss",
     "focal_loss",
+    "hill_loss",
     "smooth_labels",
     "soft_top_k_loss",
     "softmax_cross_entropy",
