@@ -7,6 +7,7 @@ from mlvision.evaluators.base import Evaluator, EvaluatorConfig, check_each_once
 from mlvision.evaluators.bootstrap import BootstrapConfig
 from mlvision.evaluators.by_size import BySizeConfig
 from mlvision.evaluators.calibration import CalibrationConfig
+from mlvision.evaluators.label_ranking import LabelRankingConfig
 from mlvision.evaluators.multilabel import MultilabelConfig
 from mlvision.evaluators.real import RealConfig
 
@@ -16,6 +17,7 @@ EVALUATORS: dict[str, type[EvaluatorConfig]] = {
     "by_size": BySizeConfig,
     "real": RealConfig,
     "bootstrap": BootstrapConfig,
+    "label_ranking": LabelRankingConfig,
 }
 EvaluatorConfig.choices = EVALUATORS
 
@@ -26,6 +28,7 @@ __all__ = [
     "CalibrationConfig",
     "Evaluator",
     "EvaluatorConfig",
+    "LabelRankingConfig",
     "MultilabelConfig",
     "RealConfig",
     "check_each_once",
