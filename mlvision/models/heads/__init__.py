@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mlvision.errors import InputError
 from mlvision.models.heads.base import Head, HeadConfig, JointHead
+from mlvision.models.heads.cosine import CosineHead, CosineHeadConfig
 from mlvision.models.heads.csra import CsraHead, CsraHeadConfig
 from mlvision.models.heads.linear import LinearHead, LinearHeadConfig
 from mlvision.models.heads.ml_decoder import MLDecoderHead, MLDecoderHeadConfig
@@ -16,6 +17,7 @@ from mlvision.models.heads.text import TextHead, TextHeadConfig
 
 HEADS: dict[str, type[HeadConfig]] = {
     "linear": LinearHeadConfig,
+    "cosine": CosineHeadConfig,
     "csra": CsraHeadConfig,
     "ml_decoder": MLDecoderHeadConfig,
     "query2label": Query2LabelHeadConfig,
@@ -64,6 +66,8 @@ def build_head(
 
 __all__ = [
     "HEADS",
+    "CosineHead",
+    "CosineHeadConfig",
     "CsraHead",
     "CsraHeadConfig",
     "Head",
