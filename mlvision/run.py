@@ -512,7 +512,7 @@ def load_run(
     if weights == "auto":
         weights = "raw" if saved["ema"] is None else "ema"
     state = _state_of(saved, weights, checkpoint)
-    space = LabelSpace(tuple(saved["classes"]), exclusive=tuple(saved["groups"]))
+    space = LabelSpace(tuple(saved["classes"]), exclusive=tuple(saved.get("groups", ())))
     untrained = dataclasses.replace(config.model, pretrained="none", checkpoint="")
     assets = config.head.load_assets(folder, space.classes)
     context = Context(space, _read_statistics(folder, len(space.classes)), training=False)

@@ -65,15 +65,14 @@ def load_checkpoint(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     state = read_torch(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: expected '{FORMAT}'; weights of other projects are given by model.checkpoint=")
-    state.setdefault("groups", [])  # older ones have none: each class for itself
     entries = _ENTRIES | (_ENTRIES_TO_RESUME if to_resume else {})
     entries |= {name: fits for name, fits in _NEWER_ENTRIES_TO_RESUME.items() if to_resume and name in state}
     for name, fits in entries.items():
         if name not in state or not fits(state[name]):
             what = "is not as a run writes it" if name in state else "is missing"
             raise InputError(f"{path}: its entry '{name}' {what}; expected a checkpoint that train.py wrote")
-    if sum(state["groups"]) not in (0, len(state["classes"])):
-        raise InputError(f"{path}: its entry 'groups' is not of its {len(state['classes'])} classes; it is damaged")
+    if not _is_groups(state.get("groups", []), len(state["classes"])):  # older ones have none
+        raise InputError(f"{path}: its entry 'groups' is not as a run writes it; expected groups of its classes")
     return state
 
 
@@ -89,8 +88,9 @@ def _is_classes(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
-def _is_groups(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
+def _is_groups(value: Any, num_classes: int) -> bool:
+    is_sizes = isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
+    return is_sizes and sum(value) in (0, num_classes)
 
 
 def _is_dict(value: Any) -> bool:
@@ -120,7 +120,6 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "ema": lambda value: value is None or _is_state(value),
     "epoch": _is_count,
     "classes": _is_classes,
-    "groups": _is_groups,
 }
 _ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,

@@ -187,7 +187,7 @@ def test_what_has_no_best_of_each_cell_is_refused(k, kind, groups, message):
 
 def test_a_store_holds_the_best_of_what_the_teacher_gives(tmp_path):
     fill_store(tmp_path / "maps", meta_of())
-    values, ids, fill = top_k_of(maps_of(range(11)), K, "logit", "softmax")
+    values, ids, fill = top_k_of(maps_of(range(11)), K, "logit", (C,))
     store = LabelMapStore.open(tmp_path / "maps")
     store.check(record_hash="aa", class_hash="cc", num_records=11)
     maps = store.read(range(11))
@@ -327,7 +327,7 @@ def test_classes_that_are_not_the_best_are_noticed(tmp_path):
     writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta)
     maps = maps_of([0, 1])
     values, ids = maps.sort(dim=1, descending=True)
-    _, _, fill = top_k_of(maps, K, "logit", "softmax")
+    _, _, fill = top_k_of(maps, K, "logit", (C,))
     writer.write([0, 1], values[:, 1 : K + 1], ids[:, 1 : K + 1], fill)
     with pytest.raises(InputError, match=r"maps: row 0 differs"):
         verify(maps_of, [([0, 1], [0, 1])], LabelMapStore.open(tmp_path / "maps"), 1e-3)
@@ -336,7 +336,7 @@ def test_classes_that_are_not_the_best_are_noticed(tmp_path):
 def test_another_fill_is_noticed(tmp_path):
     meta = meta_of(num_records=1)
     writer = LabelMapWriter.create_or_resume(tmp_path / "maps", meta)
-    values, ids, fill = top_k_of(maps_of([0]), K, "logit", "softmax")
+    values, ids, fill = top_k_of(maps_of([0]), K, "logit", (C,))
     writer.write([0], values, ids, fill - 1)
     with pytest.raises(InputError, match=r"maps: row 0 differs"):
         verify(maps_of, [([0], [0])], LabelMapStore.open(tmp_path / "maps"), 1e-3)

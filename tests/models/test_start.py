@@ -57,14 +57,15 @@ def test_shares_by_hand():
         starting_logits(STATISTICS, LabelSpace.of(None, 5)), torch.tensor([logit(s) for s in SHARES])
     )
     priors = torch.tensor(SHARES) / sum(SHARES)
-    torch.testing.assert_close(starting_logits(STATISTICS, "softmax"), priors.log())
+    torch.testing.assert_close(starting_logits(STATISTICS, LabelSpace.of(None, 5).with_softmax()), priors.log())
 
 
 @pytest.mark.parametrize("unknown", [(), (0,)])
 def test_no_split_is_too_poor(unknown):
     one = Manifest(("only",), (Record("a.png", "a.png", labels=(), unknown=unknown),), "train")
-    assert starting_logits(one.statistics(), "sigmoid").tolist() == [0.0]
-    assert starting_logits(one.statistics(), "softmax").tolist() == [0.0]
+    space = LabelSpace.of(None, 1)
+    assert starting_logits(one.statistics(), space).tolist() == [0.0]
+    assert starting_logits(one.statistics(), space.with_softmax()).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", HEADS)
