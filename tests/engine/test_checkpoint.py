@@ -136,6 +136,8 @@ def test_training_goes_on_from_whole_checkpoints_only(tmp_path, entry):
         ("window", {"sums": {"loss": torch.ones(())}, "counts": {"loss": 1.5}}),
         ("window", {"sums": {"loss": torch.ones(())}}), ("data_hashes", {"training records": 5}), ("log_position", 1.5),
         ("groups", [1]), ("groups", [4, -1]), ("groups", "3"), ("groups", None),
+        ("helpers", {"teacher": [1]}), ("helpers", None), ("plan", {"order": None}), ("plan", 3),
+        ("plan", {"order": 5, "targets": None, "extra": {}}),
     ],
 )  # fmt: skip
 def test_entries_of_another_kind_are_refused(tmp_path, entry, value):
