@@ -283,12 +283,14 @@ class Predictions:
         targets: `[N, C]` float32: 1 present, 0 absent, NaN unknown.
         index: `[N]` rows in the manifest, ascending, each once.
         space: the classes, what makes scores of the logits, and how the scores decide.
+        thresholds: from which score on a class is present, of those that the space decides by one: one number, or `[C]`.
     """
 
     logits: Float[Tensor, "N C"]
     targets: Float[Tensor, "N C"]
     index: Int64[Tensor, " N"]
     space: LabelSpace
+    thresholds: Float[Tensor, " C"] | float = 0.5
 
 
 @dataclass

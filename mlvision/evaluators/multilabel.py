@@ -23,11 +23,13 @@ class MultilabelConfig(EvaluatorConfig):
 
 
 class Multilabel(Evaluator):
-    """`multilabel_summary`."""
+    """`multilabel_summary`, at the thresholds of the predictions."""
 
     def metrics(self, manifest: Manifest) -> tuple[str, ...]:
         summary = multilabel_summary(torch.zeros(1, 1), torch.ones(1, 1))
         return tuple(name for name in summary if name != "threshold" and not name.startswith("num_"))
 
     def measure(self, predictions: Predictions, manifest: Manifest) -> dict[str, float]:
-        return multilabel_summary(predictions.logits, predictions.targets, space=predictions.space)
+        return multilabel_summary(
+            predictions.logits, predictions.targets, threshold=predictions.thresholds, space=predictions.space
+        )

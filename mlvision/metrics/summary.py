@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
 
 from mlvision.errors import InputError
 from mlvision.metrics.average_precision import FLAVOURS, average_precision, average_precisions, mean_average_precision
@@ -12,12 +13,14 @@ from mlvision.metrics.f_measures import class_measures, decide, f_measures
 from mlvision.metrics.inputs import ArrayT, check_scores, to_array
 from mlvision.space import LabelSpace
 
+Threshold = float | Float[np.ndarray | Tensor, "..."]
+
 
 def multilabel_summary(
     logits: Float[ArrayT, "N C"],
     targets: Shaped[ArrayT, "N C"],
     *,
-    threshold: float = 0.5,
+    threshold: Threshold = 0.5,
     top_k: int = 3,
     space: LabelSpace | None = None,
 ) -> dict[str, float | int]:
@@ -25,9 +28,9 @@ def multilabel_summary(
 
     Keys: `mAP` (plain), `mAP_envelope`, `mAP_voc11`; `CP CR CF1 CF1_mean OP OR OF1` for the labels that the space decides
     to be present (with probability `>= threshold`; of classes that exclude each other the best), the same with `_top3` (at
-    most the 3 best of them) and with `_exact3` (the 3 best, no threshold; the number is `top_k`); `threshold`,
-    `num_images`, `num_classes`, `num_skipped_classes` (no known positive: not in any class mean) and `num_unknown` (labels
-    left out).
+    most the 3 best of them) and with `_exact3` (the 3 best, no threshold; the number is `top_k`); `threshold` (NaN: each
+    class has its own), `num_images`, `num_classes`, `num_skipped_classes` (no known positive: not in any class mean) and
+    `num_unknown` (labels left out).
 
     What is undefined is a float NaN, never None, so that values can be compared and logged as they are. Whoever writes
     strict JSON turns NaN into null.
@@ -36,13 +39,14 @@ def multilabel_summary(
         logits: Raw outputs. The threshold is applied to them, at `log(threshold / (1 - threshold))`, so that no
             sigmoid is rounded.
         targets: 1 present, 0 absent, NaN unknown.
-        threshold: Probability in (0, 1).
+        threshold: Probability in (0, 1), one or one per class.
         top_k: Labels an image in the top-k rules.
         space: What makes probabilities of the logits and how these decide; None: a sigmoid of each class. The average
             precisions rank the logits themselves.
 
     Raises:
-        InputError: As `average_precision` and `decide`; a threshold outside (0, 1), or a space of other classes.
+        InputError: As `average_precision` and `decide`; a threshold outside (0, 1), thresholds of another number than the
+            classes, or a space of other classes.
     """
     odds, decided = _decisions(logits, threshold, space)
     summary: dict[str, float | int] = {}
@@ -57,7 +61,7 @@ def multilabel_summary(
         summary |= {name + suffix: value for name, value in measures.items()}
     num_images, num_classes = logits.shape
     return summary | {
-        "threshold": threshold,
+        "threshold": float(threshold) if np.ndim(threshold) == 0 else math.nan,
         "num_images": num_images,
         "num_classes": num_classes,
         "num_skipped_classes": num_skipped,
@@ -70,7 +74,7 @@ def per_class_table(
     targets: Shaped[ArrayT, "N C"],
     classes: Sequence[str],
     *,
-    threshold: float = 0.5,
+    threshold: Threshold = 0.5,
     space: LabelSpace | None = None,
 ) -> list[dict[str, str | float | int]]:
     """Give one row a class, in the order of `classes`; NaN where the class has no known positive.
@@ -92,10 +96,15 @@ def per_class_table(
 
 
 def _decisions(
-    logits: Float[ArrayT, "N C"], threshold: float, space: LabelSpace | None
+    logits: Float[ArrayT, "N C"], threshold: Threshold, space: LabelSpace | None
 ) -> tuple[Float[ArrayT, "N C"], Bool[ArrayT, "N C"]]:
     """Log-odds, and the labels that they decide at the threshold's."""
-    cut = _logit(threshold)
+    num_classes = logits.shape[1]
+    if np.ndim(threshold) and np.shape(threshold) != (num_classes,):
+        raise InputError(
+            f"threshold: expected one, or one for each of {num_classes} classes, got {np.shape(threshold)}"
+        )
+    cut = np.array(list(map(_logit, np.ravel(threshold).tolist()))) if np.ndim(threshold) else _logit(float(threshold))
     check_scores(to_array(logits))
     space = LabelSpace.of(space, logits.shape[1])
     odds = space.log_odds(logits)
