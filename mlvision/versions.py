@@ -55,17 +55,7 @@ def upgrade(config: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(config, dict):
         raise InputError(f"{source}: expected the options of a run, got {shown(config)}")
-    written = config.get("config_version", 1)
-    digits = str(written) if isinstance(written, str | int) else ""
-    if not (digits.isascii() and digits.isdigit() and 1 <= len(digits) < 10 and int(digits)):
-        raise InputError(
-            f"{source}: config_version: expected a number from 1 to {CONFIG_VERSION}, got {shown(written)}"
-        )
-    version, config = int(digits), copy.deepcopy(config)
-    if version > CONFIG_VERSION:
-        raise InputError(
-            f"{source}: its config_version {version} is of a newer mlvision; this one reads versions up to {CONFIG_VERSION}"
-        )
+    version, config = read_version(config, source), copy.deepcopy(config)
     for step in STEPS[version - 1 :]:
         try:
             step(config)
@@ -73,3 +63,23 @@ def upgrade(config: Any, source: str) -> dict[str, Any]:
             raise InputError(f"{source}: cannot be upgraded from config_version {version} ({error!r})") from error
     config.pop("config_version", None)
     return {"config_version": CONFIG_VERSION, **config}
+
+
+def read_version(values: dict[str, Any], source: str) -> int:
+    """The `config_version` of what was saved, from 1 to that of today.
+
+    Raises:
+        InputError: no number, or that of a newer version.
+    """
+    written = values.get("config_version", 1)
+    digits = str(written) if isinstance(written, str | int) else ""
+    if not (digits.isascii() and digits.isdigit() and 1 <= len(digits) < 10 and int(digits)):
+        raise InputError(
+            f"{source}: config_version: expected a number from 1 to {CONFIG_VERSION}, got {shown(written)}"
+        )
+    version = int(digits)
+    if version > CONFIG_VERSION:
+        raise InputError(
+            f"{source}: its config_version {version} is of a newer mlvision; this one reads versions up to {CONFIG_VERSION}"
+        )
+    return version
