@@ -16,14 +16,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -50,6 +50,7 @@ from mlvision.models import HEADS, Preprocessing, build_classifier
 from mlvision.models.heads.base import Assets
 from mlvision.options import INERT, build_options, flatten, save_options, to_plain
 from mlvision.parts import Context, LabelStatistics
+from mlvision.posthoc import Chain, load_chain
 from mlvision.space import LabelSpace
 from mlvision.text_files import read_json, read_text
 from mlvision.types import Predictions
@@ -59,6 +60,7 @@ ROLES = ("train", "val", "test")
 _PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy", "pillow", "opencv-python-headless")
 _IMAGE_COLUMNS = ("split", "key", "bytes")  # of images.csv
 _STATISTICS = "statistics.json"
+_CHAIN = "chain"
 _ASSET_FILES = {file for config in HEADS.values() for file in config.asset_files}
 _WRITTEN_FIRST = {LOCK, "images.csv", "bad_images.csv", _STATISTICS, "environment.json", *_ASSET_FILES, "config.yaml"}
 
@@ -108,6 +110,8 @@ class LoadedRun:
         context: what its parts are built for.
         checkpoint: the file that the weights are from.
         weights: which weights these are: raw or ema.
+        step: of the training, at which the checkpoint was written.
+        posthoc_file: where eval.py keeps the post-hoc steps that it fits.
     """
 
     method: Method
@@ -118,6 +122,8 @@ class LoadedRun:
     view: EvalView
     checkpoint: Path
     weights: str
+    step: int
+    posthoc_file: Path
 
     @property
     def space(self) -> LabelSpace:
@@ -128,6 +134,38 @@ class LoadedRun:
     def classes(self) -> tuple[str, ...]:
         """Class names; column c of every logit is `classes[c]`."""
         return self.space.classes
+
+    @cached_property
+    def posthoc(self) -> Chain | None:
+        """The post-hoc steps that eval.py fitted; None: none. The file is read when they are first asked for.
+
+        Raises:
+            InputError: the file is damaged, or the steps were fitted for other classes, weights or another checkpoint.
+        """
+        if not self.posthoc_file.is_file():
+            return None
+        chain = load_chain(self.posthoc_file, dataclasses.replace(self.context, space=self.space))
+        on = chain.fitted_on
+        if (on.weights, on.step) != (self.weights, self.step):
+            own = self.posthoc_file.name == f"{_CHAIN}.json"
+            raise InputError(
+                f"{self.posthoc_file}: fitted on the {on.weights} weights of step {on.step}, but these are the "
+                f"{self.weights} weights of step {self.step}; fit anew with: python eval.py "
+                f"{self.folder if own else self.checkpoint} split=val posthoc={chain.names}, or do without where "
+                "threshold= is an option"
+            )
+        return chain
+
+    @property
+    def thresholds(self) -> Float[Tensor, " C"] | float:
+        """From which score on a class is present: one per class where post-hoc steps give them, else 0.5.
+
+        Raises:
+            InputError: as `posthoc`.
+        """
+        none = torch.zeros(0, len(self.classes))
+        predictions = Predictions(none, none, torch.zeros(0, dtype=torch.int64), self.space)
+        return (self.posthoc.apply(predictions) if self.posthoc else predictions).thresholds
 
     def with_weights(self, weights: str) -> "LoadedRun":
         """The run with the raw or ema weights of its checkpoint: a copy, or the run itself if it has them.
@@ -520,7 +558,10 @@ def load_run(
     _load_state(method, state, checkpoint)
     method.to(precision.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
     view = _eval_view(complete_view(config.view, preprocessing))
-    return LoadedRun(method, config, folder, context, precision, view, checkpoint, weights)
+    # As in eval.py, what is said of another checkpoint than the chosen one has its name.
+    chain = f"{_CHAIN}_{path.stem}" if path.suffix == ".pt" else _CHAIN
+    posthoc_file = folder / "posthoc" / f"{chain}.json"
+    return LoadedRun(method, config, folder, context, precision, view, checkpoint, weights, saved["step"], posthoc_file)
 
 
 def _state_of(saved: dict[str, Any], weights: str, checkpoint: Path) -> dict[str, Tensor]:

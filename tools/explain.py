@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from PIL import Image
+from torch import Tensor
 
 from mlvision.cli import run_command
 from mlvision.data.folder import folder_manifest
@@ -77,14 +78,16 @@ class MapOptions(RunOptions):
         default_factory=dict
     )
     threshold: Annotated[
-        float, "a class is predicted where its score is at least this; of classes that exclude each other the best is"
-    ] = 0.5
+        float | None,
+        "a class is predicted where its score is at least this; of classes that exclude each other the best is; nothing: "
+        "what the run's post-hoc steps say, else 0.5",
+    ] = None
     seed: Annotated[int, "of methods that draw at random, of controls and of the measures' noise"] = 0
     measures: MeasureConfig = field(default_factory=MeasureConfig)
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("threshold", 0 <= self.threshold <= 1, "a score from 0 to 1"),
+            ("threshold", self.threshold is None or 0 <= self.threshold <= 1, "a score from 0 to 1"),
             ("seed", self.seed >= 0, "0 or more"),
         ]
 
@@ -207,12 +210,14 @@ def explain_run(argv: list[str]) -> Path:
     if options.stored:
         explainers["stored"] = open_store(options.stored, manifest)
     rows = chosen_rows(run, manifest, options, known)
-    asker = Asker(Subject(run.method), manifest, labels, options.threshold, known)
+    thresholds = thresholds_of(run, options)
+    of_pages = thresholds.numpy() if isinstance(thresholds, Tensor) else thresholds
+    asker = Asker(Subject(run.method), manifest, labels, thresholds, known)
     shown = [ShownMethod.of(name, explainer) for name, explainer in explainers.items()]
     facts = {
         "split": split,
         "seed": options.seed,
-        "threshold": options.threshold,
+        "threshold": thresholds.tolist() if isinstance(thresholds, Tensor) else thresholds,
         "run": str(run.folder),
         "weights": run.weights,
     }
@@ -228,7 +233,7 @@ def explain_run(argv: list[str]) -> Path:
         "split": split,
         "images": f"{len(rows)} of {len(manifest)}, {manifest.protocol or options.images}",
         "labels": ", ".join(options.labels),
-        "threshold": f"{options.threshold:g}",
+        "threshold": "each label's own" if isinstance(thresholds, Tensor) else f"{thresholds:g}",
         "seed": str(options.seed),
     }
     columns: dict[str, list[Columns]] = {name: [] for name in explainers}
@@ -236,11 +241,9 @@ def explain_run(argv: list[str]) -> Path:
         images = refuse_flat(explained_images(run, asker, explainers, rows, options, columns), explainers)
         images = save_maps(images, folder / "maps", run.classes, about)
         title = f"{run.folder.name}, {f'images of {options.images}' if options.images else f'split {split}'}"
-        images = save_pages(
-            images, folder / "grids", run.classes, shown, options.threshold, num=options.grids, title=title
-        )
+        images = save_pages(images, folder / "grids", run.classes, shown, of_pages, num=options.grids, title=title)
         title = f"Explanations of {title}"
-        write_report(folder / "report", ReportData(title, run.classes, shown, images, options.threshold, summary))
+        write_report(folder / "report", ReportData(title, run.classes, shown, images, of_pages, summary))
         if options.measure:
             tables = {name: join(parts) for name, parts in columns.items()}
             write_pairs(folder / "metrics.csv", tables, split, [record.key for record in manifest.records], run.classes)
@@ -323,6 +326,15 @@ def read_arguments(argv: list[str], options_type: type, command: str) -> tuple[L
     return run, options
 
 
+def thresholds_of(run: LoadedRun, options: MapOptions) -> Float[Tensor, " C"] | float:
+    """From which score on a class is predicted: what is asked for, else what the run's post-hoc steps say.
+
+    Raises:
+        InputError: as `LoadedRun.posthoc`.
+    """
+    return run.thresholds if options.threshold is None else options.threshold
+
+
 def new_folder(out: str | Path) -> Path:
     """A folder to write; looked at before anything is computed.
 
@@ -361,7 +373,9 @@ def compare(argv: list[str]) -> dict[str, Any]:
     sensitive, randomise = (
         torch.from_numpy(rows[evenly(num, len(rows))]) for num in (options.sensitivity_images, options.sanity_images)
     )
-    asker = Asker(Subject(run.method), manifest, "relevant", options.threshold)
+    thresholds = thresholds_of(run, options)
+    reached = "at or above its threshold" if isinstance(thresholds, Tensor) else f">= {thresholds:g}"
+    asker = Asker(Subject(run.method), manifest, "relevant", thresholds)
     explainers = chosen_explainers(run, options)
     comparison = Comparison(asker.subject, explainers, options.measures, sensitive, randomise, options.seed)
     for batch in batches_of(manifest, run, rows, options).tracked("explaining"):
@@ -376,7 +390,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
         )
     protocol = (
         f"{manifest.protocol}; {len(rows)} of {len(manifest)} images of split {manifest.split}, spread evenly, every label "
-        f"that is present or predicted (score >= {options.threshold:g}); each figure is the mean over labels of the mean "
+        f"that is present or predicted (score {reached}); each figure is the mean over labels of the mean "
         "over a label's pairs"
     )
     result = {
@@ -386,7 +400,7 @@ def compare(argv: list[str]) -> dict[str, Any]:
         "model": run.config.model.name,
         "split": name_of(options.split, manifest),
         "classes": list(run.classes),
-        "options": asdict(options),
+        "options": asdict(options) | ({} if isinstance(thresholds, Tensor) else {"threshold": thresholds}),
         "methods": comparison.methods(len(run.classes)),
         "environment": describe_environment(run.precision.device),
     }

@@ -8,7 +8,7 @@ python tools/predict.py runs/<name> split=val out=val.csv
 formula, by its first letter = + - or @, has an apostrophe in front there. .jsonl has one JSON object per line, {"image":
 ..., "labels": [...], "scores": {class: score}}, with every name as it is. The labels are those whose score reaches
 `threshold` (of classes that exclude each other the best one), or with `top_k` the classes of the highest scores, the highest
-first.
+first. Post-hoc steps that eval.py has fitted for the run are applied, unless `threshold` is given.
 
 Options of data.* are the run's own, overridden: data.on_bad_image=skip leaves out files that cannot be decoded,
 data.max_pixels is the largest image that is read.
@@ -32,8 +32,10 @@ from mlvision.engine.precision import MOST_THREADS
 from mlvision.errors import InputError, check_fields, printable
 from mlvision.files import check_out, spreadsheet_text, whole_file
 from mlvision.options import describe_options, parse_options, take_path
+from mlvision.posthoc import Chain
 from mlvision.progress import track
 from mlvision.run import LoadedRun, add_classes, check_images, load_run, read_for
+from mlvision.types import Predictions
 
 SEPARATOR = ";"  # of labels in one cell
 OWN_COLUMNS = ("image", "labels")
@@ -50,8 +52,10 @@ class PredictOptions:
         list[str], "names of classes that the model was not trained on; a head that compares with names can take them"
     ] = field(default_factory=list)
     threshold: Annotated[
-        float, "a class is a label where its score is at least this; of classes that exclude each other the best is"
-    ] = 0.5
+        float | None,
+        "a class is a label where its score is at least this; of classes that exclude each other the best is; nothing: "
+        "what the run's post-hoc steps say, else 0.5",
+    ] = None
     top_k: Annotated[
         int, "label each image with its k highest-scoring classes, ignoring `threshold`; 0: use `threshold`"
     ] = 0
@@ -64,7 +68,7 @@ class PredictOptions:
     def __post_init__(self) -> None:
         rules = (
             ("images", not (self.images and self.split), "nothing next to split="),
-            ("threshold", 0 <= self.threshold <= 1, "a score, from 0 to 1"),
+            ("threshold", self.threshold is None or 0 <= self.threshold <= 1, "a score, from 0 to 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("threads", 0 <= self.threads <= MOST_THREADS, f"0 to {MOST_THREADS}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -94,6 +98,11 @@ def main(argv: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     run = load_run(path, device=options.device, weights=options.weights, overrides=of_data)
+    chain = run.posthoc if options.threshold is None else None
+    if chain and options.extra_labels:
+        raise InputError(
+            "extra_labels: the run's post-hoc steps were fitted for its own classes only; threshold= does without them"
+        )
     of_run, run = run, add_classes(run, options.extra_labels) if options.extra_labels else run
     manifest = read_images(of_run, options)
     if options.top_k > len(run.classes):
@@ -101,7 +110,9 @@ def main(argv: list[str]) -> None:
     if write is write_csv:
         check_columns(run.classes)
     with whole_file(out, newline="") as file:  # written batch by batch, so memory stays flat
-        write(file, run.classes, predictions(run, manifest, options))
+        write(file, run.classes, predictions(run, manifest, options, chain))
+    if chain:
+        print(f"post-hoc steps: {chain.phrase}")
     print(f"{len(manifest)} images, {len(run.classes)} classes: {printable(str(out))}")
     names = [*run.classes, *(record.key for record in manifest.records)] if write is write_csv else []
     num_changed = sum(spreadsheet_text(name) != name for name in names)
@@ -135,7 +146,9 @@ def read_images(run: LoadedRun, options: PredictOptions) -> Manifest:
     return manifest
 
 
-def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> Iterator[Predicted]:
+def predictions(
+    run: LoadedRun, manifest: Manifest, options: PredictOptions, chain: Chain | None
+) -> Iterator[Predicted]:
     """What the run says of each image, in the order of the manifest."""
     device = run.precision.device
     loading = LoaderConfig(eval_batch_size=options.batch_size, num_workers=options.num_workers)
@@ -143,11 +156,15 @@ def predictions(run: LoadedRun, manifest: Manifest, options: PredictOptions) -> 
     for batch in track(loader, len(loader), "predicting", "batches", images=options.batch_size):
         with torch.inference_mode(), run.precision.autocast():
             logits = run.method.predict(batch.images.to(device))
-        scores = run.space.scores(logits.float()).cpu()
+        logits = logits.float().cpu()
+        found = Predictions(logits, torch.full_like(logits, math.nan), batch.index, run.space)
+        found = chain.apply(found) if chain else found
+        scores = run.space.scores(found.logits)
         if options.top_k:
             labels = scores.topk(options.top_k, dim=1).indices.tolist()
         else:
-            labels = [row.nonzero().flatten().tolist() for row in run.space.decide(scores, options.threshold)]
+            threshold = found.thresholds if options.threshold is None else options.threshold
+            labels = [row.nonzero().flatten().tolist() for row in run.space.decide(scores, threshold)]
         for row, own_labels, own_scores in zip(batch.index.tolist(), labels, scores.tolist(), strict=True):
             key = manifest.records[row].key
             if any(map(math.isnan, own_scores)):

@@ -119,10 +119,10 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "method": _is_state,
     "ema": lambda value: value is None or _is_state(value),
     "epoch": _is_count,
+    "step": _is_count,
     "classes": _is_classes,
 }
 _ENTRIES_TO_RESUME: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
     "best": lambda value: value is None or isinstance(value, float | int),
     "data_hashes": lambda value: _is_dict(value) and all(isinstance(digest, str) for digest in value.values()),
     "optimizer": lambda value: _is_dict(value) and {"state", "param_groups"} <= value.keys(),

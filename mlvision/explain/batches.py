@@ -55,13 +55,14 @@ class Asker:
     Attributes:
         subject: a method's: its `space` makes scores of the logits, which decide.
         labels: as `select` takes them.
+        threshold: of the scores, one or one a class: from which a label counts as predicted.
         known: whether the manifest knows its images' labels; a folder of images does not.
     """
 
     subject: Subject
     manifest: Manifest
     labels: Labels
-    threshold: float
+    threshold: float | Float[Tensor, " C"]
     known: bool = True
 
     @property

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from mlvision.errors import InputError
@@ -90,7 +91,7 @@ def save_pages(
     folder: Path,
     classes: Sequence[str],
     methods: Sequence[ShownMethod],
-    threshold: float,
+    thresholds: float | Float[np.ndarray, " C"],
     *,
     num: int,
     title: str = "",
@@ -102,7 +103,7 @@ def save_pages(
 
     def draw() -> None:
         for method in methods:
-            drawn = draw_grid(waiting, classes, method, threshold, title=title)
+            drawn = draw_grid(waiting, classes, method, thresholds, title=title)
             Image.fromarray(drawn).save(folder / f"{method.name}_{page}.png")
 
     for image in images:

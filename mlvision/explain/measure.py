@@ -146,7 +146,7 @@ def judge_on(
     rows: Int64[Tensor, " B"],
     records: Sequence[Record],
     *,
-    threshold: float,
+    threshold: float | Float[Tensor, " C"],
 ) -> Judged:
     """Put together what a batch is judged by; times a plain forward pass."""
     with torch.inference_mode(), undisturbed(subject.module):

@@ -104,7 +104,7 @@ def test_class_lists_must_agree(tmp_path):
         check_classes(tmp_path, ["a", "b"], ("a", "b", "c"))
 
 
-@pytest.mark.parametrize("entry", ["method", "ema", "classes", "epoch"])
+@pytest.mark.parametrize("entry", ["method", "ema", "classes", "epoch", "step"])
 def test_a_checkpoint_without_an_entry_of_a_run_is_refused(tmp_path, entry):
     state = run_state()
     del state[entry]
@@ -115,9 +115,7 @@ def test_a_checkpoint_without_an_entry_of_a_run_is_refused(tmp_path, entry):
         load_checkpoint(tmp_path / "best.pt")
 
 
-@pytest.mark.parametrize(
-    "entry", ["step", "best", "data_hashes", "optimizer", "scaler", "rng", "window", "log_position"]
-)
+@pytest.mark.parametrize("entry", ["best", "data_hashes", "optimizer", "scaler", "rng", "window", "log_position"])
 def test_training_goes_on_from_whole_checkpoints_only(tmp_path, entry):
     state = run_state()
     del state[entry]
