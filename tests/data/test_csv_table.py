@@ -11,7 +11,7 @@ import pytest
 from mlvision.data import build_manifest
 from mlvision.data.check import CheckOptions
 from mlvision.data.csv_table import file_number, hash_percent
-from mlvision.data.manifest import hide_labels
+from mlvision.data.edits import KnownLabelsConfig
 from mlvision.errors import InputError
 from mlvision.options import parse_options
 from mlvision.space import LabelSpace
@@ -432,7 +432,7 @@ def test_groups_of_classes_of_which_each_image_shows_one(tmp_path):
     assert (plain.groups, plain.hash) == ((), manifest.hash)
     assert plain.class_hash == hashlib.sha256(json.dumps(plain.classes).encode()).hexdigest()  # as before groups
     assert plain.class_hash == read(tmp_path, groups=[1, 1, 1, 1, 1]).class_hash != manifest.class_hash
-    assert hide_labels(manifest, 0.5, 0).groups == manifest.select([1]).groups == (2, 2, 1)
+    assert KnownLabelsConfig(share=0.5).apply(manifest).groups == manifest.select([1]).groups == (2, 2, 1)
 
 
 @pytest.mark.parametrize(("row", "number"), [("y.jpg,0,1,1,1,0", 2), ("y.jpg,0,1,0,0,1", 0), ("y.jpg,0,1,1,1,", 2)])
