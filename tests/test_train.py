@@ -24,6 +24,7 @@ import tools.predict as predict_tool
 import train as train_script
 from mlvision import load_run
 from mlvision.config import Config
+from mlvision.data.edits import EDITS
 from mlvision.data.loader import eval_loader
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.engine.checkpoint import load_checkpoint
@@ -32,6 +33,7 @@ from mlvision.engine.fit import LAST
 from mlvision.engine.guard import NonFiniteError
 from mlvision.engine.lock import locked
 from mlvision.errors import InputError
+from mlvision.losses import LOSSES
 from mlvision.metrics import average_precision
 from mlvision.options import load_options, parse_options
 from mlvision.run import build_run, choose_folder, read_for, read_role
@@ -410,7 +412,7 @@ def truncate_image(root):
         (
             None,
             ["data.edits=[known_label]"],
-            "expected one of known_labels, got 'known_label'; did you mean known_labels?",
+            f"data.edits.0.name: expected one of {', '.join(EDITS)}, got 'known_label'; did you mean known_labels?",
         ),
         (None, ["optim.name=adamww"], "optim.name: timm has no optimizer 'adamww'"),
         (None, ["optim.lr_scales.haed=2"], "optim.lr_scales: no parameter group 'haed'"),
@@ -446,7 +448,7 @@ def truncate_image(root):
         (
             None,
             ["method.loss=mse"],
-            "method.loss.name: expected one of bce, asl, focal, softmax, decoupled_softmax, soft_top_k, got 'mse'",
+            f"method.loss.name: expected one of {', '.join(LOSSES)}, got 'mse'",
         ),
         (lambda root: (root / "annotations/instances_test.json").unlink(), [], "instances_test.json"),
         (lambda root: (root / "images/train/000003.jpg").unlink(), [], "000003.jpg"),
@@ -691,9 +693,9 @@ def test_an_unfinished_run_leaves_no_record(smoke_arguments, tmp_path, monkeypat
     from mlvision.engine.callbacks import ProgressBar
 
     class StopsAtStep7(ProgressBar):
-        def on_step_end(self, state):
-            super().on_step_end(state)
-            if state.step == 7:
+        def on_step_end(self, trainer):
+            super().on_step_end(trainer)
+            if trainer.steps_done == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train_script, "ProgressBar", StopsAtStep7)
@@ -801,8 +803,8 @@ def test_a_run_in_use_is_refused_in_one_line_and_left_as_it_is(smoke_arguments, 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(smoke_arguments, tmp_path, monkeypatch, capsys):
     class CtrlC(ProgressBar):
-        def on_step_end(self, state):
-            if state.step == 7:  # in the second epoch
+        def on_step_end(self, trainer):
+            if trainer.steps_done == 7:  # in the second epoch
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(train_script, "ProgressBar", CtrlC)
@@ -818,8 +820,8 @@ def test_a_run_stopped_before_a_validation_goes_on_with_it_and_claims_no_speed(
     smoke_arguments, tmp_path, monkeypatch, capsys
 ):
     class CtrlC(ProgressBar):
-        def on_step_end(self, state):
-            if state.step == 10:  # the last step of the second epoch
+        def on_step_end(self, trainer):
+            if trainer.steps_done == 10:  # the last step of the second epoch
                 os.kill(os.getpid(), signal.SIGINT)
 
     arguments = [*smoke_arguments, f"out={tmp_path}/run"]

@@ -113,7 +113,7 @@ class Planner(Method):
     def begin_epoch(self, epoch):
         predictions = epoch.predict("train")
         order = torch.randperm(len(epoch.train), generator=torch.Generator().manual_seed(epoch.seed % 2**63))
-        targets = (torch.from_numpy(epoch.train.targets) + predictions.scores()) / 2
+        targets = (torch.from_numpy(epoch.train.targets) + predictions.space.scores(predictions.logits)) / 2
         return EpochPlan(order, targets, {"weight": torch.linspace(0.5, 1.5, len(order)), "row": order.clone()})
 
     def forward(self, batch):
