@@ -727,7 +727,10 @@ def test_options_of_evaluation_are_checked_before_it_begins(trained, monkeypatch
         ("evaluators=[multilabel,callibration]", "evaluators.1.name: expected one of .* did you mean calibration?"),
         ("evaluators.1.num_samples=9", "evaluators.1.num_samples: no such option of 'calibration'.*'bootstrap'"),
         ("split=tset", "split: expected one of train, val, test, got 'tset'"),
-        ("optim.lr=1", "optim.lr: evaluation does not use this option; expected some of split, evaluators, device"),
+        (
+            "optim.lr=1",
+            "optim.lr: evaluation does not use this option; expected some of split, evaluators, posthoc, device",
+        ),
         ("data.split=val", "data.split: no such option"),
         ("threads=-1", "threads: expected 0"),
         ("optim.lr=1e-3", "optim.lr: evaluation does not use this option"),
