@@ -312,21 +312,27 @@ def check_local_state(method: Method) -> None:
     Raises:
         InputError: on every rank; names the state.
     """
-    if world_size() == 1 or not method.local_state:
-        return
+    name = unlike({name: method.get_buffer(name) for name in sorted(method.local_state)})
+    if name is not None:
+        error = InputError(
+            f"{type(method).__name__}: its local state '{name}' differs between processes; only after_step and "
+            "begin_epoch may change it, from the rows of all processes"
+        )
+        error.on_every_rank = True
+        raise error
+
+
+def unlike(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor that is not the same on every rank, found on all of them; None: there is no such one."""
+    if world_size() == 1:
+        return None
     digests = {
-        name: hashlib.sha256(_bytes_of(method.get_buffer(name)).cpu().numpy().tobytes()).hexdigest()
-        for name in sorted(method.local_state)
+        name: f"{value.dtype} {list(value.shape)} {hashlib.sha256(_bytes_of(value).cpu().numpy().tobytes()).hexdigest()}"
+        for name, value in tensors.items()
     }
     of_ranks = gather(lambda: digests)
-    for name, digest in of_ranks[0].items():
-        if any(own[name] != digest for own in of_ranks):
-            error = InputError(
-                f"{type(method).__name__}: its local state '{name}' differs between processes; only after_step and "
-                "begin_epoch may change it, from the rows of all processes"
-            )
-            error.on_every_rank = True
-            raise error
+    names = dict.fromkeys(name for own in of_ranks for name in own)
+    return next((name for name in names if len({own.get(name) for own in of_ranks}) > 1), None)
 
 
 def share_buffers(method: Method) -> None:

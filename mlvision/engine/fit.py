@@ -1,6 +1,5 @@
 """The training loop. It knows the Method interface and nothing of any one method, config file or data set."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,30 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mlvision.data.loader import Loader
 from mlvision.engine.callbacks import Callback
 from mlvision.engine.checkpoint import CheckpointConfig, check_classes, load_checkpoint, save_checkpoint
 from mlvision.engine.distributed import (
     InStep,
-    check_same,
     gather,
     is_main,
     on_every_rank,
     on_main,
     share_buffers,
+    unlike,
 )
 from mlvision.engine.evaluate import predict
 from mlvision.engine.log import RunLog
 from mlvision.engine.optim import OptimConfig
+from mlvision.engine.precision import Precision
 from mlvision.engine.stop import StopSignal
 from mlvision.engine.trainer import Trainer, optimizer_of
 from mlvision.errors import InputError
 from mlvision.losses import softmax_cross_entropy
 from mlvision.methods.base import Epoch, Method
 from mlvision.progress import duration
-from mlvision.types import EpochPlan, Predictions
+from mlvision.types import Predictions
 
 LAST, BEST = "checkpoints/last.pt", "checkpoints/best.pt"
 
@@ -141,28 +140,28 @@ def begin_epoch(trainer: Trainer, train_loader: Loader, eval_loaders: dict[str, 
         epoch_seed = int(np.random.SeedSequence([seed, number], spawn_key=(2,)).generate_state(1, np.uint64)[0])
 
         def predictions_of(role: str) -> Predictions:
-            loader = eval_loaders[role].tracked(f"predicting {role} images", shown=is_main())
-            share_buffers(method)
-            return predict(method, loader, trainer.precision)
+            return predict_together(method, eval_loaders[role], trainer.precision, f"predicting {role} images")
 
         epoch = Epoch(number, epoch_seed, train_loader.dataset.manifest, predictions_of)
         trainer.plan = on_every_rank(lambda: method.begin_epoch(epoch)).to("cpu")
-        check_same({f"plan of epoch {number}": digest(trainer.plan)})
+        columns = {"order": trainer.plan.order, "targets": trainer.plan.targets, **trainer.plan.extra}
+        name = unlike({name: column for name, column in columns.items() if column is not None})
+        if name is not None:
+            error = InputError(
+                f"{type(method).__name__}: '{name}' of its plan of epoch {number} differs between processes"
+            )
+            error.on_every_rank = True
+            raise error
     if trainer.plan.order is not None and not method.has_order:
         raise InputError(f"{type(method).__name__}: begin_epoch plans an order, which takes has_order = True")
     start_step = trainer.steps_done - number * len(train_loader)
     on_every_rank(lambda: train_loader.set_position(number, start_step, trainer.plan))
 
 
-def digest(plan: EpochPlan) -> str:
-    """sha256 of all that the plan holds."""
-    columns = {"order": plan.order, "targets": plan.targets, **plan.extra}
-    content = hashlib.sha256()
-    for name, column in columns.items():
-        if column is not None:
-            content.update(f"{name} {column.dtype} {list(column.shape)}".encode())
-            content.update(column.contiguous().flatten().view(torch.uint8).numpy())
-    return content.hexdigest()
+def predict_together(method: Method, loader: Loader, precision: Precision, what: str) -> Predictions:
+    """`predict` with the buffers of rank 0 on all ranks, and `what` for its progress."""
+    share_buffers(method)
+    return predict(method, loader.tracked(what, shown=is_main()), precision)
 
 
 def check_identity(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -191,10 +190,7 @@ def validate(
     trainer.validation = {}
     for weights, method in (("raw", trainer.method), ("ema", trainer.ema.module if trainer.ema else None)):
         if method is not None:
-            share_buffers(method)
-            predictions = predict(
-                method, loader.tracked(f"validating {weights} weights", shown=is_main()), trainer.precision
-            )
+            predictions = predict_together(method, loader, trainer.precision, f"validating {weights} weights")
             metrics = measure(predictions) | {"loss": validation_loss(predictions)}
             trainer.validation |= {f"val/{weights}/{name}": value for name, value in metrics.items()}
     on_every_rank(lambda: trainer.log.metrics(trainer.steps_done, trainer.epoch, trainer.validation))
