@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlvision.run import LoadedRun, load_run
+    from mlvision.runs import LoadedRun, load_run
 
 __all__ = ["LoadedRun", "load_run"]
 
@@ -11,7 +11,7 @@ __all__ = ["LoadedRun", "load_run"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import mlvision.types` does not import every room.
     if name in __all__:
-        from mlvision import run
+        from mlvision import runs
 
-        return getattr(run, name)
+        return getattr(runs, name)
     raise AttributeError(f"module 'mlvision' has no attribute '{name}'")

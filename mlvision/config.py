@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from mlvision.data import CocoConfig
-from mlvision.data.base import DataConfig
 from mlvision.data.loader import LoaderConfig
-from mlvision.data.transforms import ViewConfig
+from mlvision.data.readers.base import DataConfig
+from mlvision.data.views import ViewConfig
 from mlvision.engine.checkpoint import CheckpointConfig
 from mlvision.engine.distributed import DdpConfig
 from mlvision.engine.log import LogConfig
@@ -20,7 +20,7 @@ from mlvision.evaluators import EvaluatorConfig, MultilabelConfig, check_each_on
 from mlvision.files import is_file_name
 from mlvision.methods import BaselineConfig, MethodConfig
 from mlvision.models import BackboneConfig, HeadConfig, LinearHeadConfig
-from mlvision.options import EVALUATION, INERT, build_options, parse_options, read_yaml
+from mlvision.options import EVALUATION, INERT, build_options, flatten, parse_options, read_yaml
 from mlvision.versions import CONFIG_VERSION, upgrade
 
 _T = TypeVar("_T")
@@ -105,3 +105,14 @@ def load_config(path: Path) -> Config:
 def saved_config(values: Any, source: str) -> Config:
     """A run's options from what `source`, a config.yaml or a record, holds of them; errors as `load_config`."""
     return build_options(Config, upgrade(values, source), source=source)
+
+
+def config_difference(saved: Config, asked: Config) -> str:
+    """The first option in which two configs compute something else, or nothing."""
+    before, now = (flatten(config, without=INERT) for config in (saved, asked))
+    for values in (before, now):
+        values["device"] = values["device"].partition(":")[0]
+    for key in before | now:
+        if before.get(key) != now.get(key):
+            return f"{key} is {before.get(key)!r} there, {now.get(key)!r} was asked for"
+    return ""

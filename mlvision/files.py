@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import io
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from mlvision.errors import InputError, first_line
+from mlvision.text_files import read_json
 
 _SPREADSHEET_STARTS = ("=", "+", "-", "@", "\t", "\r")
 # What unpacking a damaged zip archive, or parsing the header of an array in it, raises.
@@ -396,3 +398,31 @@ def one_line(path: Path | str) -> Iterator[None]:
         raise InputError(f"{path}: {error.strerror}") from error
     except _DAMAGED as error:
         raise InputError(f"{path}: the file is damaged, or was cut short ({first_line(error)})") from error
+
+
+def read_written(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged.
+    """
+    values = read_json(str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected names and values, as it was written")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write strict JSON, NaN as null, whole or not at all; infinity would be a fault and is refused."""
+    text = json.dumps(_without_nan(values), indent=2, allow_nan=False)
+    with whole_file(path) as file:
+        file.write(text + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN as None: strict JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

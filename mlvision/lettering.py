@@ -144,7 +144,7 @@ def _installed_face(char: str) -> str:
 def _own(bold: bool) -> str:
     import matplotlib
 
-    # By file, as in data/drawing.py: a system font of the same name may be another.
+    # By file, as in data/scenes/drawing.py: a system font of the same name may be another.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return str(Path(matplotlib.get_data_path(), "fonts", "ttf", name))
 

@@ -70,9 +70,9 @@ def parse_options(
     Raises:
         InputError: naming the key (with the nearest right one), or the file and line.
     """
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(f"usage: {prog} [config.yaml ...] [key=value ...]\n\n{description}\n\n{describe_options(cls)}")
-        raise SystemExit(0)
+    print_help(
+        argv, lambda: f"usage: {prog} [config.yaml ...] [key=value ...]\n\n{description}\n\n{describe_options(cls)}"
+    )
     layers: list[Layer] = []
     for argument in argv:
         if argument.endswith((".yaml", ".yml")) and not is_override(argument):
@@ -83,6 +83,13 @@ def parse_options(
         else:
             layers.append(_read_override(argument, "a .yaml file or key=value"))
     return _build(cls, layers)
+
+
+def print_help(argv: Sequence[str], page: Callable[[], str], *, needed: bool = False) -> None:
+    """Print the help page and exit, if the arguments ask for it, or are none where some are `needed`."""
+    if {"-h", "--help"} & set(argv) or (needed and not argv):
+        print(page())
+        raise SystemExit(0)
 
 
 def build_options(cls: type[_T], values: Any, *, key: str = "", source: str = "", overrides: Sequence[str] = ()) -> _T:

@@ -66,7 +66,7 @@ class LabelMap(_Columns):
         ids: class indices, in the shape of the layout; a negative one is an empty place.
         kind: logit; probability; mass (a transport plan: each label sums to 1 over space); attribution (signed).
         fill: what one class that is not stored is worth: one number, or `[B, h, w]`. At most the least stored value of its
-            cell; the maps of `labels/annotate.py` keep the mass of what the K best leave out.
+            cell; the maps of `label_maps/annotate.py` keep the mass of what the K best leave out.
         extent: `[B, 4]` x1, y1, x2, y2 in [0, 1]: the part of the full image that the grid covers; None: all of it.
         groups: of all classes, stored or not: those that share a softmax, which makes probabilities of logits as the teacher
             was trained; see `LabelSpace.groups`. (): a sigmoid of each.

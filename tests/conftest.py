@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlvision.data.scenes import ScenesConfig, write_scenes
+from mlvision.data.scenes.generator import ScenesConfig, write_scenes
 
 torch.set_num_threads(1)  # the tests run on every core already
 

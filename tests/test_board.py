@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as eval_script
-import train as train_script
 from mlvision import load_run
+from mlvision.commands import eval as eval_script
+from mlvision.commands import explain, predict
+from mlvision.commands import train as train_script
 from mlvision.errors import InputError
-from mlvision.run import read_for
+from mlvision.runs.load import read_for
 from mlvision.space import LabelSpace
-from tools import explain, predict
 
 COLOURS = {
     "red": (220, 30, 30),

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlvision.config import Config, load_config, parse_run_options, saved_config
+from mlvision.config import Config, config_difference, load_config, parse_run_options, saved_config
 from mlvision.errors import InputError
 from mlvision.options import EVALUATION, INERT, flatten, marked, parse_options, save_options, to_plain
-from mlvision.run import config_difference, read_record
+from mlvision.runs.records import read_record
 from mlvision.versions import CONFIG_VERSION, STEPS, upgrade
 
 ROOT = Path(__file__).parents[1]

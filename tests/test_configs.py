@@ -27,9 +27,10 @@ from mlvision.data import (
 )
 from mlvision.data.check import check_data, format_check, write_check
 from mlvision.engine.optim import build_optimizer
-from mlvision.labels.store import LabelMapWriter, StoreMeta
+from mlvision.label_maps.store import LabelMapWriter, StoreMeta
 from mlvision.options import parse_options, to_plain
-from mlvision.run import build_run, read_training_manifests
+from mlvision.runs.build import build_run
+from mlvision.runs.splits import read_training_manifests
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "grids" not in p.parts)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import results_table
+from mlvision.commands import results_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/methods").glob("*.md")])

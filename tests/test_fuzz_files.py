@@ -20,11 +20,11 @@ from mlvision.data import build_manifest
 from mlvision.data.bands import read_tiff
 from mlvision.data.images import decode_image
 from mlvision.errors import InputError
-from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.label_maps.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.models.text import TextConfig, embed_labels
 from mlvision.models.weights import read_checkpoint
 from mlvision.options import save_options
-from mlvision.run import LoadedRun, check_never_trained_on
+from mlvision.runs.load import LoadedRun, check_never_trained_on
 
 pytestmark = pytest.mark.slow
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from faults import soon
 
-import eval as eval_script
-import train as train_script
+from mlvision.commands import benchmark, explain, make_label_maps, predict, prepare_data, results_table, sweep
+from mlvision.commands import eval as eval_script
+from mlvision.commands import train as train_script
 from mlvision.config import Config
 from mlvision.data.check import CheckOptions
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS
 from mlvision.options import Selectable, parse_options
-from tools import benchmark, explain, make_label_maps, predict, prepare_data, results_table, sweep
 
 CASES = 30  # of each script
 DEVNULL = "/dev/null/x"

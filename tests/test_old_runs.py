@@ -16,9 +16,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 
-import eval as eval_script
-import train as train_script
 from mlvision import load_run
+from mlvision.commands import eval as eval_script
+from mlvision.commands import train as train_script
 from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.losses import AslConfig
 from mlvision.methods import BaselineConfig

@@ -484,7 +484,8 @@ def test_a_path_that_is_there_is_no_option(tmp_path, monkeypatch):
 
 def test_a_script_prints_names_that_are_no_text(tmp_path):
     """A strict terminal or log; what is no UTF-8 is spelt out instead of ending the script."""
-    code = "from mlvision.cli import run_command; import os; run_command(lambda argv: print(os.fsdecode(b'caf\\xe9')))"
+    code = "from mlvision.commands.cli import run_command; import os; "
+    code += "run_command(lambda argv: print(os.fsdecode(b'caf\\xe9')))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (0, b"caf\\udce9\n"), done.stderr
@@ -492,7 +493,7 @@ def test_a_script_prints_names_that_are_no_text(tmp_path):
 
 @pytest.mark.parametrize("code", ["torch.empty(10**14)", "numpy.zeros(10**15)", "[0] * 10**18"])
 def test_memory_that_runs_out_is_one_line(code):
-    code = f"from mlvision.cli import run_command; import numpy, torch; run_command(lambda argv: {code})"
+    code = f"from mlvision.commands.cli import run_command; import numpy, torch; run_command(lambda argv: {code})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2

@@ -18,11 +18,11 @@ import torch
 from layouts import write_sen12ms
 from PIL import Image
 
-import eval as eval_script
-import tools.explain as explain_tool
-import tools.predict as predict_tool
-import train as train_script
 from mlvision import load_run
+from mlvision.commands import eval as eval_script
+from mlvision.commands import explain as explain_tool
+from mlvision.commands import predict as predict_tool
+from mlvision.commands import train as train_script
 from mlvision.config import Config
 from mlvision.data.edits import EDITS
 from mlvision.data.loader import eval_loader
@@ -36,7 +36,10 @@ from mlvision.errors import InputError
 from mlvision.losses import LOSSES
 from mlvision.metrics import average_precision
 from mlvision.options import load_options, parse_options
-from mlvision.run import build_run, choose_folder, read_for, read_role
+from mlvision.runs.build import build_run
+from mlvision.runs.folder import choose_folder
+from mlvision.runs.load import read_for
+from mlvision.runs.splits import read_role
 from mlvision.versions import CONFIG_VERSION
 
 ROOT = Path(__file__).parents[1]

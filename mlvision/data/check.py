@@ -17,15 +17,15 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
 from mlvision.data import read_split
-from mlvision.data.base import DataConfig
-from mlvision.data.coco import CocoConfig
 from mlvision.data.images import decode_record, map_records, read_photo, record_files
 from mlvision.data.loader import MOST_WORKERS
 from mlvision.data.manifest import Manifest, check_same_classes
+from mlvision.data.readers.base import DataConfig
+from mlvision.data.readers.coco import CocoConfig
 from mlvision.data.records import Boxes, Record
 from mlvision.errors import InputError, check_fields, listed, shown
 from mlvision.files import spreadsheet_text, whole_file
-from mlvision.labels.oracle import object_cover
+from mlvision.label_maps.oracle import object_cover
 from mlvision.lettering import fitted, length, write
 from mlvision.text_files import read_bytes
 

@@ -35,9 +35,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from mlvision.data.images import read_record
 from mlvision.data.manifest import Manifest
 from mlvision.data.samplers import SAMPLERS, EpochOrder, describe_samplers
-from mlvision.data.transforms import EvalView, TrainView, View
+from mlvision.data.views import EvalView, TrainView, View
 from mlvision.errors import InputError, check_fields
-from mlvision.labels.store import LabelMapStore
+from mlvision.label_maps.store import LabelMapStore
 from mlvision.options import EVALUATION, INERT
 from mlvision.progress import track
 from mlvision.types import Batch, CropBox, EpochPlan

@@ -26,7 +26,7 @@ from mlvision.explain.perturb import CoarseToFine, KernelShap, Lime, Occlusion, 
 from mlvision.explain.producers import DenseHead, OwnMaps, StoredMaps
 from mlvision.explain.selection import EmptySelectionError, Labels, Selection, select
 from mlvision.explain.subject import Subject, check_batch, undisturbed
-from mlvision.labels.geometry import whole_images
+from mlvision.label_maps.geometry import whole_images
 from mlvision.options import build_options
 
 EXPLAINERS: dict[str, type[Explainer] | type[MapProducer]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlvision.errors import InputError
 from mlvision.explain.subject import Subject, check_batch
-from mlvision.labels import LabelMapStore
+from mlvision.label_maps import LabelMapStore
 from mlvision.models import DenseTeacher
 from mlvision.types import LabelMap
 

@@ -17,6 +17,8 @@ from mlvision.types import Batch, StepOutput
 
 @dataclass(frozen=True)
 class BaselineConfig(MethodConfig):
+    """A classifier trained with a loss on the labels of whole images."""
+
     name: Annotated[str, "which method: a key of METHODS"] = "baseline"
     loss: LossConfig = field(default_factory=BceConfig)
     smoothing: Annotated[

@@ -11,12 +11,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
+from mlvision.label_maps.geometry import resample
 from mlvision.losses import AslConfig, LossConfig, Transport, conditional_transport
 from mlvision.losses.transport import PLANS
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier, JointHead
 from mlvision.models.backbone import ClassAttention
-from mlvision.models.dense import resample
 from mlvision.models.heads.base import Joint
 from mlvision.parts import Context
 from mlvision.types import Batch, LabelMap, StepOutput
@@ -70,6 +70,8 @@ NAVIGATORS = {"linear": LinearNavigator, "mlp": MlpNavigator}
 
 @dataclass(frozen=True)
 class PatchCTConfig(MethodConfig):
+    """PatchCT: conditional transport between the patches of an image and the text of its labels."""
+
     name: Annotated[str, "which method: a key of METHODS"] = "patchct"
     alpha: Annotated[float, "weight of the transport; 0: the classifier alone (published configs: 0.1)"] = 0.0
     loss: LossConfig = field(default_factory=AslConfig)  # of the classifier

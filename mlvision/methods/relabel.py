@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mlvision.errors import InputError, check_fields
-from mlvision.labels import Pooling, pool_probabilities
-from mlvision.labels.geometry import whole_images
-from mlvision.labels.mix import Mix, MixConfig, draw_mix
-from mlvision.labels.oracle import oracle_targets, split_oracle
+from mlvision.label_maps import Pooling, pool_probabilities
+from mlvision.label_maps.geometry import whole_images
+from mlvision.label_maps.mix import Mix, MixConfig, draw_mix
+from mlvision.label_maps.oracle import oracle_targets, split_oracle
 from mlvision.losses import BceConfig, LossConfig, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig
 from mlvision.models import Classifier
@@ -31,6 +31,8 @@ _TINY = 1e-12  # no sum of probabilities that are there is below it
 
 @dataclass(frozen=True)
 class RelabelConfig(MethodConfig):
+    """ReLabel: targets pooled from a teacher's label map by the crop that the student sees."""
+
     name: Annotated[str, "which method: a key of METHODS"] = "relabel"
     target: Annotated[
         str,
@@ -103,7 +105,7 @@ class Relabel(Method):
 
     DEVIATION: multilabel turns each cell into probabilities first and pools these, by default their maximum: an object that
     fills few of the crop's cells is there all the same, while the mean logit lets only the largest object win. Fill and
-    coordinates: see `mlvision.labels.pool`.
+    coordinates: see `mlvision.label_maps.pool`.
     """
 
     needs_label_map = True

@@ -9,9 +9,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mlvision.errors import InputError, check_fields
-from mlvision.labels import Pooling, pool_probabilities
-from mlvision.labels.geometry import whole_images
-from mlvision.labels.mix import Mix, MixConfig, draw_mix
+from mlvision.label_maps import Pooling, pool_probabilities
+from mlvision.label_maps.geometry import whole_images
+from mlvision.label_maps.mix import Mix, MixConfig, draw_mix
 from mlvision.losses import binary_cross_entropy, smooth_labels, softmax_cross_entropy
 from mlvision.methods.base import Method, MethodConfig, starting_logits
 from mlvision.models import Classifier
@@ -26,6 +26,8 @@ IMAGE_LABELS = ("map", "annotation")
 
 @dataclass(frozen=True)
 class TokenLabelingConfig(MethodConfig):
+    """Token Labeling: each patch of the student learns what a teacher's label map says of its place."""
+
     name: Annotated[str, "which method: a key of METHODS"] = "token_labeling"
     target: Annotated[
         str,

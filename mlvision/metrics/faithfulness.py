@@ -1,6 +1,6 @@
 """Whether the evidence that a map shows is what the model uses: how scores fall as an image's patches are removed.
 
-The scores come from elsewhere (explain/measure.py runs the model). A deletion curve c_0, ..., c_K is one label's score on
+The scores come from elsewhere (study/measure.py runs the model). A deletion curve c_0, ..., c_K is one label's score on
 the whole image, c_0, and after each of K equal steps; at c_K nothing of the image is left. MoRF removes the most relevant
 patches first, LeRF the least relevant. Everything is computed in float64 and given as NumPy arrays.
 """

@@ -2,9 +2,9 @@
 
 One row is one label of one image: its map, and its objects, as boxes or as a mask. Boxes are x1, y1, x2, y2 in [0, 1] of
 what the map covers, x first; parts beyond it do not count. A mask is given by its cover: the share that the objects cover of
-each cell of a grid over the same area, as labels/oracle.py has it from boxes, polygons and masks. The grids of map and cover
-may differ; both are constant within a cell. Rows come first: cell (i, j) of h x w covers rows i / h to (i + 1) / h and
-columns j / w to (j + 1) / w.
+each cell of a grid over the same area, which label_maps/oracle.py computes from boxes, polygons and masks. The grids of map
+and cover may differ; both are constant within a cell. Rows come first: cell (i, j) of h x w covers rows i / h to (i + 1) / h
+and columns j / w to (j + 1) / w.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from mlvision.errors import InputError
+from mlvision.label_maps.geometry import shares_of_cells
 from mlvision.metrics.inputs import ArrayT, check_maps, to_array
 
 # Covers are sums in float32: so much beyond 0 to 1, or short of the whole area, is rounding.
@@ -243,17 +244,9 @@ def _check_covers(
 
 def _resampled(covers: Shaped[np.ndarray, "N H W"], grid: tuple[int, ...]) -> Iterator[Float64[np.ndarray, "h w"]]:
     """The share of each cell of another grid that is covered, row for row: the mean of the cover over the cell."""
-    down, across = (_shares_of_cells(n, m) for n, m in zip(grid, covers.shape[1:], strict=True))
+    down, across = (shares_of_cells(n, m).numpy() for n, m in zip(grid, covers.shape[1:], strict=True))
     for plane in covers:
         yield down @ plane.astype(np.float64).clip(0, 1) @ across.T
-
-
-def _shares_of_cells(num_cells: int, num_fine: int) -> Float64[np.ndarray, "n m"]:
-    """Of each of n equal parts of a length, the share that each of m equal parts of the same length overlaps."""
-    # In units of 1 / (n m) of the length every end is a whole number.
-    i, k = np.arange(num_cells)[:, None], np.arange(num_fine)
-    overlap = np.minimum((i + 1) * num_fine, (k + 1) * num_cells) - np.maximum(i * num_fine, k * num_cells)
-    return overlap.clip(min=0) / num_fine
 
 
 def _check(

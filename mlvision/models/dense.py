@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlvision.errors import InputError, first_line
+from mlvision.label_maps.geometry import resample
 from mlvision.models.backbone import (
     Backbone,
     BackboneConfig,
@@ -409,19 +410,3 @@ def _grid_at(teacher: DenseTeacher, size: tuple[int, int]) -> tuple[int, int]:
             f" nearest to a scale asked for ({first_line(error)})"
         ) from error
     return maps.shape[2], maps.shape[3]
-
-
-def resample(maps: Float[Tensor, "... h w"], grid: tuple[int, int]) -> Float[Tensor, "... h2 w2"]:
-    """Maps of the same extent on another grid: each cell the mean of what it covers, weighted by the exact overlap."""
-    if tuple(maps.shape[-2:]) == grid:
-        return maps
-    rows, columns = (_overlaps(n, m).to(maps) for n, m in zip(maps.shape[-2:], grid, strict=True))
-    with torch.autocast(maps.device.type, enabled=False):
-        return torch.einsum("ih,...hw,jw->...ij", rows, maps, columns)
-
-
-def _overlaps(num_from: int, num_to: int) -> Float[Tensor, "num_to num_from"]:
-    """The share of each new cell that each old one covers, along one axis."""
-    old = torch.arange(num_from + 1, dtype=torch.float64) / num_from
-    new = (torch.arange(num_to + 1, dtype=torch.float64) / num_to)[:, None]
-    return (torch.minimum(new[1:], old[1:]) - torch.maximum(new[:-1], old[:-1])).clamp(min=0) * num_to

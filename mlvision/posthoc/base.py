@@ -1,13 +1,12 @@
 """What a post-hoc step is: fitted on predictions of the validation images, it changes what predictions of others say."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from mlvision.errors import InputError, check_fields, shown
-from mlvision.files import whole_file
+from mlvision.files import write_json
 from mlvision.options import Selectable, build_options, to_plain
 from mlvision.parts import Context
 from mlvision.text_files import read_json
@@ -122,8 +121,7 @@ class Chain:
             "steps": [{"options": to_plain(config), "state": step.state()} for config, step in steps],
         }
         path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as file:
-            file.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        write_json(path, values)
 
 
 def fit_chain(

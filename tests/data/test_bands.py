@@ -13,7 +13,7 @@ from mlvision.data.images import read_record, record_files
 from mlvision.data.limits import MAX_PIXELS
 from mlvision.data.loader import ImageDataset, LoaderConfig, eval_loader
 from mlvision.data.manifest import Manifest, Record
-from mlvision.data.transforms import EvalView, TrainView, ViewConfig
+from mlvision.data.views import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError
 
 

@@ -25,9 +25,9 @@ from mlvision.data.loader import (
 )
 from mlvision.data.manifest import Manifest, Record
 from mlvision.data.samplers import shuffled
-from mlvision.data.transforms import EvalView, TrainView, ViewConfig
+from mlvision.data.views import EvalView, TrainView, ViewConfig
 from mlvision.errors import InputError
-from mlvision.labels.store import LabelMapStore, LabelMapWriter, StoreMeta
+from mlvision.label_maps.store import LabelMapStore, LabelMapWriter, StoreMeta
 from mlvision.types import Batch, EpochPlan
 
 VIEW = TrainView(ViewConfig(color_jitter=0.3), (12, 20))

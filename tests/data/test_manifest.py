@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlvision.data import DataConfig
-from mlvision.data.base import check_files, check_root
 from mlvision.data.manifest import (
     Manifest,
     carve_validation,
@@ -17,6 +16,7 @@ from mlvision.data.manifest import (
     check_same_classes,
     true_paths,
 )
+from mlvision.data.readers.base import check_files, check_root
 from mlvision.data.records import Record, Records
 from mlvision.errors import InputError
 

@@ -20,9 +20,9 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mlvision import files
-from mlvision.data import scenes
-from mlvision.data.drawing import GLYPHS, background, glyph_coverage, mask_polygons, paint
-from mlvision.data.scenes import ScenesConfig, draw_labels, draw_scene, write_scenes
+from mlvision.data.scenes import generator
+from mlvision.data.scenes.drawing import GLYPHS, background, glyph_coverage, mask_polygons, paint
+from mlvision.data.scenes.generator import ScenesConfig, draw_labels, draw_scene, write_scenes
 from mlvision.errors import InputError
 
 CONFIG = ScenesConfig(train_images=400, test_images=200, image_size=64, seed=3, partial_keep=0.3)
@@ -134,15 +134,15 @@ def test_polygons_boxes_and_area_describe_the_visible_pixels(folder):
 @pytest.fixture
 def drawn(monkeypatch) -> list[np.ndarray]:
     """Fills with the coverage `[H, W]` of each object that `draw_scene` draws, back to front."""
-    drawn, draw = [], scenes.glyph_coverage
-    monkeypatch.setattr(scenes, "glyph_coverage", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    drawn, draw = [], generator.glyph_coverage
+    monkeypatch.setattr(generator, "glyph_coverage", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     return drawn
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_objects_mostly_hidden_are_drawn_but_not_annotated(drawn, monkeypatch, stacked):
     if stacked:  # all of them in the middle of the image
-        monkeypatch.setattr(scenes, "_free_corner", lambda *_: np.array([0.5, 0.5]))
+        monkeypatch.setattr(generator, "_free_corner", lambda *_: np.array([0.5, 0.5]))
     all_shares = []
     for index in range(150):
         drawn.clear()
@@ -361,7 +361,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(scenes, "_write_instances", full_disk)
+    monkeypatch.setattr(generator, "_write_instances", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_scenes(LITTLE, tmp_path / "set")
     assert not list(tmp_path.iterdir())
@@ -398,7 +398,7 @@ def test_workers_leave_with_a_killed_process(tmp_path, monkeypatch):
         os.write(writer, b"x")
         time.sleep(250)
 
-    monkeypatch.setattr(scenes, "draw_scene", draw_slowly)
+    monkeypatch.setattr(generator, "draw_scene", draw_slowly)
     child = os.fork()
     if child == 0:
         try:

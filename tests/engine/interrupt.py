@@ -16,8 +16,8 @@ import sys
 import time
 import traceback
 
-import mlvision.run  # noqa: F401  imported here once, for all children
-from train import main
+import mlvision.runs  # noqa: F401  imported here once, for all children
+from mlvision.commands.train import main
 
 
 def run_child(arguments: list[str], end: signal.Signals | None, delay: float) -> tuple[bool, int, float]:

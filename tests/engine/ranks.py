@@ -19,9 +19,9 @@ from unittest import mock
 
 from toys import TOYS
 
-import eval as eval_script
-import train as train_script
-from mlvision.cli import run_command
+from mlvision.commands import eval as eval_script
+from mlvision.commands import train as train_script
+from mlvision.commands.cli import run_command
 from mlvision.engine import distributed
 from mlvision.engine.callbacks import ProgressBar
 from mlvision.methods import METHODS, Baseline

@@ -17,17 +17,17 @@ from engine.ranks import Case, Outcome
 from engine.test_resume import assert_equal_state
 from torch import nn
 
-import eval as eval_script
-import train as train_script
+from mlvision.commands import eval as eval_script
+from mlvision.commands import train as train_script
 from mlvision.config import Config
 from mlvision.data.samplers import shuffled
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.fit import BEST, LAST
 from mlvision.engine.guard import NonFiniteError
-from mlvision.labels.store import LabelMapWriter, StoreMeta
+from mlvision.label_maps.store import LabelMapWriter, StoreMeta
 from mlvision.options import parse_options
-from mlvision.run import read_training_manifests
+from mlvision.runs.splits import read_training_manifests
 
 # Half a minute on two idle cores; two processes on busy ones wait for each other.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]

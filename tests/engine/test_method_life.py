@@ -13,9 +13,9 @@ from engine.test_resume import assert_equal_state
 from engine.toys import TOYS
 from torch.nn.parallel import DistributedDataParallel
 
-import eval as eval_script
-import train as train_script
 from mlvision import load_run
+from mlvision.commands import eval as eval_script
+from mlvision.commands import train as train_script
 from mlvision.config import Config
 from mlvision.engine import distributed
 from mlvision.engine.checkpoint import load_checkpoint
@@ -24,7 +24,7 @@ from mlvision.engine.trainer import Trainer
 from mlvision.errors import InputError
 from mlvision.methods import METHODS
 from mlvision.options import parse_options
-from mlvision.run import build_run
+from mlvision.runs.build import build_run
 from mlvision.types import EpochPlan
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]

@@ -11,9 +11,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-import eval as eval_script
-import train as train_script
 from mlvision import load_run
+from mlvision.commands import eval as eval_script
+from mlvision.commands import train as train_script
 from mlvision.config import Config
 from mlvision.data.samplers import class_balanced
 from mlvision.engine.checkpoint import CheckpointConfig, load_checkpoint
@@ -22,7 +22,7 @@ from mlvision.errors import InputError
 from mlvision.losses import asymmetric_loss, binary_cross_entropy, focal_loss
 from mlvision.models import build_backbone
 from mlvision.options import parse_options
-from mlvision.run import build_run
+from mlvision.runs.build import build_run
 
 # A network without batch statistics, in plain SGD: what is the same in exact arithmetic is the same but for rounding.
 PLAIN = ["model.name=test_vit", "view.size=48", "ema.decay=0", "optim.name=momentum", "loader.num_workers=0"]

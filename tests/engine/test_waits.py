@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlvision.engine.optim import OptimConfig
 from mlvision.engine.precision import Precision
 from mlvision.engine.trainer import Trainer
-from mlvision.labels.mix import Mix, MixConfig
+from mlvision.label_maps.mix import Mix, MixConfig
 from mlvision.losses import AslConfig, SoftmaxConfig, SoftTopKConfig
 from mlvision.methods import METHODS, relabel, token_labeling
 from mlvision.models import BackboneConfig, LinearHeadConfig, TextHeadConfig, build_classifier

@@ -9,8 +9,8 @@ from factories import build_method
 from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS, Explanation, StoredMaps, build_explainer, explain
 from mlvision.explain.selection import Selection, from_mask, outcomes, parse_labels, select
-from mlvision.labels import LabelMapStore
-from mlvision.labels.store import LabelMapWriter, StoreMeta
+from mlvision.label_maps import LabelMapStore
+from mlvision.label_maps.store import LabelMapWriter, StoreMeta
 from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
 from mlvision.space import LabelSpace

@@ -20,11 +20,11 @@ from mlvision.explain.gradient import (
     SmoothGrad,
 )
 from mlvision.explain.impute import fill_in
-from mlvision.explain.measure import MeasureConfig, deletion_curves
 from mlvision.explain.rewrite import _MaxOfReLUs
 from mlvision.methods.baseline import BaselineConfig
 from mlvision.metrics.faithfulness import deletion_measures
 from mlvision.models import Classifier, LinearHead, LinearHeadConfig, build_backbone
+from mlvision.study.measure import MeasureConfig, deletion_curves
 
 ALL = [Saliency, InputXGradient, IntegratedGradients, SmoothGrad, GuidedBackprop, GuidedGradCam, DeepLift]
 CONTRIBUTIONS = [InputXGradient(), IntegratedGradients(num_steps=5), DeepLift()]  # linear in the score

@@ -21,7 +21,7 @@ from mlvision.explain import EXPLAINERS, Subject, explain
 from mlvision.losses import SoftmaxConfig
 from mlvision.methods import BaselineConfig
 from mlvision.models import BackboneConfig, LinearHeadConfig, build_classifier
-from mlvision.run import compile_backbone
+from mlvision.runs.build import compile_backbone
 
 
 def normalised(model, images):

@@ -7,8 +7,8 @@ import torch
 from factories import build_method
 
 from mlvision.errors import InputError
-from mlvision.labels import pool_label_map
-from mlvision.labels.mix import Mix, MixConfig
+from mlvision.label_maps import pool_label_map
+from mlvision.label_maps.mix import Mix, MixConfig
 from mlvision.methods import Relabel, RelabelConfig
 from mlvision.models import LinearHeadConfig, Preprocessing, build_classifier
 from mlvision.models.backbone import BackboneConfig

@@ -10,7 +10,7 @@ from reference import explanation_reference
 from reference import localisation_reference as reference
 
 from mlvision.errors import InputError
-from mlvision.labels.oracle import object_cover
+from mlvision.label_maps.oracle import object_cover
 from mlvision.metrics import mass_in_box, mass_in_mask, pointing_game, pointing_in_mask, rank_accuracy
 
 NAN = math.nan

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-import eval as eval_script
-import train as train_script
 from mlvision import load_run
+from mlvision.commands import eval as eval_script
+from mlvision.commands import explain, predict
+from mlvision.commands import train as train_script
 from mlvision.errors import InputError
-from tools import explain, predict
 
 
 @pytest.fixture(scope="module")

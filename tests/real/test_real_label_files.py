@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from layouts import VocObject, write_voc
 
+from mlvision.commands.prepare_data import main
 from mlvision.data import build_manifest
 from mlvision.data.manifest import check_disjoint
-from mlvision.data.voc import VOC_CLASSES
+from mlvision.data.readers.voc import VOC_CLASSES
 from mlvision.metrics import real_accuracy
-from tools.prepare_data import main
 
 
 def lines(path: Path) -> list[str]:

@@ -16,6 +16,8 @@ from mlvision.types import Features, HeadOutput
 
 @dataclass(frozen=True)
 class CosineHeadConfig(HeadConfig):
+    """Scaled cosines between features and a vector per class, with a bias."""
+
     name: Annotated[str, "which head: a key of HEADS"] = "cosine"
     scale: Annotated[float, "factor on the cosines when training begins; it is learnt"] = 10.0
 

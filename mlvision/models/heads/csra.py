@@ -25,6 +25,8 @@ TEMPERATURES: dict[int, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class CsraHeadConfig(HeadConfig):
+    """Class-specific residual attention: the mean of the map plus a weight times its attended part."""
+
     name: Annotated[str, "which head: a key of HEADS"] = "csra"
     lam: Annotated[
         float, "weight of the attended score beside the mean; published: 0.1 for VOC, 0.4 to 0.5 for COCO"

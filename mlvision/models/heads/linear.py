@@ -14,6 +14,8 @@ from mlvision.types import Features, HeadOutput
 
 @dataclass(frozen=True)
 class LinearHeadConfig(HeadConfig):
+    """One linear layer on the pooled features."""
+
     name: Annotated[str, "which head: a key of HEADS"] = "linear"
     dropout: Annotated[float, "probability of dropping a pooled feature in training"] = 0.0
 

@@ -16,6 +16,8 @@ from mlvision.types import Features
 
 @dataclass(frozen=True)
 class MLDecoderHeadConfig(HeadConfig):
+    """ML-Decoder: fixed queries, one per group of classes, that attend to the cells of the map."""
+
     name: Annotated[str, "which head: a key of HEADS"] = "ml_decoder"
     num_groups: Annotated[int, "queries at most; where there are more classes, several share a query"] = 100
     width: Annotated[int, "width of tokens and queries"] = 768

@@ -24,6 +24,8 @@ from mlvision.types import Features
 
 @dataclass(frozen=True)
 class Query2LabelHeadConfig(HeadConfig):
+    """Query2Label: a transformer encoder and decoder with one learnt query per class."""
+
     name: Annotated[str, "which head: a key of HEADS"] = "query2label"
     width: Annotated[int, "width to which tokens are projected; 0: none, the map's own as published (2048)"] = 0
     encoder_layers: Annotated[int, "layers in which the tokens read each other"] = 1

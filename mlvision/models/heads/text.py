@@ -26,6 +26,8 @@ from mlvision.types import Features, HeadOutput
 
 @dataclass(frozen=True)
 class TextHeadConfig(HeadConfig):
+    """Compares the image with the names of its labels, in the space of a text encoder."""
+
     asset_files = (FILE_NAME,)
 
     name: Annotated[str, "which head: a key of HEADS"] = "text"

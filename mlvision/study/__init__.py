@@ -1,0 +1,1 @@
+"""Judging and showing: measures and comparisons of explainers, the quality of label maps, pages and reports."""
