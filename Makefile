@@ -7,7 +7,7 @@ DEMO := runs/demo
 STUDENT := configs/scenes_efficientnet_lite0_relabel.yaml
 SHORT := data.root=datasets/scenes_demo optim.epochs=3
 
-.PHONY: demo test check format
+.PHONY: demo test test-fast check format
 
 # Every training image tells its largest object alone. A baseline learns that; its label maps then teach a student what each
 # crop shows. The test images know all their objects. At the end a report shows where the student saw each label.
@@ -27,6 +27,10 @@ demo: $(VENV)/.installed
 # A module stays on one worker: its fixtures, some of which train, are then made once.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+# What answers within a minute: no training, no real data, no browser, one process.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist loadscope -m "not slow and not browser and not distributed"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(CODE)

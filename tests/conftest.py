@@ -9,6 +9,20 @@ from mlvision.data.scenes.generator import ScenesConfig, write_scenes
 torch.set_num_threads(1)  # the tests run on every core already
 
 
+# Whoever asks for one of these trains, evaluates, or reads real data: seconds, not milliseconds.
+SLOW_FIXTURES = {"scenes_root", "smoke_arguments", "real_data"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+    # Begun last, a module of minutes would keep one worker busy after the others have ended.
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+
+
 @pytest.fixture(scope="session")
 def scenes_root(tmp_path_factory) -> Path:
     """A small `scenes` data set: 96 training and 32 test images of 48 px."""

@@ -1,16 +1,31 @@
 """Tiny data sets written in the layouts that their publishers use; each function cites what it copies."""
 
+import csv
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tifffile
+
+from mlvision.data import (
+    BigEarthNetConfig,
+    CocoConfig,
+    CsvConfig,
+    ImagenetConfig,
+    MatrixConfig,
+    NuswideConfig,
+    Sen12msConfig,
+    Vg500Config,
+    VocConfig,
+)
+from mlvision.data.readers.base import DataConfig
 
 
 class VocObject(NamedTuple):
@@ -155,3 +170,128 @@ def write_sen12ms(root: Path, split: str, patches: Mapping[str, Sequence[float]]
     shares = pickle.loads(path.read_bytes()) if path.exists() else {}
     shares |= {name: np.array(values) for name, values in patches.items()}
     path.write_bytes(pickle.dumps(shares))
+
+
+# Whole data sets, one per reader of DATASETS
+
+
+def make_data(data: DataConfig, scenes_root: Path, root: Path) -> None:
+    """A data set of a few images in the layout that a reader's options expect, with its splits and label columns."""
+    splits = [s for s in (data.train, data.val, data.test) if s]
+    photos = sorted((scenes_root / "images" / "train").iterdir())
+    LAYOUTS[data.name](data, splits, photos, root)
+
+
+def make_bigearthnet(data: BigEarthNetConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    several = (["Pastures", "Mixed forest"], ["Mixed forest"], ["Marine waters"])
+    patches = [
+        (f"S2A_MSIL2A_20170613T101031_T33UUP_{i}_57", several[i % 3], splits[i % len(splits)]) for i in range(24)
+    ]
+    assert data.version == "v2"
+    write_bigearthnet_v2(root, patches, data.bands, texture=2000)
+
+
+def make_sen12ms(data: Sen12msConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for number, split in enumerate(splits):
+        shares = [[float(c == 5 * (i % 3)) for c in range(17)] for i in range(24)]
+        write_sen12ms(
+            root, split, {f"ROIs1158_spring_s2_{number}_p{i}.tif": shares[i] for i in range(24)}, texture=9000
+        )
+
+
+def make_coco(data: CocoConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    scenes_root = photos[0].parents[2]
+    for number, split in enumerate(splits):
+        name = "instances_test.json" if number else "instances_train.json"
+        annotations = root / data.annotations.format(split=split)
+        annotations.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes_root / "annotations" / name, annotations)
+        shutil.copytree(scenes_root / "images", root / data.images.format(split=split), dirs_exist_ok=True)
+
+
+def make_csv(data: CsvConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    images = root / data.images
+    images.mkdir(parents=True, exist_ok=True)
+    names = [f"place{number:02d}.jpg" for number in range(80)]
+    for name, path in zip(names, photos, strict=False):
+        shutil.copy(path, images / name)
+    with open(root / data.file, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([data.image_column, *data.ignore_columns, "sea", "sand", "trees"])
+        writer.writerows(
+            [n, *["-" for _ in data.ignore_columns], i % 2, int(i % 3 == 0), int(i % 5 > 1)]
+            for i, n in enumerate(names)
+        )
+
+
+def make_nuswide(data: NuswideConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    images, order = {}, {}
+    for split, chosen in shares(splits, photos):
+        order[split] = list(range(len(images), len(images) + len(chosen)))
+        images |= {f"sea\\{p.name}": (split, (i % 2, int(i % 3 == 0), 1)) for i, p in enumerate(chosen)}
+    write_nuswide(root, ("airport", "animal", "beach"), images, order)
+    for path in photos:
+        shutil.copy(path, root / data.images / "sea")
+
+
+def make_vg500(data: Vg500Config, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    labels = {path.name: [i % 3, 499] for i, path in enumerate(photos)}
+    (root / data.labels).write_text(json.dumps(labels))
+    (root / data.images[1]).mkdir()
+    for split, chosen in shares(splits, photos):
+        (root / data.lists.format(split=split)).write_text("".join(f"{path.name}\n" for path in chosen))
+        for path in chosen:
+            shutil.copy(path, root / data.images[1])
+
+
+def make_voc(data: VocConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for number, (split, chosen) in enumerate(shares(splits, photos)):
+        objects = [
+            VocObject("cat", (1, 1, 9, 20)),
+            VocObject("dog", (5, 6, 30, 17)),
+            VocObject("sofa", (2, 2, 9, 9), 1),
+        ]
+        images = {f"{number}{i:05d}": ((48, 48), objects[i % 3 :]) for i in range(len(chosen))}
+        write_voc(root, {split: images})
+        for image, path in zip(images, chosen, strict=True):
+            shutil.copy(path, root / "JPEGImages" / f"{image}.jpg")
+
+
+def make_imagenet(data: ImagenetConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for split, chosen in shares(splits, photos):
+        for i, path in enumerate(chosen):
+            folder = root / data.images.format(split=split) / ("n01440764", "n01443537", "n02979186")[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / f"ILSVRC2012_{split}_{i + 1:08d}.JPEG")
+    if data.real:
+        (root / data.real).write_text(json.dumps([[0, i % 3][: i % 4] for i in range(len(photos))]))
+
+
+def make_matrix(data: MatrixConfig, splits: Sequence[str], photos: Sequence[Path], root: Path) -> None:
+    for split, chosen in shares(splits, photos):
+        folder = root / f"{split}2014"
+        folder.mkdir()
+        rows = []
+        for i, path in enumerate(chosen):
+            shutil.copy(path, folder)
+            rows.append(f"{split}2014/{path.name} {i % 2} {int(i % 3 == 0)} {int(i % 5 > 1)}\n")
+        (root / data.labels.format(split=split)).write_text("".join(rows))
+
+
+LAYOUTS: dict[str, Callable[[Any, Sequence[str], Sequence[Path], Path], None]] = {
+    "bigearthnet": make_bigearthnet,
+    "coco": make_coco,
+    "csv": make_csv,
+    "imagenet": make_imagenet,
+    "matrix": make_matrix,
+    "nuswide": make_nuswide,
+    "sen12ms": make_sen12ms,
+    "vg500": make_vg500,
+    "voc": make_voc,
+}
+
+
+def shares(splits: Sequence[str], photos: Sequence[Path]) -> list[tuple[str, Sequence[Path]]]:
+    """Equally many photos for each split."""
+    num = len(photos) // len(splits)
+    return [(split, photos[i * num : (i + 1) * num]) for i, split in enumerate(splits)]

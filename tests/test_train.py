@@ -783,7 +783,9 @@ def test_fp16_and_bf16_train_on_a_cpu(smoke_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("mlvision.engine.precision.cpu_has_bf16", lambda: True)
     for precision in ("bf16", "fp16"):
         folder = tmp_path / precision
-        train_script.main([*smoke_arguments, "optim.epochs=1", f"precision={precision}", f"out={folder}"])
+        train_script.main(
+            [*smoke_arguments, "optim.epochs=1", "view.size=32", f"precision={precision}", f"out={folder}"]
+        )
         losses = [value for (_, name), value in sorted(metric_rows(folder).items()) if name == "train/loss"]
         assert all(math.isfinite(value) for value in losses)
         assert load_run(folder, device="cpu").precision.name == precision

@@ -1,4 +1,4 @@
-"""What every evaluator of EVALUATORS keeps, and what each gives."""
+"""What every evaluator of EVALUATORS keeps."""
 
 import math
 
@@ -6,59 +6,21 @@ import numpy as np
 import pytest
 import torch
 from factories import context
+from judged import PLAIN, REAL, SIZED, UNSEEN, predictions
 
-from mlvision.data.manifest import Manifest
-from mlvision.data.records import Boxes, Record
-from mlvision.errors import InputError
+from mlvision.config import Config
 from mlvision.evaluators import (
     EVALUATORS,
     BootstrapConfig,
-    BySizeConfig,
-    CalibrationConfig,
-    MultilabelConfig,
-    RealConfig,
 )
-from mlvision.metrics import average_precision, bootstrap_interval, multilabel_summary
-from mlvision.space import LabelSpace
-from mlvision.types import Predictions
+from mlvision.options import build_options, describe_options, to_plain
 
-CLASSES = context(3).space.classes
 BUILT = {name: config().build(context(3)) for name, config in EVALUATORS.items() if name != "bootstrap"}
 BUILT["bootstrap"] = BootstrapConfig(num_samples=20).build(context(3))
 every_evaluator = pytest.mark.parametrize("evaluator", BUILT.values(), ids=BUILT.keys())
-
-
-def record(key, labels, sides=(), **columns):
-    """An image of 200x100 pixels with one square of each label."""
-    xyxy = np.array([[0, 0, side / 200, side / 100] for side in sides], dtype=np.float32).reshape(-1, 4)
-    number = len(sides)
-    boxes = Boxes(
-        xyxy, np.array(labels[:number], dtype=int), np.zeros(number, bool), np.zeros(number, bool), (None,) * number
-    )
-    return Record(key, key, labels, boxes=boxes if sides else None, size=(200, 100), **columns)
-
-
-SPACE = LabelSpace(CLASSES)
-PLAIN = Manifest(CLASSES, [Record(f"{i}", f"{i}", (i % 3,), unknown=((i + 1) % 3,)) for i in range(6)], "val")
-SIZED = Manifest(
-    CLASSES,
-    [record("a", (0,), (10,)), record("b", (0, 1), (99, 20)), record("c", (2,)), record("d", (1,), (31,))],
-    "val",
-)
-REAL = Manifest(
-    CLASSES, [Record("a", "a", (0, 2)), Record("b", "b", (1,)), Record("c", "c", (0,))], "val", real_lists=True
-)
-UNSEEN = Manifest(CLASSES, [Record("a", "a", (), unknown=(0, 1, 2))], "val")
 every_split = pytest.mark.parametrize(
     "manifest", [PLAIN, SIZED, REAL, UNSEEN], ids=["plain", "sized", "real", "unseen"]
 )
-
-
-def predictions(manifest, space=SPACE):
-    """Of each image but the first, as where one could not be read."""
-    rows = np.arange(len(manifest) > 1, len(manifest))
-    logits = torch.randn(len(rows), 3, generator=torch.Generator().manual_seed(5))
-    return Predictions(logits, torch.from_numpy(manifest.targets[rows]), torch.from_numpy(rows), space)
 
 
 @every_split
@@ -86,71 +48,11 @@ def test_predictions_are_left_as_they_are(evaluator):
     assert all(torch.equal(a, b) for a, b in zip(before, (given.logits, given.targets, given.index), strict=True))
 
 
-def test_the_space_of_the_predictions_counts():
-    evaluator = MultilabelConfig().build(context(3))
-    given = predictions(PLAIN, SPACE.with_softmax())
-    found = evaluator.measure(given, PLAIN)
-    expected = multilabel_summary(given.logits, given.targets, space=given.space)
-    assert found == pytest.approx(expected, nan_ok=True)
-    p = given.logits.double().softmax(dim=1)
-    known = ~given.targets.isnan()
-    bins = (p * 15).long().clamp(max=14)
-    gaps = [abs((p - given.targets)[(bins == b) & known].sum().item()) for b in range(15)]
-    ece = CalibrationConfig().build(context(3)).measure(given, PLAIN)
-    assert ece == {"ECE": pytest.approx(sum(gaps) / known.sum().item(), abs=1e-6)}
-
-
-def test_training_can_choose_by_what_is_better_the_higher_it_is():
-    summary = BUILT["multilabel"].metrics(PLAIN)
-    assert {"mAP", "CF1", "OP_exact3"} <= set(summary)
-    assert not {"threshold", "num_images", "num_unknown"} & set(summary)
-    assert BUILT["calibration"].metrics(PLAIN) == ()  # less is better
-    assert BUILT["real"].metrics(PLAIN) == BUILT["by_size"].metrics(PLAIN) == ()  # not stated there
-    assert BUILT["real"].metrics(REAL) == ("real_accuracy",)
-
-
-def test_sizes_that_no_object_has_are_not_reported():
-    """Boxes of 10, 99, 20 and 31 pixels: small and large ones, none between. An image without the class stays."""
-    evaluator = BySizeConfig().build(context(3))
-    assert evaluator.metrics(SIZED) == ("mAP_small", "mAP_large")
-    logits = torch.tensor([[1.0, 5.0, 0.0], [4.0, 3.0, 0.0], [2.0, 4.0, 9.0], [0.0, 2.0, 0.0]])
-    given = Predictions(logits, torch.from_numpy(SIZED.targets), torch.arange(4), SPACE)
-    found = evaluator.measure(given, SIZED)
-    # Class 0: image a is small, and stands behind c, b being left out; class 1: b and d are small, behind a and c.
-    assert found == {"mAP_small": pytest.approx((1 / 2 + (1 / 3 + 2 / 4) / 2) / 2), "mAP_large": 1.0}
-    assert evaluator.measure(predictions(PLAIN), PLAIN) == {}
-
-
-def test_real_accuracy_looks_up_the_rows_of_the_predictions():
-    evaluator = RealConfig().build(context(3))
-    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
-    given = Predictions(logits, torch.from_numpy(REAL.targets[[1, 2]]), torch.tensor([1, 2]), SPACE)
-    assert evaluator.measure(given, REAL) == {"real_accuracy": 0.0}
-    given = Predictions(logits, torch.from_numpy(REAL.targets[[0, 2]]), torch.tensor([0, 2]), SPACE)
-    assert evaluator.measure(given, REAL) == {"real_accuracy": 0.5}
-    assert evaluator.measure(predictions(PLAIN), PLAIN) == {}
-
-
-def test_an_image_whose_highest_class_is_unknown_is_left_out_of_real_accuracy():
-    """Of four images the first two hit and miss; the highest class of the others is unknown, in the last one of two."""
-    evaluator = RealConfig().build(context(3))
-    records = [Record("a", "a", (0, 2)), Record("b", "b", (1,), unknown=(2,)), Record("c", "c", (0,), unknown=(1,))]
-    partial = Manifest(CLASSES, [*records, Record("d", "d", (0,), unknown=(2,))], "val", real_lists=True)
-    logits = torch.tensor([[1.0, 0.0, 9.0], [9.0, 0.0, 1.0], [0.0, 9.0, 0.0], [3.0, 0.0, 3.0]])
-    given = Predictions(logits, torch.from_numpy(partial.targets), torch.arange(4), SPACE)
-    assert evaluator.measure(given, partial) == {"real_accuracy": 0.5}
-
-
-def test_the_interval_is_that_of_mean_average_precision():
-    given = predictions(PLAIN)
-    found = BUILT["bootstrap"].measure(given, PLAIN)
-    expected = bootstrap_interval(given.logits, given.targets, num_samples=20)
-    assert found == pytest.approx({"mAP_low": expected.low, "mAP_high": expected.high})
-    ap = average_precision(given.logits, given.targets)
-    assert found["mAP_low"] <= ap[~ap.isnan()].mean() <= found["mAP_high"]
-
-
-@pytest.mark.parametrize("number", [1, -1, 1_000_001])
-def test_resamplings_have_a_range(number):
-    with pytest.raises(InputError, match="evaluators.bootstrap.num_samples: expected 2 to a million"):
-        BootstrapConfig(num_samples=number)
+@every_evaluator
+def test_options_are_read_again_and_listed(evaluator, request):
+    name = request.node.callspec.id
+    names = ",".join(dict.fromkeys(("multilabel", name)))
+    config = build_options(Config, {}, overrides=[f"evaluators=[{names}]"])
+    assert config.evaluators[-1] == EVALUATORS[name]()
+    assert build_options(Config, to_plain(config)) == config
+    assert f"with evaluators.0.name={name}: " in describe_options(Config)

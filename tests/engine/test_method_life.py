@@ -1,4 +1,5 @@
-"""What changes while a method trains, besides weights: equal in one process and in two, bit for bit after a resume."""
+"""Every method of METHODS, and a toy for each thing that can change while a method trains, besides weights: equal in one
+process and in two, bit for bit after a resume."""
 
 import copy
 from contextlib import nullcontext
@@ -8,9 +9,10 @@ import pytest
 import torch
 from engine import ranks
 from engine.ranks import Case
-from engine.test_distributed import PLAIN, metric_rows, run_cases
+from engine.test_distributed import PLAIN, make_label_maps, metric_rows, run_cases
 from engine.test_resume import assert_equal_state
 from engine.toys import TOYS
+from factories import build_method, head_of, small_classifier
 from torch.nn.parallel import DistributedDataParallel
 
 from mlvision import load_run
@@ -27,6 +29,7 @@ from mlvision.options import parse_options
 from mlvision.runs.build import build_run
 from mlvision.types import EpochPlan
 
+ALL = [*METHODS, *TOYS]
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 
 
@@ -42,28 +45,37 @@ def toys():
 
 @pytest.fixture(scope="module")
 def arguments(scenes_root, tmp_path_factory):
-    """Of a run of each toy, without its folder, by name."""
+    """Of a run of each method, without its folder, by name."""
     folder = tmp_path_factory.mktemp("arguments")
     (folder / "plain.yaml").write_text(PLAIN)
     common = [f"{folder}/plain.yaml", f"data.root={scenes_root}", "device=cpu", "threads=1", "log.tensorboard=false"]
     run = build_run(parse_options(Config, common, prog="", description=""))
     torch.save(run.method.classifier.state_dict(), folder / "teacher.pt")
+    make_label_maps(common, folder / "maps")
     own = {"toy_teacher": [f"method.teacher={folder}/teacher.pt"], "toy_counter": ["optim.accumulate=2"]}
-    return {name: [*common, "optim.epochs=2", f"method.name={name}", *own.get(name, [])] for name in TOYS}
+    of_runs = {}
+    for name in ALL:
+        head = "linear" if name in TOYS else head_of(name)
+        of_runs[name] = [*common, "optim.epochs=2", f"method.name={name}", f"head.name={head}", *own.get(name, [])]
+        if name not in TOYS and build_method(METHODS[name](), small_classifier(head, 2)).needs_label_map:
+            of_runs[name].append(f"label_maps={folder}/maps")
+        if head == "text":
+            of_runs[name].append("head.text.encoder=learned")
+    return of_runs
 
 
 @pytest.fixture(scope="module")
 def folder(arguments, tmp_path_factory):
-    """Runs of each toy: NAME_alone in one process, NAME in two, NAME_stopped in two and resumed; and the outcomes of two."""
+    """Runs of each method: NAME_alone in one process, NAME in two, NAME_stopped in two and resumed."""
     folder = tmp_path_factory.mktemp("toys")
-    for name, of_toy in arguments.items():
-        train_script.main([*of_toy, f"out={folder}/{name}_alone"])
+    for name, of_run in arguments.items():
+        train_script.main([*of_run, f"out={folder}/{name}_alone"])
     cases = []
-    for name, of_toy in arguments.items():
+    for name, of_run in arguments.items():
         cases += [
-            Case("train", [*of_toy, f"out={folder}/{name}"]),
-            Case("train", [*of_toy, f"out={folder}/{name}_stopped"], "TERM", 1, 7),
-            Case("train", [*of_toy, f"out={folder}/{name}_stopped", "resume=auto"]),
+            Case("train", [*of_run, f"out={folder}/{name}"]),
+            Case("train", [*of_run, f"out={folder}/{name}_stopped"], "TERM", 1, 7),
+            Case("train", [*of_run, f"out={folder}/{name}_stopped", "resume=auto"]),
         ]
     for case, outcomes in zip(cases, run_cases(cases, folder / "launch"), strict=True):
         assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
@@ -71,7 +83,7 @@ def folder(arguments, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL)
 def test_two_processes_equal_one(folder, name):
     one, two = (load_checkpoint(folder / run / LAST) for run in (f"{name}_alone", name))
     assert one["method"].keys() == two["method"].keys()
@@ -87,7 +99,7 @@ def test_two_processes_equal_one(folder, name):
             assert other[2] == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL)
 def test_two_processes_resume_bit_for_bit(folder, name):
     whole, stopped = folder / name, folder / f"{name}_stopped"
     assert (stopped / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
@@ -95,10 +107,9 @@ def test_two_processes_resume_bit_for_bit(folder, name):
         assert_equal_state(load_checkpoint(stopped / file), load_checkpoint(whole / file))
 
 
-@pytest.mark.parametrize("name", TOYS)
-@pytest.mark.parametrize("step", [3, 5, 8])
+@pytest.mark.parametrize(("name", "step"), [*((name, 8) for name in ALL), *((name, 5) for name in TOYS)])
 def test_one_process_resumes_bit_for_bit(folder, arguments, name, step, tmp_path):
-    """Within an epoch, and at the last step of one."""
+    """At the last step of an epoch, and within one."""
     of_run = [*arguments[name], f"out={tmp_path}/run"]
     stopped = ranks.run(Case("train", of_run, "TERM", 0, step))
     assert f"stopped by SIGTERM at step {step}" in stopped.stdout

@@ -40,10 +40,10 @@ def assert_equal_state(a, b, path=""):
         assert a == b, path
 
 
-@pytest.mark.parametrize(("end", "moments"), [("KILL", 10), ("TERM", 2)])
+@pytest.mark.parametrize(("end", "moments"), [("KILL", 5), ("TERM", 2)])
 def test_an_interrupted_run_equals_an_undisturbed_one(end, moments, smoke_arguments, tmp_path):
     folder = tmp_path / "run"
-    arguments = [*smoke_arguments, "optim.epochs=6"]
+    arguments = [*smoke_arguments, "optim.epochs=4"]
     hits, codes, output = interrupt(end, moments, arguments, folder)
     assert hits >= moments / 2, f"only {hits} of {moments} interruptions hit a running process"
     if end == "KILL":

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from factories import build_method
+from factories import build_method, head_of, small_classifier
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,9 +12,9 @@ from mlvision.engine.optim import OptimConfig
 from mlvision.engine.precision import Precision
 from mlvision.engine.trainer import Trainer
 from mlvision.label_maps.mix import Mix, MixConfig
-from mlvision.losses import AslConfig, SoftmaxConfig, SoftTopKConfig
+from mlvision.losses import LOSSES
 from mlvision.methods import METHODS, relabel, token_labeling
-from mlvision.models import BackboneConfig, LinearHeadConfig, TextHeadConfig, build_classifier
+from mlvision.models import HEADS
 from mlvision.types import Batch, CropBox, LabelMap
 
 B, C, SIDE = 4, 6, 64
@@ -56,25 +56,22 @@ def move_to_gpu(method):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("baseline", {}),
-        ("baseline", {"loss": AslConfig()}),
-        ("baseline", {"loss": SoftmaxConfig()}),
-        ("baseline", {"loss": SoftTopKConfig()}),
-        ("patchct", {}),
+        *((name, {}) for name in METHODS),
+        *(("baseline", {"loss": loss()}) for loss in LOSSES.values()),
+        *(("baseline", {"head": head}) for head in HEADS),
         ("relabel", {"target": "softmax", "operator": "mean_logit"}),
         ("relabel", {"target": "multilabel"}),
         ("relabel", {"operator": "log_sum_exp"}),
         ("relabel", {"target": "gated"}),
         ("relabel", {"region": "image"}),
         ("relabel", {"mix": MixConfig(cutmix=1.0)}),
-        ("token_labeling", {}),
         ("token_labeling", {"mix": 1.0}),
     ],
 )
 def test_a_training_step_does_not_wait(name, options, fill, monkeypatch):
-    head, assets = TextHeadConfig() if name == "patchct" else LinearHeadConfig(), {"label_embeddings": torch.rand(C, 8)}
-    classifier = build_classifier(BackboneConfig("test_resnet"), head, C, image_size=SIDE, assets=assets)
-    method = build_method(METHODS[name](**options), classifier).train()
+    head = options.get("head") or head_of(name)
+    classifier = small_classifier(head, C, SIDE, "test_resnet")
+    method = build_method(METHODS[name](**{key: options[key] for key in options if key != "head"}), classifier).train()
     if "mix" in options:  # what the host draws for itself
         drawn = Mix(MixConfig(cutmix=1.0), 0.75, (0, 0, 1, 1))
         for room in (relabel, token_labeling):

@@ -11,9 +11,9 @@ from mlvision.models import BackboneConfig, build_teacher, check_identity
 
 
 def test_mean_of_the_maps_is_the_teachers_answer_on_photos(real_data):
-    """Whole photos, squashed to the teacher's size, as bytes; all of them for the top-1, which must be worth having too."""
+    """A fifth of the photos, whole, squashed to the teacher's size, as bytes; the top-1 must be worth having too."""
     folder = real_data / "imagenet_samples"
-    rows = list(csv.DictReader(open(folder / "labels.csv")))
+    rows = list(csv.DictReader(open(folder / "labels.csv")))[::5]
     teacher = build_teacher(BackboneConfig("tf_efficientnet_lite0", pretrained="package"))
     interpolation = InterpolationMode(teacher.preprocessing.interpolation)
     assert teacher.grid == (7, 7)
