@@ -40,7 +40,6 @@ from mlvision.evaluators import (
 )
 from mlvision.files import read_written, spreadsheet_text, whole_file, write_arrays
 from mlvision.metrics import per_class_table
-from mlvision.metrics.figures import draw_precision_recall
 from mlvision.options import EVALUATION, build_options, describe_options, marked, print_help, take_path
 from mlvision.posthoc import Chain, FittedOn, PosthocConfig, fit_chain
 from mlvision.runs.folder import is_trained
@@ -158,6 +157,8 @@ def report(
     """Write and print what the predictions of each weights are worth, and the run's own after the post-hoc steps; the
     metrics."""
     role, chosen = options.split, predictions[run.weights]
+    from mlvision.metrics.figures import draw_precision_recall  # matplotlib: a second to import
+
     results = {weights: measure(evaluators, of_weights, manifest) for weights, of_weights in predictions.items()}
     table = per_class_table(chosen.logits, chosen.targets, manifest.classes, space=chosen.space)
 

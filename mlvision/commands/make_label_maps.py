@@ -48,7 +48,6 @@ from mlvision.runs.load import load_run
 from mlvision.runs.splits import check_images, read_role
 from mlvision.space import Groups, has_groups
 from mlvision.study.label_quality import LabelQualityConfig, judge_label_maps
-from mlvision.study.quality_page import draw_quality, summarise
 from mlvision.types import LabelMap
 
 ORACLE, TIMM = "oracle", "timm"
@@ -454,6 +453,8 @@ def report(path: str, options: ReportOptions) -> str:
     Raises:
         InputError: a store, images, labels or a teacher that do not fit together.
     """
+    from mlvision.study.quality_page import draw_quality, summarise  # matplotlib: a second to import
+
     if options.threads:
         torch.set_num_threads(options.threads)
     store = LabelMapStore.open(path)

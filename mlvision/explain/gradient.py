@@ -21,9 +21,8 @@ DEVIATION: the sum over the colours, where Simonyan et al. take the largest magn
 
 import warnings
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-import captum.attr
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -54,6 +53,13 @@ class _Score(nn.Module):
 
 
 Chosen = tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]
+
+
+def _captum() -> Any:
+    """captum.attr, which brings pyplot: seconds to import, which --help does not wait for."""
+    import captum.attr
+
+    return captum.attr
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Saliency:
         return batch_size
 
     def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
-        return captum.attr.Saliency(score).attribute(rows, abs=False, additional_forward_args=chosen)
+        return _captum().Saliency(score).attribute(rows, abs=False, additional_forward_args=chosen)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class InputXGradient(Saliency):
     signed = True
 
     def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
-        return captum.attr.InputXGradient(score).attribute(rows, additional_forward_args=chosen)
+        return _captum().InputXGradient(score).attribute(rows, additional_forward_args=chosen)
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ class IntegratedGradients(Saliency):
         return batch_size // self.num_steps
 
     def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
-        return captum.attr.IntegratedGradients(score).attribute(
+        attribution = _captum().IntegratedGradients(score)
+        return attribution.attribute(
             rows,
             _baseline(rows, self.baseline),
             n_steps=self.num_steps,
@@ -168,7 +175,8 @@ class SmoothGrad(Saliency):
 
     def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
         with torch.random.fork_rng([rows.device] if rows.device.type == "cuda" else []):
-            found = captum.attr.NoiseTunnel(captum.attr.Saliency(score)).attribute(
+            tunnel = _captum().NoiseTunnel(_captum().Saliency(score))
+            found = tunnel.attribute(
                 rows,
                 nt_type="smoothgrad",
                 nt_samples=self.num_samples,
@@ -198,7 +206,7 @@ class GuidedBackprop(Saliency):
     def _attribute(self, score: _Score, rows: Rows, chosen: Chosen, batch_size: int) -> Rows:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Setting backward hooks")  # on our copy
-            return captum.attr.GuidedBackprop(score).attribute(rows, additional_forward_args=chosen)
+            return _captum().GuidedBackprop(score).attribute(rows, additional_forward_args=chosen)
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,7 @@ class DeepLift(Saliency):
         # Slopes are quotients of differences, which half precision would round away.
         with warnings.catch_warnings(), torch.autocast(rows.device.type, enabled=False):
             warnings.filterwarnings("ignore", message="Setting forward, backward hooks")  # on our copy
-            found = captum.attr.DeepLift(score).attribute(rows, baseline, additional_forward_args=chosen).detach()
+            found = _captum().DeepLift(score).attribute(rows, baseline, additional_forward_args=chosen).detach()
             with torch.no_grad():
                 here, there = score(rows, *chosen).double(), score(baseline, *chosen).double()
         difference, total, size = here - there, found.double().sum((1, 2, 3)), found.double().abs().sum((1, 2, 3))

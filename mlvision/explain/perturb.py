@@ -13,7 +13,6 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from skimage.segmentation import slic
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -475,6 +474,8 @@ def slic_segments(
     pixels: Float[Tensor, "B in_chans H W"], num_segments: int, compactness: float
 ) -> Int64[Tensor, "B H W"]:
     """SLIC superpixels of each image, numbered from 0 without gaps."""
+    from skimage.segmentation import slic  # a second to import
+
     found = [
         slic(image, n_segments=num_segments, compactness=compactness, sigma=1, start_label=0, channel_axis=-1)
         for image in pixels.float().permute(0, 2, 3, 1).cpu().numpy().astype(np.float64)
