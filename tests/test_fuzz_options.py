@@ -20,8 +20,8 @@ from mlvision.errors import InputError
 from mlvision.explain import CONTROLS, EXPLAINERS
 from mlvision.options import Selectable, parse_options
 
-CASES = 30  # of each script
-FEWER = {"compare": 10, "prototypes": 10}  # each of these takes seconds
+CASES = 20  # of each script
+FEWER = {"compare": 6, "prototypes": 6}  # each of these takes seconds
 DEVNULL = "/dev/null/x"
 NUMBERS = ("0", "1", "-1", "1.5", "nan", "inf", "1e308", "1e999", "", "x", "true", "null", "[1]", "{a: 1}", "9" * 4301)
 ODD = {

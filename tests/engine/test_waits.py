@@ -52,20 +52,25 @@ def move_to_gpu(method):
             setattr(module, name, torch.empty_like(value, device="cuda"))
 
 
-@pytest.mark.parametrize("fill", ["of each cell", "one number"])
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "fill"),
     [
-        *((name, {}) for name in METHODS),
-        *(("baseline", {"loss": loss()}) for loss in LOSSES.values()),
-        *(("baseline", {"head": head}) for head in HEADS),
-        ("relabel", {"target": "softmax", "operator": "mean_logit"}),
-        ("relabel", {"target": "multilabel"}),
-        ("relabel", {"operator": "log_sum_exp"}),
-        ("relabel", {"target": "gated"}),
-        ("relabel", {"region": "image"}),
-        ("relabel", {"mix": MixConfig(cutmix=1.0)}),
-        ("token_labeling", {"mix": 1.0}),
+        *((name, {}, "of each cell") for name in METHODS),
+        *(("baseline", {"loss": loss()}, "none") for loss in LOSSES.values()),
+        *(("baseline", {"head": head}, "none") for head in HEADS),
+        *(
+            (name, options, fill)
+            for name, options in (
+                ("relabel", {"target": "softmax", "operator": "mean_logit"}),
+                ("relabel", {"target": "multilabel"}),
+                ("relabel", {"operator": "log_sum_exp"}),
+                ("relabel", {"target": "gated"}),
+                ("relabel", {"region": "image"}),
+                ("relabel", {"mix": MixConfig(cutmix=1.0)}),
+                ("token_labeling", {"mix": 1.0}),
+            )
+            for fill in ("of each cell", "one number")
+        ),
     ],
 )
 def test_a_training_step_does_not_wait(name, options, fill, monkeypatch):

@@ -7,11 +7,11 @@ import numpy as np
 import ot
 import pytest
 import torch
+from reference.losses_reference import conditional_transport_of_one
 from torch.nn.functional import normalize
 
 from mlvision.errors import InputError
 from mlvision.losses import conditional_transport
-from tests.reference.losses_reference import conditional_transport_of_one
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from reference.heads_reference import csra_of_one
 
 from mlvision.errors import InputError
 from mlvision.models import build_head
 from mlvision.types import Features
-from tests.reference.heads_reference import csra_of_one
 
 PUBLISHED = {1: [1], 2: [1, 99], 4: [1, 2, 4, 99], 6: [1, 2, 3, 4, 5, 99], 8: [1, 2, 3, 4, 5, 6, 7, 99]}
 

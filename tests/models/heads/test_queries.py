@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from reference.heads_reference import ml_decoder_of_one, position, query2label_of_one
 from torch import nn
 
 from mlvision.errors import InputError
 from mlvision.models import build_head
 from mlvision.models.heads.queries import GroupLinear
 from mlvision.types import Features
-from tests.reference.heads_reference import ml_decoder_of_one, position, query2label_of_one
 
 SMALL = {
     "ml_decoder": {"width": 12, "num_heads": 3, "feedforward": 20},
