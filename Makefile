@@ -28,9 +28,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
-# What answers within a minute: no training, no real data, no browser, one process.
+# What whoever adds a part wants to know first: the contracts, and the oracles of small parts. Neither all tests are collected
+# nor the checks of shapes installed, which take as long as these tests.
+FAST := tests/contracts tests/losses tests/methods tests/evaluators tests/posthoc tests/test_space.py
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadscope -m "not slow and not browser and not distributed"
+	$(BIN)/python -m pytest -n auto --dist loadscope -o addopts="-q --strict-markers" \
+		-m "not slow and not browser and not distributed" $(FAST)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check $(CODE)

@@ -19,8 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from io import TextIOBase
-from typing import Annotated, NamedTuple
+from typing import IO, Annotated, NamedTuple
 
 import torch
 
@@ -188,7 +187,7 @@ def check_columns(classes: Sequence[str]) -> None:
             raise InputError(f"out: class '{name}' {fault} of a .csv; write a .jsonl instead")
 
 
-def write_csv(file: TextIOBase, classes: Sequence[str], rows: Iterable[Predicted]) -> None:
+def write_csv(file: IO[str], classes: Sequence[str], rows: Iterable[Predicted]) -> None:
     writer = csv.writer(file)
     writer.writerow([*OWN_COLUMNS, *map(spreadsheet_text, classes)])
     for row in rows:
@@ -196,14 +195,14 @@ def write_csv(file: TextIOBase, classes: Sequence[str], rows: Iterable[Predicted
         writer.writerow([spreadsheet_text(row.key), spreadsheet_text(labels), *(f"{s:.6f}" for s in row.scores)])
 
 
-def write_jsonl(file: TextIOBase, classes: Sequence[str], rows: Iterable[Predicted]) -> None:
+def write_jsonl(file: IO[str], classes: Sequence[str], rows: Iterable[Predicted]) -> None:
     for row in rows:
         scores = {name: round(score, 6) for name, score in zip(classes, row.scores, strict=True)}
         labels = [classes[label] for label in row.labels]
         file.write(json.dumps({"image": row.key, "labels": labels, "scores": scores}, ensure_ascii=False) + "\n")
 
 
-WRITERS: dict[str, Callable[[TextIOBase, Sequence[str], Iterable[Predicted]], None]] = {
+WRITERS: dict[str, Callable[[IO[str], Sequence[str], Iterable[Predicted]], None]] = {
     ".csv": write_csv,
     ".jsonl": write_jsonl,
 }

@@ -82,6 +82,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [(n, k) for n in [*EXPLAINERS, *CONTROLS] for k in UNFIT])
 def test_the_model_is_left_as_it_was(name, kind):
     model = _in_training(kind)
@@ -118,6 +119,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(name):
 # Batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(EXPLAINERS))
 def test_different_labels_in_a_batch_equal_separate_calls(name, resnet, images):
     options = {"num_samples": 8} if name in ("lime", "kernel_shap", "rise") else {}

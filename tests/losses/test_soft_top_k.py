@@ -71,6 +71,7 @@ def test_by_hand():
     assert soft_top_k_loss(logits, targets).item() == pytest.approx((math.log(4 / 3) + 2 * half) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "alpha"), OPTIONS)
 def test_gradients(k, alpha):
     logits, targets = table()
