@@ -25,7 +25,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from mlvision.errors import InputError, first_line
-from mlvision.files import one_line, sync, whole_file, whole_folder
+from mlvision.files import one_line, sync, whole_folder, write_json
 from mlvision.space import Groups, has_groups
 from mlvision.types import KINDS, LabelMap
 
@@ -401,8 +401,7 @@ def _create(path: Path, meta: StoreMeta) -> None:
                 file = folder / f"{name}.npy"
                 np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)  # holes: no blocks yet
                 sync(file)
-            with whole_file(folder / META) as file:
-                file.write(json.dumps(meta.to_json(), indent=2) + "\n")
+            write_json(folder / META, meta.to_json())
     except OSError as error:
         if not (path / META).is_file():
             raise InputError(f"{path}: the store could not be made there ({error.strerror})") from error
