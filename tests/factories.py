@@ -1,11 +1,17 @@
 """What many tests need built."""
 
+from pathlib import Path
+
 import torch
 
+from mlvision.config import Config
 from mlvision.errors import InputError
+from mlvision.label_maps.store import LabelMapWriter, StoreMeta
 from mlvision.methods import METHODS, Method, MethodConfig
 from mlvision.models import HEADS, BackboneConfig, Classifier, Preprocessing, build_classifier
+from mlvision.options import parse_options
 from mlvision.parts import Context
+from mlvision.runs.splits import read_training_manifests
 from mlvision.space import LabelSpace
 from mlvision.types import Batch, CropBox, LabelMap
 
@@ -52,3 +58,14 @@ def small_batch(num_classes: int, num_images: int = 4, side: int = 48, cells: tu
     images = torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8, generator=noise)
     view = CropBox(boxes, flipped, torch.zeros(num_images, dtype=torch.int64))
     return Batch(images, targets, torch.arange(num_images), view, label_map)
+
+
+def write_label_maps(arguments: list[str], folder: Path) -> None:
+    """A store of random logits for the training images of a run's arguments."""
+    manifest = read_training_manifests(parse_options(Config, arguments, prog="train.py", description=""))[0]
+    num, classes = len(manifest), len(manifest.classes)
+    meta = StoreMeta(
+        manifest.hash, num, manifest.class_hash, classes, "random", "", (3, 4), "logit", (classes,), 0, num
+    )
+    maps = 2 * torch.randn(num, classes, 3, 4, generator=torch.Generator().manual_seed(0))
+    LabelMapWriter.create_or_resume(folder, meta).write(range(num), maps)

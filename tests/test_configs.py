@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import write_label_maps
 from layouts import LAYOUTS, make_data
 
 from mlvision.config import Config
@@ -12,10 +13,8 @@ from mlvision.data import (
     DATASETS,
 )
 from mlvision.engine.optim import build_optimizer
-from mlvision.label_maps.store import LabelMapWriter, StoreMeta
 from mlvision.options import parse_options, to_plain
 from mlvision.runs.build import build_run
-from mlvision.runs.splits import read_training_manifests
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "grids" not in p.parts)
@@ -32,27 +31,6 @@ def tiny_backbone(name: str) -> str:
 def test_every_reader_has_a_config():
     read = {parse_options(Config, [str(path)], prog="train.py", description="").data.name for path in CONFIGS}
     assert read == set(DATASETS) == set(LAYOUTS)
-
-
-def make_label_maps(arguments: list[str], folder: Path) -> None:
-    """Random logits for the training images of a config."""
-    config = parse_options(Config, arguments, prog="train.py", description="")
-    manifest = read_training_manifests(config)[0]
-    num_images, num_classes = len(manifest), len(manifest.classes)
-    meta = StoreMeta(
-        manifest.hash,
-        num_images,
-        manifest.class_hash,
-        num_classes,
-        "random",
-        "",
-        (3, 4),
-        "logit",
-        (num_classes,),
-        0,
-        num_images,
-    )
-    LabelMapWriter.create_or_resume(folder, meta).write(range(num_images), torch.randn(num_images, num_classes, 3, 4))
 
 
 def cases():
@@ -87,7 +65,7 @@ def test_config_takes_a_step(path, precision, scenes_root, tmp_path, monkeypatch
         ]
     torch.manual_seed(0)
     if config.label_maps:
-        make_label_maps([str(path), *arguments], tmp_path / "maps")
+        write_label_maps([str(path), *arguments], tmp_path / "maps")
         arguments.append(f"label_maps={tmp_path}/maps")
     run = build_run(parse_options(Config, [str(path), *arguments], prog="train.py", description=""))
     optimizer = build_optimizer(run.method.parameter_groups(), run.config.optim)

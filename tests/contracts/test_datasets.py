@@ -12,7 +12,7 @@ from mlvision.data import DATASETS, read_split
 from mlvision.data.check import check_data, format_check, write_check
 from mlvision.data.images import read_record
 from mlvision.errors import InputError
-from mlvision.options import build_options, describe_options, parse_options, to_plain
+from mlvision.options import parse_options
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if "grids" not in p.parts)
 every_reader = pytest.mark.parametrize("name", DATASETS)
@@ -95,11 +95,3 @@ def test_it_can_be_checked_with_and_without_images(data, tmp_path):
         assert f"{split}: {checked.manifest.protocol}" in format_check(labels)
     write_check(check, tmp_path / "out", samples=2, seed=0)
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
-
-
-@every_reader
-def test_options_are_read_again_and_listed(data, name):
-    config = build_options(Config, {}, overrides=[f"data={name}"])
-    assert config.data == DATASETS[name]()
-    assert build_options(Config, to_plain(config)) == config
-    assert f"with data.name={name}: " in describe_options(Config)

@@ -8,12 +8,10 @@ import torch
 from factories import context
 from judged import PLAIN, REAL, SIZED, UNSEEN, predictions
 
-from mlvision.config import Config
 from mlvision.evaluators import (
     EVALUATORS,
     BootstrapConfig,
 )
-from mlvision.options import build_options, describe_options, to_plain
 
 BUILT = {name: config().build(context(3)) for name, config in EVALUATORS.items() if name != "bootstrap"}
 BUILT["bootstrap"] = BootstrapConfig(num_samples=20).build(context(3))
@@ -46,13 +44,3 @@ def test_predictions_are_left_as_they_are(evaluator):
     before = [given.logits.clone(), given.targets.clone(), given.index.clone()]
     evaluator.measure(given, SIZED)
     assert all(torch.equal(a, b) for a, b in zip(before, (given.logits, given.targets, given.index), strict=True))
-
-
-@every_evaluator
-def test_options_are_read_again_and_listed(evaluator, request):
-    name = request.node.callspec.id
-    names = ",".join(dict.fromkeys(("multilabel", name)))
-    config = build_options(Config, {}, overrides=[f"evaluators=[{names}]"])
-    assert config.evaluators[-1] == EVALUATORS[name]()
-    assert build_options(Config, to_plain(config)) == config
-    assert f"with evaluators.0.name={name}: " in describe_options(Config)

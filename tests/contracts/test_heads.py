@@ -1,15 +1,11 @@
 """What every head of HEADS keeps. Of waiting for a GPU: engine/test_waits.py."""
 
-import re
-
 import pytest
 import torch
 
-from mlvision.config import Config
 from mlvision.errors import InputError
 from mlvision.models import HEADS, BackboneConfig, JointHead, build_classifier
 from mlvision.models.text import TextConfig
-from mlvision.options import build_options, describe_options, to_plain
 from mlvision.types import Features
 
 CLASSES = ("dog", "boat", "owl")
@@ -126,11 +122,3 @@ def test_it_starts_where_it_is_told(name, config):
         before = head(nothing).logits
         head.start_at(torch.tensor([-3.0, 0.5, 2.0]))
         torch.testing.assert_close(head(nothing).logits - before, torch.tensor([[-3.0, 0.5, 2.0]]))
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_options_are_read_again_and_listed(name):
-    config = build_options(Config, {}, overrides=[f"head={name}"])
-    assert config.head == HEADS[name]()
-    assert build_options(Config, to_plain(config)) == config
-    assert re.search(rf"with head\.name={name}: \w", describe_options(Config))

@@ -2,15 +2,12 @@
 engine/test_waits.py."""
 
 import copy
-import re
 
 import pytest
 import torch
 from factories import build_method, head_of, small_batch, small_classifier
 
-from mlvision.config import Config
 from mlvision.methods import METHODS
-from mlvision.options import build_options, describe_options, to_plain
 from mlvision.types import Batch
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -121,11 +118,3 @@ def test_its_map_is_used_if_it_needs_one(name):
     other.label_map.values.mul_(0.5)
     losses = [float(step(built(name), given)[0].loss.detach()) for given in (batch, other)]
     assert (losses[0] != losses[1]) == method.needs_label_map
-
-
-@every_method
-def test_options_are_read_again_and_listed(name):
-    config = build_options(Config, {}, overrides=[f"method={name}"])
-    assert config.method == METHODS[name]()
-    assert build_options(Config, to_plain(config)) == config
-    assert re.search(rf"with method\.name={name}: \w", describe_options(Config))

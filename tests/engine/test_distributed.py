@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine.ranks import Case, Outcome
 from engine.test_resume import assert_equal_state
+from factories import write_label_maps
 from torch import nn
 
 from mlvision.commands import eval as eval_script
@@ -25,7 +26,6 @@ from mlvision.engine import distributed
 from mlvision.engine.checkpoint import load_checkpoint
 from mlvision.engine.fit import BEST, LAST
 from mlvision.engine.guard import NonFiniteError
-from mlvision.label_maps.store import LabelMapWriter, StoreMeta
 from mlvision.options import parse_options
 from mlvision.runs.splits import read_training_manifests
 
@@ -175,7 +175,7 @@ def together(scenes_root, tmp_path_factory):
     (folder / "plain.yaml").write_text(PLAIN)
     common = [f"data.root={scenes_root}", "device=cpu", "threads=1", "log.tensorboard=false"]
     smoke, plain = [SMOKE, *common, *QUICK], [f"{folder}/plain.yaml", *common]
-    make_label_maps(plain, folder / "maps")
+    write_label_maps(plain, folder / "maps")
 
     alone = {
         "vit": [*plain, "optim.epochs=2", "optim.clip_norm=1"],
@@ -223,17 +223,6 @@ def together(scenes_root, tmp_path_factory):
         cases[name] = Case("train", [*alone["vit"], f"out={folder / name}", "resume=auto"])
     outcomes = run_cases(list(cases.values()), folder / "launch")
     return dict(zip(cases, outcomes, strict=True)), folder
-
-
-def make_label_maps(arguments, folder):
-    """Random logits for the training images."""
-    manifest = read_training_manifests(parse_options(Config, arguments, prog="", description=""))[0]
-    num, classes = len(manifest), len(manifest.classes)
-    meta = StoreMeta(
-        manifest.hash, num, manifest.class_hash, classes, "random", "", (3, 4), "logit", (classes,), 0, num
-    )
-    maps = 2 * torch.randn(num, classes, 3, 4, generator=torch.Generator().manual_seed(0))
-    LabelMapWriter.create_or_resume(folder, meta).write(range(num), maps)
 
 
 def metric_rows(folder):

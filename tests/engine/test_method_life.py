@@ -9,10 +9,10 @@ import pytest
 import torch
 from engine import ranks
 from engine.ranks import Case
-from engine.test_distributed import PLAIN, make_label_maps, metric_rows, run_cases
+from engine.test_distributed import PLAIN, metric_rows, run_cases
 from engine.test_resume import assert_equal_state
 from engine.toys import TOYS
-from factories import build_method, head_of, small_classifier
+from factories import build_method, head_of, small_classifier, write_label_maps
 from torch.nn.parallel import DistributedDataParallel
 
 from mlvision import load_run
@@ -51,7 +51,7 @@ def arguments(scenes_root, tmp_path_factory):
     common = [f"{folder}/plain.yaml", f"data.root={scenes_root}", "device=cpu", "threads=1", "log.tensorboard=false"]
     run = build_run(parse_options(Config, common, prog="", description=""))
     torch.save(run.method.classifier.state_dict(), folder / "teacher.pt")
-    make_label_maps(common, folder / "maps")
+    write_label_maps(common, folder / "maps")
     own = {"toy_teacher": [f"method.teacher={folder}/teacher.pt"], "toy_counter": ["optim.accumulate=2"]}
     of_runs = {}
     for name in ALL:
